@@ -1,0 +1,119 @@
+"""Settings of every process, from the environment (`TANDEM_*`). The command line sets the same variables.
+
+One process tree has one environment, so every process reads the same `Settings`. A misspelt or malformed variable stops
+start-up.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from shared.errors import BadConfig
+
+PREFIX = "TANDEM_"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Field `x_y` is the environment variable `TANDEM_X_Y`."""
+
+    # what is served
+    model: str = "default"  # "default" (embedded), a folder, a .gguf file or a Hugging Face id
+    model_name: str = ""  # name shown to clients; empty: taken from the model
+    draft_model: str = ""
+    draft_kind: str = ""
+    draft_block_size: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+
+    # where
+    host: str = "127.0.0.1"
+    port: int = 8080
+    run_dir: str = ""  # sockets; empty: a private folder under the temporary directory, by port
+    cache_dir: str = ""  # downloads and caches; empty: ~/.cache/tandem
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    # engine
+    max_num_seqs: int = 0  # slots; 0: chosen by the worker for its machine
+    max_num_batched_tokens: int = 0  # tokens of one step; 0: chosen by the worker for its machine
+    max_model_len: int = 0  # 0: the model's own limit, or what memory allows
+    kv_cache_bytes: int = 0  # 0: chosen by the worker for its machine
+    max_queue: int = 256  # waiting requests before 429
+    priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
+    ttft_bound_s: float = 0.0  # 0: none; otherwise prefill gets the whole step when a request waits longer
+
+    # liveness
+    heartbeat_interval_s: float = 1.0
+    heartbeat_timeout_s: float = 10.0
+    step_timeout_s: float = 300.0
+
+    # machine
+    blas: str = "auto"  # Linux CPU: "auto", "off", or the path of a library to load before MLX
+    blas_threads: int = 0  # 0: chosen for the machine
+    api_keys: str = ""  # comma separated; empty: no authentication
+
+    @property
+    def run_folder(self) -> Path:
+        if self.run_dir:
+            return Path(self.run_dir)
+        return Path(tempfile.gettempdir()) / f"tandem-{os.getuid()}-{self.port}"
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "tandem"
+
+    @property
+    def engine_endpoint(self) -> str:
+        """Where the scheduler's ROUTER listens: every other process connects here."""
+        return f"ipc://{self.run_folder}/engine.sock"
+
+    @property
+    def features_endpoint(self) -> str:
+        """Where the drafter's PULL listens: the target pushes hidden rows here."""
+        return f"ipc://{self.run_folder}/features.sock"
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from `environ`.
+
+    Raises:
+        BadConfig: a TANDEM_ variable is unknown or has a value of the wrong type.
+    """
+    raw = {k[len(PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(PREFIX)}
+    unknown = sorted(set(raw) - {f.name for f in msgspec.structs.fields(Settings)})
+    if unknown:
+        raise BadConfig("unknown setting " + ", ".join(PREFIX + name.upper() for name in unknown))
+    types = {f.name: f.type for f in msgspec.structs.fields(Settings)}
+    values: dict[str, object] = {}
+    for name, text in raw.items():
+        value: object = text
+        if types[name] is bool:
+            value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}.get(
+                text.strip().lower(), text
+            )
+        elif text == "" and types[name] is not str:
+            continue
+        values[name] = value
+    try:
+        return msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise BadConfig(str(error)) from error
+
+
+def prepare_run_folder(settings: Settings) -> Path:
+    """The run folder, made with mode 0700.
+
+    Raises:
+        BadConfig: the folder belongs to someone else.
+    """
+    folder = settings.run_folder
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise BadConfig(f"run folder {folder} belongs to another user")
+    folder.chmod(0o700)
+    return folder

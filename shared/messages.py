@@ -1,0 +1,336 @@
+"""Every message that crosses a process border.
+
+A message is a frozen struct; `shared/wire.py` turns it into bytes. Tensors travel as raw frames beside the header and
+are described by `TensorSpec`. Ids and counts are plain integers; durations are seconds measured in one process.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NewType
+
+from msgspec import Struct, field
+
+RequestId = NewType("RequestId", str)
+
+PROTOCOL_VERSION = 1
+
+Role = Literal["frontend", "target", "drafter", "image"]
+WorkerState = Literal["absent", "loading", "ready"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Part(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A struct that is part of a message."""
+
+
+class Message(Struct, frozen=True, kw_only=True, tag=True, tag_field="type", forbid_unknown_fields=True):
+    """A struct that is sent on its own."""
+
+
+class TensorSpec(Part, frozen=True, kw_only=True):
+    """Describes one raw frame: `dtype` is an MLX/NumPy name ("float32", "bfloat16", ...), row-major."""
+
+    dtype: str
+    shape: list[int]
+
+
+# ---------------------------------------------------------------- every peer <-> scheduler
+
+
+class WorkerInfo(Part, frozen=True, kw_only=True):
+    """What a ready worker tells about itself."""
+
+    model: str  # the name users see
+    architecture: str
+    fingerprint: str  # weights + config + dtype; two equal fingerprints compute the same
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int  # prompt + output tokens of one sequence
+    num_slots: int
+    kv_capacity_tokens: int  # sum of the slot capacities that may be held at once
+    capacity_classes: list[int]  # ascending slot capacities in tokens; the last one holds max_model_len
+    kv_bytes_per_token: int
+    max_step_tokens: int  # widest prefill chunk that the caches take in one step
+    eos_token_ids: list[int]
+    draft_kind: str | None = None  # drafter only
+    max_draft_tokens: int = 0  # drafter only: longest draft it can make
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """Peer -> scheduler, first message and after every loss of contact. `instance_id` is new for each process start."""
+
+    role: Role
+    instance_id: str
+    pid: int
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """Scheduler -> peer. `scheduler_id` changes when the scheduler restarts; `epoch` when this role's worker changes."""
+
+    scheduler_id: str
+    epoch: int
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """Worker -> scheduler: the model is loaded and warm."""
+
+    epoch: int
+    info: WorkerInfo
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Both ways, every `heartbeat_interval_s`. An unknown `instance_id` is answered by asking for a new Hello."""
+
+    instance_id: str
+    memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
+    num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
+
+
+class SayHello(Message, frozen=True, kw_only=True):
+    """Scheduler -> peer: I do not know you (any more); say hello again."""
+
+
+# ---------------------------------------------------------------- frontend -> scheduler
+
+
+class SamplingParams(Part, frozen=True, kw_only=True):
+    """How one sequence's tokens are drawn. `seed` is always set (the frontend draws one), `is_seeded` if a client did."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over the output
+    frequency_penalty: float = 0.0  # over the output
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 0  # 0 .. 2**63-1
+    is_seeded: bool = False
+    num_logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely ones'
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """Start (or, with `output_token_ids`, resume) a request. Answered by Outputs or Rejected."""
+
+    request_id: RequestId
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int  # output tokens, those of `output_token_ids` included
+    output_token_ids: list[int] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
+    min_tokens: int = 0  # stop tokens do not end the output before this many
+    priority: int = 0  # smaller runs first
+    tenant: str = ""  # prefix cache salt
+    timeout_s: float | None = None
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """The client went away, or a stop string ended the output; `reason` is counted."""
+
+    request_id: RequestId
+    reason: Literal["client_gone", "stop_string", "timeout", "shutdown"] = "client_gone"
+
+
+class MetricsRequest(Message, frozen=True, kw_only=True):
+    """Answered by MetricsPage with the same `query_id`."""
+
+    query_id: int
+
+
+# ---------------------------------------------------------------- scheduler -> frontend
+
+
+class TopLogprob(Part, frozen=True, kw_only=True):
+    token_id: int
+    logprob: float
+
+
+class TokenLogprob(Part, frozen=True, kw_only=True):
+    """Log-probabilities at one output position, from the model's own distribution (before temperature and filters)."""
+
+    logprob: float
+    top: list[TopLogprob]
+
+
+class Timings(Part, frozen=True, kw_only=True):
+    """Seconds and counts of one request, stamped in the scheduler."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_preemptions: int = 0
+
+
+class Output(Part, frozen=True, kw_only=True):
+    """New tokens of one request and, in its last one, how it ended."""
+
+    request_id: RequestId
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None  # one for each of token_ids
+    finish_reason: FinishReason | None = None  # set exactly once in a request's life
+    error: str | None = None  # with finish_reason "error"
+    timings: Timings | None = None  # with finish_reason
+
+
+class Outputs(Message, frozen=True, kw_only=True):
+    """What one step gave to one frontend."""
+
+    outputs: list[Output]
+
+
+class Rejected(Message, frozen=True, kw_only=True):
+    """The terminal answer to a Submit that was not accepted. `code` is one of shared.errors' codes."""
+
+    request_id: RequestId
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+class EngineStatus(Message, frozen=True, kw_only=True):
+    """Sent on every change and with every heartbeat; `/health` shows it."""
+
+    scheduler_id: str
+    target: WorkerState
+    drafter: WorkerState
+    target_info: WorkerInfo | None = None
+    drafter_info: WorkerInfo | None = None
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+class MetricsPage(Message, frozen=True, kw_only=True):
+    query_id: int
+    page: bytes  # Prometheus text format
+
+
+# ---------------------------------------------------------------- scheduler <-> target
+
+
+class SequenceStart(Part, frozen=True, kw_only=True):
+    """Binds a slot to a sequence; comes with the sequence's first row in this epoch.
+
+    `token_ids` are all tokens known now (prompt, and output when the sequence resumes): penalties need them.
+    """
+
+    slot: int
+    request_id: RequestId
+    sampling: SamplingParams
+    num_prompt_tokens: int
+    token_ids: list[int]
+
+
+class StepRow(Part, frozen=True, kw_only=True):
+    """One sequence's share of a step: input tokens at positions start .. start+n-1.
+
+    `token_ids` None means one token: the last one sampled in this slot, still on the device (pipelined decode).
+    With `num_drafts` k > 0 the last k of token_ids are drafts to verify. `is_sampled` False: a prefill chunk that is not
+    the last one, whose logits nobody needs.
+    """
+
+    slot: int
+    start: int
+    capacity: int  # tokens the slot must hold after this step; grows over a sequence's life
+    token_ids: list[int] | None = None
+    num_drafts: int = 0
+    is_sampled: bool = True
+
+
+class Step(Message, frozen=True, kw_only=True):
+    """One scheduler iteration. Decode rows run as one batch, each prefill row as a forward of its own."""
+
+    epoch: int
+    step_id: int
+    starts: list[SequenceStart]
+    decodes: list[StepRow]
+    prefills: list[StepRow]
+
+
+class Release(Message, frozen=True, kw_only=True):
+    """These slots are free; steps sent before still use them."""
+
+    epoch: int
+    slots: list[int]
+
+
+class RowResult(Part, frozen=True, kw_only=True):
+    """Tokens of one sampled row: accepted drafts, then the bonus token or correction. Empty with `error`."""
+
+    slot: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    error: str | None = None  # this row failed alone
+
+
+class StepResult(Message, frozen=True, kw_only=True):
+    """Answer to a Step, in order. `phases` are seconds: "build", "device", "read"."""
+
+    epoch: int
+    step_id: int
+    rows: list[RowResult]  # sampled rows only
+    phases: dict[str, float]
+
+
+class WorkerFailed(Message, frozen=True, kw_only=True):
+    """A worker cannot go on (out of memory, bad model); it exits after sending this."""
+
+    epoch: int
+    reason: str
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """Scheduler -> peer: finish what is queued and stop."""
+
+
+# ---------------------------------------------------------------- scheduler <-> drafter
+
+
+class DraftRow(Part, frozen=True, kw_only=True):
+    """Ask for up to `num_tokens` drafts after the committed tokens.
+
+    `token_ids` are committed ids that the drafter lacks, at positions start .. start+n-1; the last one is the anchor.
+    """
+
+    request_id: RequestId
+    start: int
+    token_ids: list[int]
+    num_tokens: int
+    sampling: SamplingParams | None = None  # None: greedy drafts
+
+
+class DraftRequest(Message, frozen=True, kw_only=True):
+    epoch: int
+    draft_id: int
+    rows: list[DraftRow]
+    ended: list[RequestId] = field(default_factory=list)  # sequences whose state may be dropped
+
+
+class Draft(Part, frozen=True, kw_only=True):
+    request_id: RequestId
+    anchor: int  # position of the anchor the drafts follow
+    token_ids: list[int]
+
+
+class DraftReply(Message, frozen=True, kw_only=True):
+    """Answer to a DraftRequest; `draft_id` echoes it. A row that could not be drafted has no tokens."""
+
+    epoch: int
+    draft_id: int
+    drafts: list[Draft]
+    seconds: float
+
+
+FrontendToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest
+WorkerToScheduler = Hello | Heartbeat | Ready | StepResult | WorkerFailed | DraftReply
+ToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest | Ready | StepResult | WorkerFailed | DraftReply
+ToFrontend = Welcome | Heartbeat | SayHello | Outputs | Rejected | EngineStatus | MetricsPage | Drain
+ToTarget = Welcome | Heartbeat | SayHello | Step | Release | Drain
+ToDrafter = Welcome | Heartbeat | SayHello | DraftRequest | Drain

