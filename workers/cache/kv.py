@@ -54,11 +54,13 @@ def bucket_length(length: int) -> int:
 class KVLayer:
     """One layer's pools, by class. Arrays are rebound on each write, so that MLX writes in place."""
 
-    def __init__(self, spec: AttentionSpec, capacities: list[int], max_width: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, spec: AttentionSpec, capacities: list[int], max_width: int, slack: int, dtype: mx.Dtype
+    ) -> None:
         self.spec = spec
         self.dtype = dtype
         ring = None if spec.window is None else -(-(spec.window + max_width) // 64) * 64
-        self.capacities = [c if ring is None else min(c, ring) for c in capacities]
+        self.capacities = [c + slack if ring is None else min(c + slack, ring) for c in capacities]
         self.keys: list[mx.array | None] = [None] * len(capacities)
         self.values: list[mx.array | None] = [None] * len(capacities)
 

@@ -48,19 +48,26 @@ class CacheStore:
         specs: one per model layer.
         capacity_classes: slot capacities in tokens, ascending.
         max_width: widest step (prefill chunk, or drafts + 1); sliding rings leave room for it.
+        slack: room behind each slot's capacity for the padding of a batch whose rows carry different numbers of drafts.
         dtype: of keys and values.
         is_exact: attend to exact lengths (CPU); otherwise lengths are rounded up to a few shapes (GPU).
     """
 
     def __init__(
-        self, specs: list[LayerSpec], capacity_classes: list[int], max_width: int, dtype: mx.Dtype, is_exact: bool
+        self,
+        specs: list[LayerSpec],
+        capacity_classes: list[int],
+        max_width: int,
+        dtype: mx.Dtype,
+        is_exact: bool,
+        slack: int = 32,
     ) -> None:
         self.specs = specs
         self.max_width = max_width
         self.placement = Placement(capacity_classes)
         self.is_exact = is_exact
         self._layers = [
-            KVLayer(s, capacity_classes, max_width, dtype) if isinstance(s, AttentionSpec) else RecurrentLayer(s)
+            KVLayer(s, capacity_classes, max_width, slack, dtype) if isinstance(s, AttentionSpec) else RecurrentLayer(s)
             for s in leaves(specs)
         ]
         self.kv_layers = [layer for layer in self._layers if isinstance(layer, KVLayer)]
