@@ -20,6 +20,7 @@ from workers import blas
 logger = logging.getLogger("target")
 
 IDLE_POLL_S = 1.0
+MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 
 
 class Target:
@@ -51,9 +52,13 @@ class Target:
         from workers.engine import PendingStep
 
         pending: deque[PendingStep] = deque()
+        step_s = 0.0  # moving average of the time a step keeps the device
         try:
             while not self.is_draining:
-                message = self.link.receive(0.0 if pending else IDLE_POLL_S)
+                # While a step runs, the scheduler plans the one after: give it time to arrive, so that it is queued
+                # before the device falls idle. Half a step's time never delays a result.
+                wait_s = IDLE_POLL_S if not pending else min(step_s / 2, MAX_LOOK_AHEAD_S) if len(pending) < 2 else 0.0
+                message = self.link.receive(wait_s)
                 match message:
                     case Welcome():
                         self._welcome(message)
@@ -71,7 +76,9 @@ class Target:
                         self.link.num_dropped += 1
                         continue
                 if pending:
-                    self.link.send(self.engine.finish(pending.popleft()))
+                    result = self.engine.finish(pending.popleft())
+                    self.link.send(result)
+                    step_s = 0.8 * step_s + 0.2 * result.phases["device"]
         except Exception as error:
             logger.exception("a step failed")
             self.link.send(WorkerFailed(epoch=self.epoch, reason=str(error)[:500]))
