@@ -69,11 +69,16 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
-        "gpu": _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]),
+        "gpu": gpu(),
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "python": platform.python_version(),
         "load_average": list(os.getloadavg()),
     }
+
+
+def gpu() -> str | None:
+    """Name and driver of the NVIDIA GPUs; None without any."""
+    return _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
 
 
 def versions() -> dict[str, str]:
