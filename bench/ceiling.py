@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     args.output_tokens,
                     concurrency,
                     ignore_eos=args.ignore_eos,
-                    on_end=lambda bar=bar: bar.update(1),
+                    on_end=bar.update,
                 )
                 runs.append(played)
         mx.clear_cache()

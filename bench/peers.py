@@ -1,7 +1,7 @@
 """The same seeded loads against Tandem and the servers of mlx-lm and mlx-vlm, one server at a time, on one machine.
 
-Every arm serves the same float32 weights, with the same BLAS, over loopback HTTP. Each load gets a fresh server, so that
-no cache is warm before it; warm-up requests use other texts. `python -m bench.peers --help`.
+Every arm serves the same float32 weights, with the same BLAS, over loopback HTTP. Each load gets a fresh server, so
+that no cache is warm before it; warm-up requests use other texts. `python -m bench.peers --help`.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ def _resident_bytes(url: str) -> int | None:
     port = int(url.rpartition(":")[2])
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
+                continue
+            if connection.laddr.port == port and connection.pid:
                 group = os.getpgid(connection.pid)
                 members = [p for p in psutil.process_iter() if _group(p.pid) == group]
                 return sum(p.memory_info().rss for p in members)
