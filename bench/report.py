@@ -36,10 +36,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """mean, p50, p90, p99 and count; None without values (a 0 would read as a measurement)."""
+    """min, mean, p50, p90, p99 and count; None without values (a 0 would read as a measurement)."""
     if not values:
         return None
-    result = {"mean": sum(values) / len(values)}
+    result = {"min": min(values), "mean": sum(values) / len(values)}
     result |= {f"p{p}": percentile(values, p) for p in PERCENTILES}
     return result | {"count": len(values)}
 

@@ -186,13 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         [
             f"{r['num_running']} + {r['num_waiting']}{' churn' if r['has_churn'] else ''}",
             f"{r['rows_per_step']:.1f}",
-            *(report.seconds(r["handle_s"][p]) for p in ("p50", "p90", "p99")),
+            *(report.seconds(r["handle_s"][p]) for p in ("min", "p50", "p90", "p99")),
             report.seconds(r["wire_s"]["p50"]),
             report.seconds(r["submit_s"]["p50"] if r["submit_s"] else None),
         ]
         for r in runs
     ]
-    header = ["running + waiting", "rows", "step p50", "step p90", "step p99", "wire p50", "submit p50"]
+    header = ["running + waiting", "rows", "step min", "step p50", "step p90", "step p99", "wire p50", "submit p50"]
     print(report.table(header, rows))
     result = report.provenance("scheduler") | {"num_steps": args.steps, "runs": runs}
     if args.json:

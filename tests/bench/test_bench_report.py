@@ -28,7 +28,9 @@ def test_percentile_of_nothing_or_outside_is_refused(values: list[float], percen
 
 def test_spread_of_no_values_is_none_and_not_zero() -> None:
     assert report.spread([]) is None
-    assert report.spread([2.0, 4.0]) == pytest.approx({"mean": 3, "p50": 3, "p90": 3.8, "p99": 3.98, "count": 2})
+    assert report.spread([2.0, 4.0]) == pytest.approx(
+        {"min": 2, "mean": 3, "p50": 3, "p90": 3.8, "p99": 3.98, "count": 2}
+    )
 
 
 def test_table_columns_are_aligned() -> None:
