@@ -10,18 +10,19 @@ import os
 import sys
 from pathlib import Path
 
+from bench import report
 from shared.errors import BadConfig
 
 THREAD_VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def find(choice: str) -> Path | None:
-    """The library to load: `choice` is "auto" (this environment's MKL, where there is one), "off" or a path.
+    """The library to load: `choice` is "auto" (this environment's MKL, without a GPU), "off" or a path.
 
     Raises:
         BadConfig: a path that is no file.
     """
-    if choice == "off" or (choice == "auto" and sys.platform != "linux"):
+    if choice == "off" or (choice == "auto" and (sys.platform != "linux" or report.gpu() is not None)):
         return None
     if choice == "auto":
         return next(iter(sorted((Path(sys.prefix) / "lib").glob("libmkl_rt.so*"))), None)

@@ -76,7 +76,7 @@ ARMS = (
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """One load at one concurrency. `kind` and `concurrency` also pick its seed, the same for every arm."""
+    """One load at one concurrency; every arm gets the same texts."""
 
     kind: str
     concurrency: int
@@ -91,7 +91,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 def make_loads(args: argparse.Namespace) -> list[Load]:
     """uniform, shared (cold: the first `concurrency` requests arrive together at an empty cache), mixed."""
     loads = []
-    for position, kind in enumerate(args.loads):
+    for kind in args.loads:
         for concurrency in args.concurrency:
             shape = Shape(
                 num_requests=max(args.min_requests, args.requests_per_slot * concurrency),
@@ -103,7 +103,7 @@ def make_loads(args: argparse.Namespace) -> list[Load]:
                 shape = msgspec.structs.replace(shape, num_requests=num_requests, shared_prefix=args.shared_prefix)
             elif kind == "mixed":
                 shape = msgspec.structs.replace(shape, mixed=args.mixed)
-            loads.append(Load(kind=kind, concurrency=concurrency, shape=shape, seed=args.seed + 1000 * position))
+            loads.append(Load(kind=kind, concurrency=concurrency, shape=shape, seed=args.seed + KINDS.index(kind)))
     return loads
 
 
