@@ -81,6 +81,7 @@ class EngineClient:
         self._started = self._loop.time()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, self._instance_id.encode())  # how the scheduler addresses us
         # No high-water mark: Outputs lost to one could not be asked for again. What can queue is bounded by the tokens
         # of live requests, and no new ones are taken while the scheduler is silent.
         self._socket.setsockopt(zmq.SNDHWM, 0)
