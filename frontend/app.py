@@ -1,0 +1,35 @@
+"""The HTTP application: routes, error shapes, middleware."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from frontend import chat, completions, errors, health, metrics, models_api, tokenize_api
+from frontend.access import Access
+from frontend.auth import ApiKeys, parse_keys
+from frontend.metrics import HttpMetrics
+from frontend.service import Service
+from shared.errors import TandemError
+
+
+def create_app(service: Service) -> ASGIApp:
+    app = FastAPI(
+        title="Tandem",
+        description="OpenAI-compatible inference on MLX.",
+        docs_url=None,  # these pages load scripts from other hosts
+        redoc_url=None,
+        exception_handlers={
+            TandemError: errors.handle_tandem_error,
+            HTTPException: errors.handle_http_exception,
+            Exception: errors.handle_unexpected,
+        },
+    )
+    app.state.service = service
+    app.state.metrics = HttpMetrics()
+    for module in (chat, completions, models_api, tokenize_api, health, metrics):
+        app.include_router(module.router)
+    keys = parse_keys(service.settings.api_keys)
+    guarded: ASGIApp = ApiKeys(app, keys) if keys else app
+    return Access(guarded, app.state.metrics)

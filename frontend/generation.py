@@ -1,0 +1,264 @@
+"""One HTTP request's sequences from Submit to the last character: tokens in, text and finish reasons out."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+from starlette.requests import Request
+
+from frontend.sampling import check_token_ids, for_sequences, output_limit
+from frontend.schemas import GenerationBody
+from frontend.service import Service
+from frontend.stop import StopMatcher
+from frontend.streams import ClientGone, TokenStream
+from shared.errors import EngineFailure, InvalidRequest
+from shared.messages import FinishReason, Output, RequestId, Submit, Timings, TokenLogprob
+
+# After a stop string the engine is asked to stop; its terminal Output brings the timings and comes within a step.
+STOP_WAIT_S = 1.0
+
+
+class TokenText(msgspec.Struct, frozen=True):
+    """One output token with its log-probabilities. `offset` counts the output's characters before it."""
+
+    token_id: int
+    logprob: TokenLogprob
+    offset: int
+
+
+class Delta(msgspec.Struct):
+    """What one Output adds to one sequence, ready to be shown."""
+
+    index: int
+    text: str
+    tokens: Sequence[TokenText] = ()  # only where log-probabilities were asked for
+    finish_reason: FinishReason | None = None
+
+
+class OutputText:
+    """The text side of one sequence: detokenizing, stop strings, log-probabilities, counts."""
+
+    def __init__(self, service: Service, submit: Submit, index: int, body: GenerationBody, *, is_chat: bool) -> None:
+        self.submit = submit
+        self.index = index
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.timings: Timings | None = None
+        self.stop_deadline: float | None = None  # set once a stop string was found, until the engine has answered
+        self._stop_token_ids = frozenset(submit.stop_token_ids)
+        self._detokenizer = service.detokenizer(skip_special_tokens=body.skip_special_tokens, is_text_start=is_chat)
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self._matcher = StopMatcher(stops) if stops else None
+        self._num_chars = 0
+
+    def feed(self, output: Output) -> Delta:
+        """Advance by one Output.
+
+        Raises:
+            EngineFailure: the engine could not finish this sequence.
+        """
+        if self.stop_deadline is not None:  # text after the stop string is not shown
+            return Delta(
+                self.index, "", finish_reason=self._end("stop", output.timings) if output.finish_reason else None
+            )
+        token_ids = output.token_ids
+        ended_by_token = output.finish_reason == "stop" and token_ids and token_ids[-1] in self._stop_token_ids
+        shown = token_ids[:-1] if ended_by_token else token_ids
+        tokens: list[TokenText] = []
+        if self._matcher is None and output.logprobs is None:
+            self.num_tokens += len(token_ids)
+            text = self._detokenizer.feed(shown)
+        else:
+            text = self._feed_singly(output, len(shown), tokens)
+        if self.stop_deadline is not None:
+            reason = self._end("stop", output.timings) if output.finish_reason else None
+            return Delta(self.index, text, tokens, reason)
+        if output.finish_reason is None:
+            return Delta(self.index, text, tokens)
+        if output.finish_reason in ("error", "abort"):
+            raise EngineFailure(output.error or "the engine ended this request before it was complete")
+        text += self._rest()
+        return Delta(self.index, text, tokens, self._end(output.finish_reason, output.timings))
+
+    def _feed_singly(self, output: Output, num_shown: int, tokens: list[TokenText]) -> str:
+        """Token by token, so that each has its offset and none is counted after a stop string."""
+        text = ""
+        for place, token_id in enumerate(output.token_ids):
+            self.num_tokens += 1
+            if output.logprobs is not None:
+                tokens.append(TokenText(token_id, output.logprobs[place], self._num_chars))
+            if place >= num_shown:
+                break
+            piece = self._detokenizer.feed((token_id,))
+            self._num_chars += len(piece)
+            if self._matcher is None:
+                text += piece
+                continue
+            text += self._matcher.feed(piece)
+            if self._matcher.matched is not None:
+                self.stop_deadline = asyncio.get_running_loop().time() + STOP_WAIT_S
+                break
+        return text
+
+    def _rest(self) -> str:
+        """Text that was waiting for a character's or a stop string's end."""
+        text = self._detokenizer.flush()
+        if self._matcher is None:
+            return text
+        return self._matcher.feed(text) + self._matcher.flush()
+
+    def _end(self, reason: FinishReason, timings: Timings | None) -> FinishReason:
+        self.finish_reason = reason
+        self.timings = timings
+        self.stop_deadline = None
+        return reason
+
+    def give_up_waiting(self) -> Delta:
+        """The engine did not confirm a stop in time: end without timings."""
+        return Delta(self.index, "", finish_reason=self._end("stop", None))
+
+
+class Generation:
+    """The running sequences of one HTTP request. Sequence i of prompt p has index p * n + i."""
+
+    def __init__(self, service: Service, outputs: list[OutputText], n: int) -> None:
+        self.outputs = outputs
+        self.n = n
+        self._engine = service.engine
+        self._stream: TokenStream | None = None
+        self._num_open = len(outputs)
+        self._held: list[Delta] = []
+
+    def start(self) -> None:
+        """Raises Unavailable when no target is ready."""
+        self._stream = self._engine.open([output.submit for output in self.outputs])
+
+    def abandon(self) -> None:
+        """The client is gone: stop the engine's work now, wherever the reader is."""
+        assert self._stream is not None, "started"
+        self.close()
+        self._stream.fail(ClientGone("the client closed the connection"))
+
+    def close(self) -> None:
+        """Cancel what has not ended; nothing is left to do after a complete answer."""
+        for output in self.outputs:
+            if output.finish_reason is None:
+                self._engine.forget(output.submit.request_id)
+
+    async def wait_accepted(self, timeout_s: float) -> None:
+        """Wait a little for the first outputs, so that a refusal still gets its own HTTP status.
+
+        Raises:
+            TandemError: the engine refused the request, or failed.
+        """
+        self._held = await self._next(timeout_s)
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What has arrived, in lots, until every sequence has ended.
+
+        Raises:
+            TandemError: the engine failed, or the client left (ClientGone).
+        """
+        if self._held:
+            yield self._held
+            self._held = []
+        while self._num_open:
+            yield await self._next()
+
+    async def _next(self, timeout_s: float | None = None) -> list[Delta]:
+        assert self._stream is not None, "started"
+        deadlines = [output.stop_deadline for output in self.outputs if output.stop_deadline is not None]
+        now = asyncio.get_running_loop().time() if deadlines else 0.0
+        if deadlines:
+            timeout_s = max(0.0, min(deadlines) - now)
+        try:
+            arrived = await self._stream.get(timeout_s)
+            deltas = [self._feed(index, output) for index, output in arrived]
+        except Exception:
+            self.close()  # one sequence failed: the answer is an error, so the others are of no use
+            raise
+        if deadlines and not arrived:
+            for text in self.outputs:
+                if text.stop_deadline is not None and text.stop_deadline <= now + (timeout_s or 0.0):
+                    deltas.append(text.give_up_waiting())
+                    self._engine.forget(text.submit.request_id, "stop_string")
+        self._num_open -= sum(delta.finish_reason is not None for delta in deltas)
+        return deltas
+
+    def _feed(self, index: int, output: Output) -> Delta:
+        text = self.outputs[index]
+        was_running = text.stop_deadline is None
+        delta = text.feed(output)
+        if was_running and text.stop_deadline is not None:
+            self._engine.cancel(text.submit.request_id, "stop_string")
+        return delta
+
+
+def prepare(
+    service: Service,
+    request: Request,
+    body: GenerationBody,
+    prompts: Sequence[list[int]],
+    *,
+    max_tokens: int | None,
+    max_tokens_param: str,
+    num_logprobs: int | None,
+    is_chat: bool,
+) -> Generation:
+    """Check a request against the model and build its sequences.
+
+    Raises:
+        InvalidRequest: a token id, length or limit does not fit the model.
+        Unavailable: no target is ready, so its limits are not known.
+    """
+    target = service.engine.require_target()
+    sampling = for_sequences(body, service.text.sampling_defaults, target.vocab_size, num_logprobs)
+    stop_token_ids = list(body.stop_token_ids or [])
+    check_token_ids(stop_token_ids, target.vocab_size, "stop_token_ids")
+    if not body.ignore_eos:
+        stop_token_ids += [*service.text.eos_token_ids, *target.eos_token_ids]
+    base = uuid.uuid4().hex
+    outputs: list[OutputText] = []
+    for prompt in prompts:
+        limit = output_limit(max_tokens, len(prompt), target.max_model_len, max_tokens_param)
+        if body.min_tokens > limit:
+            raise InvalidRequest(f"min_tokens: {body.min_tokens} is more than the limit of {limit}", param="min_tokens")
+        for params in sampling:
+            index = len(outputs)
+            submit = Submit(
+                request_id=RequestId(f"{base}-{index}"),
+                prompt_token_ids=prompt,
+                sampling=params,
+                max_tokens=limit,
+                stop_token_ids=sorted(set(stop_token_ids)),
+                min_tokens=body.min_tokens,
+                priority=body.priority,
+                tenant=request.scope.get("tenant", ""),
+            )
+            outputs.append(OutputText(service, submit, index, body, is_chat=is_chat))
+    return Generation(service, outputs, body.n)
+
+
+class ClientWatcher:
+    """Ends a generation at once when its client closes the connection, be it queued, streaming or not.
+
+    It lives from the submission to the end of the answer, which for a stream is after the endpoint has returned.
+    """
+
+    def __init__(self, request: Request, generation: Generation) -> None:
+        self._request = request
+        self._generation = generation
+        self._task = asyncio.create_task(self._watch(), name="client watcher")
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._generation.abandon()
+
+    def close(self) -> None:
+        """Stop watching; whatever has not ended is cancelled."""
+        self._task.cancel()
+        self._generation.close()

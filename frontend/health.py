@@ -1,0 +1,34 @@
+"""GET /health: 200 only while a request would reach a ready target."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from frontend.errors import json_response
+from frontend.service import service_of
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """The states of the engine's processes. 503 with Retry-After whenever the target is not ready."""
+    service = service_of(request)
+    engine = service.engine
+    status = engine.status
+    is_known = status is not None and not engine.is_silent
+    answer = {
+        "status": "ok" if engine.is_ready else "unavailable",
+        "model": service.model_name,
+        "scheduler": "ready" if is_known else "silent",
+        "target": status.target if status is not None and is_known else "unknown",
+        "drafter": status.drafter if status is not None and is_known else "unknown",
+        "num_running": status.num_running if status is not None and is_known else None,
+        "num_waiting": status.num_waiting if status is not None and is_known else None,
+        "num_open_requests": engine.num_live,
+    }
+    content = msgspec.json.encode(answer)
+    return json_response(content) if engine.is_ready else json_response(content, 503, {"retry-after": "2"})

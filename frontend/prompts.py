@@ -1,0 +1,124 @@
+"""Prompts of every form, as token ids."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from frontend.sampling import check_token_ids
+from frontend.schemas import ChatMessage
+from frontend.service import INLINE_CHARS, Service
+from shared.errors import InvalidRequest
+
+MAX_PROMPTS = 128
+
+
+async def render_chat(
+    service: Service,
+    messages: Sequence[ChatMessage],
+    *,
+    tools: list[dict[str, Any]] | None,
+    kwargs: dict[str, Any] | None,
+    add_generation_prompt: bool = True,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """The tokens of a conversation. The template writes the special tokens, so none are added by default.
+
+    Raises:
+        InvalidRequest: a content part is not text, or the template refuses the messages.
+    """
+    template = service.template
+    if template is None:
+        raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+    plain = [_plain(m, i, knows_developer=template.knows_developer) for i, m in enumerate(messages)]
+    num_chars = sum(len(str(m["content"])) for m in plain)
+
+    def render() -> str:
+        return template.render(plain, tools=tools, kwargs=kwargs, add_generation_prompt=add_generation_prompt)
+
+    text = render() if num_chars <= INLINE_CHARS else await asyncio.to_thread(render)
+    return await service.encode(text, add_special_tokens=add_special_tokens, param="messages")
+
+
+def _plain(message: ChatMessage, index: int, *, knows_developer: bool) -> dict[str, Any]:
+    """The dict that templates expect: text content, a system role they know, tool arguments as objects."""
+    place = f"messages[{index}]"
+    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        raise InvalidRequest(f"{place}.content: required field is missing", param=f"{place}.content")
+    role = "system" if message.role == "developer" and not knows_developer else message.role
+    plain: dict[str, Any] = {"role": role, "content": _text(message.content, f"{place}.content")}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            plain[name] = value
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return plain
+
+
+def _text(content: str | list[dict[str, Any]] | None, place: str) -> str:
+    if not isinstance(content, list):
+        return content or ""
+    texts = []
+    for i, part in enumerate(content):
+        if part.get("type") != "text":
+            kind = part.get("type")
+            raise InvalidRequest(
+                f"{place}[{i}].type: parts of type {kind!r} are not supported", param=f"{place}[{i}].type"
+            )
+        for key in part:
+            if key not in ("type", "text"):
+                raise InvalidRequest(f"{place}[{i}].{key}: unknown or unsupported field", param=f"{place}[{i}].{key}")
+        if not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{place}[{i}].text: expected `str`", param=f"{place}[{i}].text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _arguments(arguments: str) -> Any:  # noqa: ANN401 - any JSON value
+    """Templates print arguments as JSON, so a string would be quoted twice; one that is no JSON stays a string."""
+    try:
+        return msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return arguments
+
+
+async def encode_prompts(service: Service, prompt: str | list[Any]) -> list[list[int]]:
+    """The prompts of /v1/completions: a text, texts, token ids, or lists of token ids.
+
+    Raises:
+        InvalidRequest: mixed, empty or too many prompts, or an id outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        prompts: list[Any] = [prompt]
+    elif prompt and all(type(item) is int for item in prompt):
+        prompts = [prompt]
+    else:
+        prompts = prompt
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InvalidRequest(f"prompt: {len(prompts)} prompts; 1 to {MAX_PROMPTS} are allowed", param="prompt")
+    encoded = []
+    for item in prompts:
+        if isinstance(item, str):
+            ids = await service.encode(item, add_special_tokens=True, param="prompt")
+        elif isinstance(item, list) and all(type(i) is int for i in item):
+            check_token_ids(item, service.vocab_size, "prompt")
+            ids = item
+        else:
+            raise InvalidRequest(
+                "prompt: expected a text, a list of texts, token ids, or a list of lists of token ids", param="prompt"
+            )
+        if not ids:
+            raise InvalidRequest("prompt: it has no tokens", param="prompt")
+        encoded.append(ids)
+    return encoded

@@ -1,0 +1,50 @@
+"""uvicorn around the application, stopping within the supervisor's grace."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+
+import uvicorn
+
+from frontend.app import create_app
+from frontend.service import Service
+
+# supervise.py kills after 4 s; this leaves time for sockets and the interpreter.
+GRACEFUL_SHUTDOWN_S = 2
+
+
+class Server(uvicorn.Server):
+    """Serves until told to stop, then ends every live request before it waits for connections to close."""
+
+    def __init__(self, service: Service) -> None:
+        settings = service.settings
+        config = uvicorn.Config(
+            create_app(service),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        )
+        super().__init__(config)
+        self._engine = service.engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Unlike uvicorn's, does not raise the signal again afterwards: a stop that was asked for ends with code 0."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._engine.start()
+        try:
+            await super().serve(sockets)
+        finally:
+            await self._engine.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.stop()
+        await super().shutdown(sockets)

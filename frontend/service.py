@@ -1,0 +1,106 @@
+"""What every endpoint needs: the model's text side, the engine, settings. Made once per process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from starlette.requests import ClientDisconnect, Request
+
+from frontend import tokenizer
+from frontend.chat_template import ChatTemplate
+from frontend.detokenize import Detokenizer
+from frontend.engine import EngineClient
+from frontend.pieces import Pieces
+from frontend.schemas import MAX_BODY_BYTES
+from frontend.streams import ClientGone
+from frontend.tokenizer import ModelText
+from shared.config import Settings
+from shared.errors import ContextLength, InvalidRequest, NotFound
+
+# Longer texts are tokenized in a thread (the library lets go of the interpreter); 8,192 characters take about 1 ms.
+INLINE_CHARS = 8192
+# No vocabulary has longer tokens; a text longer than this for each token of context cannot fit.
+MAX_CHARS_PER_TOKEN = 256
+
+
+class Service:
+    """Shared by all requests; immutable but for the engine's state."""
+
+    def __init__(self, settings: Settings, model_name: str, text: ModelText, engine: EngineClient) -> None:
+        self.settings = settings
+        self.model_name = model_name
+        self.text = text
+        self.engine = engine
+        self.pieces = Pieces(text.tokenizer)
+        self.template = ChatTemplate(text.chat_template, text.special_texts) if text.chat_template else None
+        self.started_at = int(time.time())
+        self._model_ids = {"", "default", model_name, settings.model, settings.model_name}
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model takes: its embedding may have more rows than the tokenizer has tokens."""
+        info = self.engine.target_info
+        return info.vocab_size if info is not None else self.pieces.vocab_size
+
+    @property
+    def max_model_len(self) -> int | None:
+        """None until a target has been ready once."""
+        info = self.engine.target_info
+        return info.max_model_len if info is not None else None
+
+    def check_model(self, model: str) -> None:
+        """Raises NotFound for a name that is not the served model's."""
+        if model not in self._model_ids:
+            raise NotFound(f"no model {model!r} here; {self.model_name!r} (or 'default') is served", param="model")
+
+    def detokenizer(self, *, skip_special_tokens: bool, is_text_start: bool) -> Detokenizer:
+        return Detokenizer(
+            self.text.tokenizer, self.pieces, skip_special_tokens=skip_special_tokens, is_text_start=is_text_start
+        )
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """The text's tokens.
+
+        Raises:
+            InvalidRequest: the text has a lone surrogate, or is far longer than the context.
+        """
+        limit = self.max_model_len
+        if limit is not None and len(text) > limit * MAX_CHARS_PER_TOKEN:
+            raise ContextLength(
+                f"{param} has {len(text)} characters; this model's context is {limit} tokens", param=param
+            )
+        try:
+            if len(text) <= INLINE_CHARS:
+                return tokenizer.encode(self.text.tokenizer, text, add_special_tokens=add_special_tokens)
+            return await asyncio.to_thread(
+                tokenizer.encode, self.text.tokenizer, text, add_special_tokens=add_special_tokens
+            )
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest(f"{param} is not valid Unicode text", param=param) from error
+
+
+def service_of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service), "set by create_app"
+    return service
+
+
+async def read_body(request: Request) -> bytes:
+    """The request's body.
+
+    Raises:
+        InvalidRequest: it is larger than MAX_BODY_BYTES.
+        ClientGone: the connection ended before it was complete.
+    """
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise InvalidRequest(f"the body is larger than {MAX_BODY_BYTES} bytes")
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ClientGone("the client left while sending its request") from error
+    return b"".join(parts)

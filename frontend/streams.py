@@ -1,0 +1,71 @@
+"""Outputs on their way from the socket to one HTTP response."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shared.errors import TandemError
+from shared.messages import Output, Submit
+
+
+class ClientGone(TandemError):
+    """The client closed its connection; nobody reads the answer."""
+
+    code = "client_gone"
+
+
+class TokenStream:
+    """The outputs of the sequences of one HTTP request, in order of arrival. One reader."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self.num_sequences = num_sequences
+        self.error: TandemError | None = None
+        self._arrived: list[tuple[int, Output]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, index: int, output: Output) -> None:
+        self._arrived.append((index, output))
+        self._wake()
+
+    def fail(self, error: TandemError) -> None:
+        """End the stream: the reader gets what has arrived, then `error`."""
+        if self.error is None:
+            self.error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self, timeout_s: float | None = None) -> list[tuple[int, Output]]:
+        """All (sequence index, output) pairs that have arrived, at least one; empty after `timeout_s`.
+
+        Raises:
+            TandemError: a sequence was rejected or failed, the client left, or the engine was lost.
+        """
+        if not self._arrived and self.error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            if timeout_s is None:
+                await self._waiter
+            else:
+                await asyncio.wait([self._waiter], timeout=timeout_s)
+            self._waiter = None
+        if self._arrived:
+            arrived, self._arrived = self._arrived, []
+            return arrived
+        if self.error is not None:
+            raise self.error
+        return []
+
+
+class LiveRequest:
+    """One accepted Submit that has not ended, with all it takes to submit it again."""
+
+    __slots__ = ("index", "is_sent", "output_token_ids", "stream", "submit")
+
+    def __init__(self, submit: Submit, index: int, stream: TokenStream) -> None:
+        self.submit = submit
+        self.index = index
+        self.stream = stream
+        self.output_token_ids: list[int] = list(submit.output_token_ids)
+        self.is_sent = False

@@ -1,0 +1,1 @@
+"""The engine process: sequences, step planning, prefix index, speculation policy. No MLX here."""

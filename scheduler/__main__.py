@@ -1,0 +1,111 @@
+"""The scheduler process: a ROUTER socket around the core. `python -m scheduler`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from types import FrameType
+
+import zmq
+
+from scheduler.core import Core, Envelope
+from scheduler.metrics import Metrics
+from shared import config, log
+from shared.errors import BadConfig, BadMessage
+from shared.messages import Heartbeat, ToScheduler
+from shared.model_files import display_name
+from shared.supervise import EXIT_CONFIG
+from shared.wire import Decoder, encode
+
+SEND_QUEUE = 100_000  # messages waiting for one peer before it counts as lost
+LINGER_MS = 1000
+
+
+class Process:
+    """Receive, decode, handle, send. Peers are addressed by the identity they chose: their instance id."""
+
+    def __init__(self, settings: config.Settings) -> None:
+        self.settings = settings
+        self.log = logging.getLogger("scheduler")
+        self.core = Core(settings, Metrics(display_name(settings.model, settings)))
+        self._decoder = Decoder(ToScheduler)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set(zmq.SNDHWM, SEND_QUEUE)
+        self._socket.set(zmq.RCVHWM, SEND_QUEUE)
+        self._socket.set(zmq.LINGER, LINGER_MS)
+        self._socket.set(zmq.ROUTER_HANDOVER, 1)
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        self._stopping = False
+
+    def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        config.prepare_run_folder(self.settings)
+        self._socket.bind(self.settings.engine_endpoint)
+        interval = self.settings.heartbeat_interval_s
+        next_tick = time.monotonic()
+        self.log.info("listening on %s", self.settings.engine_endpoint)
+        try:
+            while not self._stopping:
+                wait = max(0.0, next_tick - time.monotonic())
+                if self._socket.poll(int(wait * 1000) + 1):
+                    self._receive()
+                if time.monotonic() >= next_tick:
+                    self._send(self.core.tick(time.monotonic()))
+                    next_tick = time.monotonic() + interval
+            self._send(self.core.shutdown(time.monotonic()))
+        finally:
+            self._socket.close()
+            self._context.term()
+
+    def _receive(self) -> None:
+        """Handle all that has come."""
+        while True:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                if len(frames) != 1:
+                    raise BadMessage(f"{len(frames)} frames instead of 1")
+                message = self._decoder.decode(frames[0])
+                # A worker's heartbeats come through a socket of their own, so that a long step cannot delay them.
+                sender = message.instance_id if isinstance(message, Heartbeat) else identity.decode("ascii")
+            except (BadMessage, UnicodeDecodeError) as error:
+                self.core.metrics.dropped["bad"].inc()
+                self.log.warning("dropped a bad message: %s", str(error)[:200])
+                continue
+            self._send(self.core.handle(sender, message, time.monotonic()))
+
+    def _send(self, envelopes: list[Envelope]) -> None:
+        for receiver, message in envelopes:
+            try:
+                self._socket.send_multipart([receiver.encode("ascii"), encode(message)], zmq.NOBLOCK)
+            except zmq.Again:
+                self.log.error("%s does not read its messages; treating it as lost", receiver[:8])
+                self._send(self.core.lose(receiver, time.monotonic()))
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise  # a peer that is gone is found by its missing heartbeats
+
+
+def main() -> int:
+    try:
+        settings = config.load()
+    except BadConfig as error:
+        print(f"scheduler: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    log.set_up("scheduler", settings.log_level)
+    process = Process(settings)
+    signal.signal(signal.SIGTERM, process.stop)
+    signal.signal(signal.SIGINT, process.stop)
+    process.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

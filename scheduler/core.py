@@ -1,0 +1,469 @@
+"""The scheduler as a pure core: `handle(sender, message, now)` returns what to send. No socket, no clock, no MLX.
+
+Senders and receivers are instance ids of peers. The core is driven by three calls: `handle` for each message, `tick` now
+and then (time-outs, lost peers), `shutdown` at the end. Each returns envelopes for the process shell to send.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from dataclasses import dataclass
+
+from scheduler.metrics import Metrics
+from scheduler.peers import Peer, Peers
+from scheduler.planner import Plan, Planner
+from scheduler.sequence import Sequence
+from scheduler.slots import SlotPool
+from scheduler.waiting import WaitingQueue
+from shared.config import Settings
+from shared.errors import Busy, ContextLength, InvalidRequest, Unavailable
+from shared.messages import (
+    Cancel,
+    DraftReply,
+    EngineStatus,
+    FinishReason,
+    Heartbeat,
+    Hello,
+    Message,
+    MetricsPage,
+    MetricsRequest,
+    Output,
+    Outputs,
+    Ready,
+    Rejected,
+    Release,
+    RequestId,
+    RowResult,
+    SayHello,
+    Step,
+    StepResult,
+    Submit,
+    Welcome,
+    WorkerFailed,
+)
+
+Envelope = tuple[str, Message]
+
+MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
+
+
+@dataclass
+class InFlight:
+    """A step that the target has: whose rows they are, in which incarnation, and when it left."""
+
+    step_id: int
+    rows: dict[int, tuple[Sequence, int, int]]  # slot -> (sequence, incarnation, num_drafts), sampled rows only
+    sent: float
+
+
+class Core:
+    """Args:
+    settings: of the process tree.
+    metrics: counters; the core only adds to them.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.scheduler_id = uuid.uuid4().hex
+        self.peers = Peers(settings.heartbeat_timeout_s)
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []
+        self.slots = SlotPool(0, 0, [1])
+        self.planner: Planner | None = None  # while a target is ready
+        self._requests: dict[RequestId, Sequence] = {}
+        self._in_flight: deque[InFlight] = deque()
+        self._num_steps = 0
+        self._num_arrivals = 0
+        self._step_s = 0.0  # moving average, for Retry-After
+        self._out: list[Envelope] = []
+        self._outputs: dict[str, list[Output]] = {}
+        self._freed: list[int] = []
+
+    # ------------------------------------------------ entry points
+
+    def handle(self, sender: str, message: Message, now: float) -> list[Envelope]:
+        """Advance on one message from `sender`."""
+        peer = self.peers.seen(sender, now)
+        if peer is None and not isinstance(message, Hello):
+            self.metrics.dropped["unknown_peer"].inc()
+            return [(sender, SayHello())]
+        match message:
+            case Hello():
+                self._hello(sender, message, now)
+            case Heartbeat():
+                self._heartbeat(sender, message)
+            case Ready():
+                self._ready(sender, message)
+            case Submit():
+                self._submit(sender, message, now)
+            case Cancel():
+                self._cancel(message, now)
+            case StepResult():
+                self._step_result(sender, message, now)
+            case MetricsRequest():
+                self._out.append((sender, MetricsPage(query_id=message.query_id, page=self._metrics_page())))
+            case WorkerFailed():
+                self._worker_failed(sender, now)
+            case DraftReply():
+                pass
+            case _:
+                self.metrics.dropped["unexpected"].inc()
+        return self._finish(now)
+
+    def tick(self, now: float) -> list[Envelope]:
+        """Time-outs: silent peers, requests past their deadline. Sends heartbeats and the status."""
+        for peer in self.peers.lost(now):
+            self._lose(peer, now)
+        for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
+            self._end(sequence, "error", now, error="the request's time limit passed")
+        for peer in self.peers.all():
+            self._out.append((peer.instance_id, Heartbeat(instance_id=self.scheduler_id)))
+        self._broadcast_status()
+        return self._finish(now)
+
+    def lose(self, instance_id: str, now: float) -> list[Envelope]:
+        """A peer cannot be reached any more."""
+        peer = self.peers.get(instance_id)
+        if peer is not None:
+            self._lose(peer, now)
+        return self._finish(now)
+
+    def shutdown(self, now: float) -> list[Envelope]:
+        """End every live request with a clear error."""
+        for sequence in list(self._requests.values()):
+            self._end(sequence, "error", now, error="the server is shutting down")
+        return self._finish(now)
+
+    def _finish(self, now: float) -> list[Envelope]:
+        """After any event: tell the target what is free, plan steps, and hand out all that is to be sent."""
+        self._release_freed()
+        self._plan_steps(now)
+        for frontend, outputs in self._outputs.items():
+            self._out.append((frontend, Outputs(outputs=outputs)))
+        self._outputs = {}
+        out, self._out = self._out, []
+        return out
+
+    # ------------------------------------------------ peers
+
+    def _hello(self, sender: str, hello: Hello, now: float) -> None:
+        replaced = self.peers.replaced_by(hello.role, sender)
+        if replaced is not None:
+            self._lose(replaced, now)
+            self.metrics.worker_restarts[hello.role].inc()
+        elif sender in self.peers and hello.role == "target":
+            self._drop_target(now)  # the same process says hello again: it forgot, or missed messages
+        peer = self.peers.add(sender, hello.role, hello.pid, now)
+        self._out.append((sender, Welcome(scheduler_id=self.scheduler_id, epoch=peer.epoch)))
+        self._broadcast_status()
+
+    def _heartbeat(self, sender: str, message: Heartbeat) -> None:
+        peer = self.peers.get(sender)
+        if peer is not None:
+            self.metrics.set_memory(peer.role, message.memory_bytes)
+
+    def _ready(self, sender: str, message: Ready) -> None:
+        peer = self.peers.get(sender)
+        if peer is None or peer.epoch != message.epoch or peer.role not in ("target", "drafter"):
+            self.metrics.dropped["old_epoch"].inc()
+            return
+        peer.info = message.info
+        self.metrics.set_worker(peer.role, True)
+        if peer.role == "target":
+            info = message.info
+            self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
+            budget = self.settings.max_num_batched_tokens or info.max_step_tokens
+            self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens)
+        self._broadcast_status()
+
+    def _worker_failed(self, sender: str, now: float) -> None:
+        peer = self.peers.get(sender)
+        if peer is not None:
+            self._lose(peer, now)
+
+    def _lose(self, peer: Peer, now: float) -> None:
+        """A peer is gone. Requests of a lost target wait for the next one; those of a lost frontend end."""
+        self.peers.remove(peer.instance_id)
+        self.metrics.set_worker(peer.role, False)
+        if peer.role == "target":
+            self._drop_target(now)
+        elif peer.role == "frontend":
+            for sequence in [s for s in self._requests.values() if s.frontend == peer.instance_id]:
+                self._end(sequence, "abort", now)
+        self._broadcast_status()
+
+    def _drop_target(self, now: float) -> None:
+        """Nothing is computed any more: every running sequence waits to be recomputed by the next target."""
+        self.metrics.set_worker("target", False)
+        self._in_flight.clear()
+        self._freed.clear()
+        for sequence in self.running:
+            sequence.rewind()
+            self.waiting.push(sequence)
+        self.running.clear()
+        self.slots = SlotPool(0, 0, [1])
+        self.planner = None
+
+    @property
+    def target(self) -> Peer | None:
+        return self.peers.by_role("target")
+
+    def status(self) -> EngineStatus:
+        target, drafter = self.target, self.peers.by_role("drafter")
+        return EngineStatus(
+            scheduler_id=self.scheduler_id,
+            target=target.state if target else "absent",
+            drafter=drafter.state if drafter else "absent",
+            target_info=target.info if target else None,
+            drafter_info=drafter.info if drafter else None,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+        )
+
+    def _broadcast_status(self) -> None:
+        status = self.status()
+        self._out += [(p.instance_id, status) for p in self.peers.all() if p.role == "frontend"]
+
+    # ------------------------------------------------ requests
+
+    def _submit(self, sender: str, submit: Submit, now: float) -> None:
+        refusal = self._refusal(submit)
+        if refusal is not None:
+            reason, error = refusal
+            self.metrics.rejected[reason].inc()
+            rejected = Rejected(
+                request_id=submit.request_id,
+                code=error.code,
+                message=error.message,
+                retry_after_s=error.retry_after_s,
+            )
+            self._out.append((sender, rejected))
+            return
+        self._num_arrivals += 1
+        order = (submit.priority * self.settings.priority_ageing_s + now, self._num_arrivals)
+        sequence = Sequence(submit=submit, frontend=sender, arrival=now, order=order)
+        self._requests[submit.request_id] = sequence
+        if sequence.num_output_tokens >= submit.max_tokens:  # resumed after its last token
+            self._end(sequence, "length", now)
+            return
+        self.waiting.push(sequence)
+
+    def _refusal(self, submit: Submit) -> tuple[str, InvalidRequest | Busy | Unavailable] | None:
+        info = self.target.info if self.target else None
+        is_resumed = bool(submit.output_token_ids)
+        if submit.request_id in self._requests:
+            return "bad_request", InvalidRequest(f"request id {submit.request_id} is already running")
+        if not submit.prompt_token_ids or submit.max_tokens < 1:
+            return "bad_request", InvalidRequest("a request needs at least one prompt token and one output token")
+        if info is None:
+            if is_resumed:  # accepted before this scheduler started: it waits for the target
+                return None
+            return "no_target", Unavailable("the model is not ready", retry_after_s=5.0)
+        if any(not 0 <= t < info.vocab_size for t in (*submit.prompt_token_ids, *submit.output_token_ids)):
+            return "bad_request", InvalidRequest(f"token ids must lie in 0..{info.vocab_size - 1}")
+        total = len(submit.prompt_token_ids) + submit.max_tokens
+        if total > info.max_model_len:
+            text = f"{len(submit.prompt_token_ids)} prompt tokens and max_tokens {submit.max_tokens} make {total}; "
+            return "too_long", ContextLength(text + f"the context holds {info.max_model_len}")
+        if len(self.waiting) >= self.settings.max_queue and not is_resumed:
+            text = f"{len(self.waiting)} requests are waiting already"
+            return "queue_full", Busy(text, retry_after_s=self._retry_after())
+        return None
+
+    def _retry_after(self) -> float:
+        """Seconds until the queue has probably moved: about one request's decode time, at least one second."""
+        running = [s for s in self.running if s.finish_reason is None]
+        left = min((s.submit.max_tokens - s.num_output_tokens for s in running), default=1)
+        return max(1.0, min(60.0, left * self._step_s))
+
+    def _cancel(self, message: Cancel, now: float) -> None:
+        sequence = self._requests.get(message.request_id)
+        if sequence is None:
+            return  # it ended while the message was on its way
+        state = "waiting" if not sequence.is_running else "decoding" if sequence.first_token else "prefilling"
+        if message.reason == "stop_string":
+            self._end(sequence, "stop", now)
+        else:
+            self.metrics.cancelled[state].inc()
+            self._end(sequence, "abort", now)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> None:
+        """The one place where a request ends: its slot is free, its terminal output is on its way."""
+        assert sequence.finish_reason is None, "a request ends once"
+        sequence.finish_reason = reason
+        del self._requests[sequence.submit.request_id]
+        if sequence.slot is not None:
+            self._free_slot(sequence)
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.metrics.finished(sequence, now)
+        self._emit(sequence, [], now, finish_reason=reason, error=error)
+
+    def _free_slot(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, "free a slot that is not held"
+        self.slots.free(sequence.slot)
+        if sequence.is_started:
+            self._freed.append(sequence.slot)
+
+    def _release_freed(self) -> None:
+        target = self.target
+        if self._freed and target is not None:
+            self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed)))
+        self._freed = []
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        now: float,
+        result: RowResult | None = None,
+        finish_reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> None:
+        outputs = self._outputs.setdefault(sequence.frontend, [])
+        logprobs = result.logprobs[: len(token_ids)] if result is not None and result.logprobs is not None else None
+        last = outputs[-1] if outputs else None
+        if last is not None and last.request_id == sequence.submit.request_id and last.finish_reason is None:
+            token_ids, logprobs = last.token_ids, last.logprobs  # tokens and end in one output
+            outputs.pop()
+        outputs.append(
+            Output(
+                request_id=sequence.submit.request_id,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                finish_reason=finish_reason,
+                error=error,
+                timings=sequence.timings(now) if finish_reason else None,
+            )
+        )
+
+    # ------------------------------------------------ steps
+
+    def _plan_steps(self, now: float) -> None:
+        target = self.target
+        while self.planner is not None and target is not None and len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
+            if not self.running and not len(self.waiting):
+                return
+            plan = self.planner.plan(now, self._drafts_for, self._preempt, self.settings.ttft_bound_s)
+            self._release_freed()
+            if not plan:
+                return
+            self._num_steps += 1
+            step = Step(
+                epoch=target.epoch,
+                step_id=self._num_steps,
+                starts=plan.starts,
+                decodes=plan.decodes,
+                prefills=plan.prefills,
+            )
+            self._in_flight.append(InFlight(step.step_id, _sampled_rows(plan), now))
+            self._out.append((target.instance_id, step))
+            self.metrics.iteration_tokens.observe(plan.num_tokens)
+            if plan.decodes:
+                self.metrics.batch_occupancy.observe(len(plan.decodes))
+
+    def _drafts_for(self, sequence: Sequence) -> list[int] | None:
+        return []
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._free_slot(sequence)
+        self.running.remove(sequence)
+        sequence.rewind()
+        sequence.num_preemptions += 1
+        self.waiting.push(sequence)
+        self.metrics.preemptions.inc()
+
+    def _step_result(self, sender: str, result: StepResult, now: float) -> None:
+        target = self.target
+        if target is None or sender != target.instance_id or result.epoch != target.epoch:
+            self.metrics.dropped["old_epoch"].inc()
+            return
+        if not self._in_flight or self._in_flight[0].step_id != result.step_id:
+            self.metrics.dropped["unexpected"].inc()
+            return
+        step = self._in_flight.popleft()
+        self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
+        for phase, seconds in result.phases.items():
+            if phase in self.metrics.phases:
+                self.metrics.phases[phase].observe(seconds)
+        for row in result.rows:
+            sequence, incarnation, num_drafts = step.rows.get(row.slot, (None, 0, 0))
+            if sequence is not None and sequence.incarnation == incarnation and sequence.finish_reason is None:
+                self._row_result(sequence, row, num_drafts, now)
+
+    def _row_result(self, sequence: Sequence, row: RowResult, num_drafts: int, now: float) -> None:
+        sequence.num_pending -= 1
+        if row.error is not None or not 1 <= len(row.token_ids) <= num_drafts + 1:
+            self._end(sequence, "error", now, error=row.error or "the target worker sent a malformed result")
+            return
+        # Of the rows that were sent, the rejected drafts are not part of the sequence: roll back.
+        sequence.num_scheduled -= num_drafts - (len(row.token_ids) - 1)
+        if num_drafts:
+            sequence.num_drafts += 1
+            sequence.num_draft_tokens += num_drafts
+            sequence.num_accepted_tokens += len(row.token_ids) - 1
+        kept, reason = self._cut(sequence, row.token_ids)
+        sequence.token_ids += kept
+        self.metrics.generation_tokens.inc(len(kept))
+        if sequence.first_token is None:
+            sequence.first_token = now
+            self.metrics.ttft.observe(now - sequence.arrival)
+            self.metrics.queue_time.observe((sequence.first_scheduled or now) - sequence.arrival)
+            self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+        elif sequence.last_token is not None:
+            self.metrics.itl.observe(now - sequence.last_token)
+        sequence.last_token = now
+        self._emit(sequence, kept, now, result=row)
+        if reason is not None:
+            self._end(sequence, reason, now)
+
+    def _cut(self, sequence: Sequence, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+        """The tokens that belong to the output, up to a stop token or the limit, and whether it ends there."""
+        submit = sequence.submit
+        for i, token in enumerate(token_ids):
+            n = sequence.num_output_tokens + i + 1
+            if token in submit.stop_token_ids and n > submit.min_tokens:
+                return token_ids[: i + 1], "stop"
+            if n >= submit.max_tokens:
+                return token_ids[: i + 1], "length"
+        return token_ids, None
+
+    def _metrics_page(self) -> bytes:
+        self.metrics.running.set(len(self.running))
+        self.metrics.waiting.set(len(self.waiting))
+        total = self.slots.capacity_tokens
+        self.metrics.kv_usage.set(self.slots.used_tokens / total if total else 0.0)
+        return self.metrics.page()
+
+    # ------------------------------------------------ invariants
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where our own bookkeeping contradicts itself."""
+        self.slots.check_integrity()
+        live = {id(s) for s in self._requests.values()}
+        assert {id(s) for s in self.running} | {id(s) for s in self.waiting} == live, "a live request is nowhere"
+        assert all(s.slot is not None and s not in self.waiting for s in self.running), "running without a slot"
+        assert all(s.slot is None for s in self.waiting), "waiting with a slot"
+        held = [s.slot for s in self.running]
+        assert len(held) == len(set(held)), "two sequences write to one slot"
+        assert len(held) + self.slots.num_free_slots == self.slots.num_slots, "free + used != total"
+        for s in self.running:
+            assert 0 <= s.num_remaining, "scheduled beyond the sequence's end"
+            assert s.num_scheduled <= s.capacity, "scheduled beyond the slot's capacity"
+            assert s.finish_reason is None, "a finished request holds a slot"
+
+
+def _sampled_rows(plan: Plan) -> dict[int, tuple[Sequence, int, int]]:
+    rows = (*plan.decodes, *plan.prefills)
+    return {
+        row.slot: (sequence, sequence.incarnation, row.num_drafts)
+        for row, sequence in zip(rows, plan.sequences, strict=True)
+        if row.is_sampled
+    }
+
+
+def _is_overdue(sequence: Sequence, now: float) -> bool:
+    return sequence.submit.timeout_s is not None and now - sequence.arrival > sequence.submit.timeout_s

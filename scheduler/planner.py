@@ -1,0 +1,204 @@
+"""What the next step computes: decode rows first, then prefill chunks under the token budget.
+
+Order is by priority, then arrival, with ageing (see `waiting.py`). When KV capacity runs short the newest sequence of the
+lowest priority gives up its slot and is recomputed later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from scheduler.sequence import Sequence
+from scheduler.slots import SlotPool
+from scheduler.waiting import WaitingQueue
+from shared.messages import SequenceStart, StepRow
+
+INITIAL_OUTPUT_TOKENS = 256  # a new slot has room for the prompt and so many output tokens: it seldom has to grow
+
+
+@dataclass
+class Plan:
+    """One step's rows and whose they are: `sequences[i]` belongs to rows[i] of decodes, then prefills."""
+
+    starts: list[SequenceStart] = field(default_factory=list)
+    decodes: list[StepRow] = field(default_factory=list)
+    prefills: list[StepRow] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(1 if r.token_ids is None else len(r.token_ids) for r in (*self.decodes, *self.prefills))
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+
+class Planner:
+    """Args:
+    slots: slots and KV budget of the target.
+    max_step_tokens: token budget of a step.
+    max_prefill_tokens: widest chunk that the target's caches take.
+    """
+
+    def __init__(
+        self, waiting: WaitingQueue, running: list[Sequence], slots: SlotPool, max_step_tokens: int, max_prefill_tokens: int
+    ) -> None:
+        self.waiting = waiting
+        self.running = running
+        self.slots = slots
+        self.max_step_tokens = max_step_tokens
+        self.max_prefill_tokens = max_prefill_tokens
+
+    def plan(
+        self,
+        now: float,
+        drafts_for: Callable[[Sequence], list[int] | None],
+        preempted: Callable[[Sequence], None],
+        ttft_bound_s: float = 0.0,
+    ) -> Plan:
+        """Plan a step and mark its tokens as scheduled.
+
+        Args:
+            drafts_for: drafts to verify in a decode row; None leaves the sequence out of this step.
+            preempted: told of each sequence that lost its slot.
+            ttft_bound_s: while a request has waited longer for its first token, decode rows stand back; 0 is off.
+        """
+        plan = Plan()
+        budget = self.max_step_tokens
+        if not self._is_late(now, ttft_bound_s):
+            budget -= self._plan_decodes(plan, now, drafts_for, preempted)
+        self._plan_prefills(plan, budget, now, preempted)
+        return plan
+
+    def _is_late(self, now: float, bound_s: float) -> bool:
+        if bound_s <= 0:
+            return False
+        head = self.waiting.peek()
+        late = [s for s in self.running if s.num_remaining > 1 and now - s.arrival > bound_s]
+        return bool(late) or (head is not None and self.slots.num_free_slots > 0 and now - head.arrival > bound_s)
+
+    def _plan_decodes(
+        self,
+        plan: Plan,
+        now: float,
+        drafts_for: Callable[[Sequence], list[int] | None],
+        preempted: Callable[[Sequence], None],
+    ) -> int:
+        used = 0
+        for sequence in list(self.running):
+            if sequence.slot is None or sequence.num_remaining != 1 or not sequence.wants_more:
+                continue
+            drafts = drafts_for(sequence)
+            if drafts is None:
+                continue
+            room = sequence.submit.max_tokens - sequence.num_output_tokens - sequence.num_pending - 1
+            drafts = drafts[: max(0, min(room, self.max_step_tokens - used - 1))]
+            start = sequence.num_scheduled
+            if not self._grow(sequence, start + 1 + len(drafts), preempted, plan):
+                continue
+            is_on_device = sequence.num_pending > 0
+            assert not (drafts and is_on_device), "drafts need the token before them"
+            token_ids = None if is_on_device else [sequence.token_ids[-1], *drafts]
+            plan.decodes.append(self._row(plan, sequence, token_ids, len(drafts), True, now))
+            used += 1 + len(drafts)
+            if used >= self.max_step_tokens:
+                break
+        return used
+
+    def _plan_prefills(
+        self, plan: Plan, budget: int, now: float, preempted: Callable[[Sequence], None]
+    ) -> None:
+        prefilling = sorted((s for s in self.running if s.num_remaining > 1), key=lambda s: s.order)
+        while budget > 0:
+            sequence = self._next_prefill(prefilling)
+            if sequence is None:
+                return
+            n = min(sequence.num_remaining, budget, self.max_prefill_tokens)
+            first = sequence.num_scheduled
+            if not self._grow(sequence, first + n, preempted, plan):
+                continue
+            row = self._row(plan, sequence, sequence.token_ids[first : first + n], 0, n == sequence.num_remaining, now)
+            plan.prefills.append(row)
+            budget -= n
+
+    def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
+        """The first in order of those that prefill already and those that wait for a slot."""
+        head = self.waiting.peek()
+        if head is not None and (not prefilling or head.order < prefilling[0].order) and self._admit(head):
+            return head
+        while prefilling:
+            sequence = prefilling.pop(0)
+            if sequence.slot is not None:  # not preempted while planning
+                return sequence
+        if head is not None and head in self.waiting and self._admit(head):
+            return head
+        return None
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the head of the queue a slot if there is one and its capacity fits."""
+        if self.slots.num_free_slots == 0:
+            return False
+        wanted = min(sequence.submit.max_tokens, INITIAL_OUTPUT_TOKENS) + len(sequence.token_ids)
+        capacity = self.slots.class_for(min(wanted, self.slots.capacity_classes[-1]))
+        if capacity is None or not self.slots.can_hold(capacity):
+            capacity = self.slots.class_for(len(sequence.token_ids) + 1)
+        if capacity is None or not self.slots.can_hold(capacity):
+            return False
+        self.waiting.remove(sequence)
+        sequence.slot = self.slots.allocate(capacity)
+        sequence.capacity = capacity
+        self.running.append(sequence)
+        return True
+
+    def _row(
+        self, plan: Plan, sequence: Sequence, token_ids: list[int] | None, num_drafts: int, is_sampled: bool, now: float
+    ) -> StepRow:
+        assert sequence.slot is not None, "a planned sequence holds a slot"
+        if not sequence.is_started:
+            sequence.is_started = True
+            if sequence.first_scheduled is None:
+                sequence.first_scheduled = now
+            plan.starts.append(
+                SequenceStart(
+                    slot=sequence.slot,
+                    request_id=sequence.submit.request_id,
+                    sampling=sequence.submit.sampling,
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    token_ids=sequence.token_ids,
+                )
+            )
+        row = StepRow(
+            slot=sequence.slot,
+            start=sequence.num_scheduled,
+            capacity=sequence.capacity,
+            token_ids=token_ids,
+            num_drafts=num_drafts,
+            is_sampled=is_sampled,
+        )
+        sequence.num_scheduled += 1 if token_ids is None else len(token_ids)
+        if is_sampled:
+            sequence.num_pending += 1
+        plan.sequences.append(sequence)
+        return row
+
+    def _grow(
+        self, sequence: Sequence, num_tokens: int, preempted: Callable[[Sequence], None], plan: Plan
+    ) -> bool:
+        """Have the slot hold `num_tokens`, preempting others for it; False if the sequence itself had to go."""
+        if num_tokens <= sequence.capacity:
+            return True
+        capacity = self.slots.class_for(num_tokens)
+        assert capacity is not None, f"{num_tokens} tokens were admitted, no slot holds them"
+        assert sequence.slot is not None, "only a running sequence grows"
+        while not self.slots.can_hold(capacity, instead_of=sequence.capacity):
+            victim = max(self.running, key=lambda s: s.order)
+            if victim in plan.sequences and victim is not sequence:
+                # Already part of this very step: leave it and let the asker wait.
+                victim = sequence
+            preempted(victim)
+            if victim is sequence:
+                return False
+        self.slots.grow(sequence.slot, capacity)
+        sequence.capacity = capacity
+        return True

@@ -1,0 +1,86 @@
+"""One request's tokens and how far they are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.messages import FinishReason, Submit, Timings
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside the scheduler.
+
+    Positions 0 .. num_scheduled-1 were sent to the target in this incarnation; `num_pending` sampled tokens are not read
+    yet, so the sequence's true length is len(token_ids) + num_pending. Prefill, prefix hits, preemption, recovery and
+    decode are all the same: num_scheduled catches up with that length.
+    """
+
+    submit: Submit
+    frontend: str
+    arrival: float
+    order: tuple[float, int]  # smaller runs first
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    slot: int | None = None
+    capacity: int = 0
+    num_scheduled: int = 0
+    num_pending: int = 0
+    is_started: bool = False  # the target knows this incarnation
+    incarnation: int = 0  # grows with preemption and recovery; results of an older one are dropped
+    finish_reason: FinishReason | None = None
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.submit.prompt_token_ids)
+        self.token_ids = [*self.submit.prompt_token_ids, *self.submit.output_token_ids]
+
+    @property
+    def is_running(self) -> bool:
+        return self.slot is not None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Input positions that the target was not sent yet. 1 is a decode, more is a prefill, 0 waits for a result."""
+        return len(self.token_ids) + self.num_pending - self.num_scheduled
+
+    @property
+    def wants_more(self) -> bool:
+        """Another sampled token is wanted once those in flight have come."""
+        return self.finish_reason is None and self.num_output_tokens + self.num_pending < self.submit.max_tokens
+
+    def rewind(self) -> None:
+        """Give up everything computed: preemption, or a new target."""
+        self.slot = None
+        self.capacity = 0
+        self.num_scheduled = 0
+        self.num_pending = 0
+        self.is_started = False
+        self.incarnation += 1
+
+    def timings(self, now: float) -> Timings:
+        scheduled = self.first_scheduled if self.first_scheduled is not None else now
+        first = self.first_token if self.first_token is not None else now
+        return Timings(
+            queue_s=scheduled - self.arrival,
+            prefill_s=first - scheduled,
+            decode_s=now - first,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            num_drafts=self.num_drafts,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            num_preemptions=self.num_preemptions,
+        )

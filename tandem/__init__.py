@@ -1,0 +1,1 @@
+"""Tandem's public surface: the `tandem` command line and the Python API."""

@@ -1,0 +1,65 @@
+"""The `tandem` command line: `serve` and `fetch`.
+
+Every option of `serve` sets the environment variable of the same name (`--max-queue` is TANDEM_MAX_QUEUE), which all
+processes read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from shared import config
+from shared.errors import BadConfig, BadModel
+from shared.model_files import resolve
+from shared.supervise import EXIT_CONFIG
+
+PROCFILE = Path(__file__).resolve().parent.parent / "Procfile"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="tandem", description="Inference server for MLX.")
+    commands = top.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="start every process and serve HTTP")
+    for setting in msgspec.structs.fields(config.Settings):
+        default = setting.default if setting.default != "" else "none"
+        serve.add_argument(f"--{setting.name.replace('_', '-')}", metavar="VALUE", help=f"default: {default}")
+    fetch = commands.add_parser("fetch", help="download a model's files and print where they are")
+    fetch.add_argument("model", nargs="?", default="default")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = vars(parser().parse_args(argv))
+    command = options.pop("command")
+    try:
+        if command == "fetch":
+            files = resolve(options["model"], config.load())
+            print(files.folder or files.gguf)
+            return 0
+        return serve(options)
+    except (BadConfig, BadModel) as error:
+        print(f"tandem: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def serve(options: dict[str, str | None]) -> int:
+    """Check the settings, fetch the model, then become honcho, which starts every line of the Procfile.
+
+    Raises:
+        BadConfig, BadModel: nothing was started.
+    """
+    for name, value in options.items():
+        if value is not None:
+            os.environ[config.PREFIX + name.upper()] = value
+    settings = config.load()
+    resolve(settings.model, settings)
+    config.prepare_run_folder(settings)
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "honcho", "start", "-f", str(PROCFILE), "-d", str(PROCFILE.parent)]
+    os.execve(sys.executable, command, environment)

@@ -1,0 +1,134 @@
+"""From model files to an engine: loads the weights, sizes the caches for the machine, warms up."""
+
+from __future__ import annotations
+
+import logging
+
+import mlx.core as mx
+import psutil
+
+from shared.config import Settings
+from shared.errors import BadModel
+from shared.messages import SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
+from shared.model_files import ModelFiles
+from workers.cache.store import CacheStore, bytes_per_token
+from workers.engine import Engine
+from workers.load import LoadedModel, load
+from workers.runner import ModelRunner
+
+logger = logging.getLogger("target")
+
+GIB = 1 << 30
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+# A CPU is compute-bound, so a chunk buys nothing beyond about a hundred rows and delays the decode rows beside it.
+CPU_STEP_TOKENS = 128
+GPU_STEP_TOKENS = 2048
+CPU_SLOTS = 32
+GPU_SLOTS = 64
+SMALLEST_CLASS = 512
+CLASS_RATIO = 4
+MEMORY_SHARE_CPU = 0.25  # of the machine's memory, for keys and values
+MEMORY_SHARE_GPU = 0.85  # of what the weights leave free of the device's memory
+CPU_CACHE_BYTES = GIB // 2  # freed buffers that MLX keeps for reuse
+MAX_DRAFT_WIDTH = 32  # slack behind each slot for padded verify rows
+
+
+def is_cpu() -> bool:
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def memory() -> dict[str, int]:
+    """Bytes by kind, for heartbeats."""
+    return {"device": mx.get_active_memory(), "device_cache": mx.get_cache_memory()}
+
+
+def device_memory_bytes() -> int:
+    """Memory that the device may use in all."""
+    if is_cpu():
+        return int(psutil.virtual_memory().total)
+    info = mx.device_info()
+    limit = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
+    return int(limit or psutil.virtual_memory().total)
+
+
+def device_name() -> str:
+    if is_cpu():
+        return "cpu"
+    return str(mx.device_info().get("device_name", mx.default_device()))
+
+
+def capacity_classes(max_model_len: int) -> list[int]:
+    """Ascending slot sizes; the last one holds the whole context."""
+    sizes = [SMALLEST_CLASS]
+    while sizes[-1] < max_model_len:
+        sizes.append(sizes[-1] * CLASS_RATIO)
+    return sorted({min(size, max_model_len) for size in sizes})
+
+
+def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerInfo]:
+    """Raises:
+    BadModel: the files cannot be loaded, or the machine cannot hold one sequence of the model.
+    """
+    if is_cpu():
+        mx.set_cache_limit(CPU_CACHE_BYTES)
+    loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    engine, info = make_engine(loaded, settings)
+    warm_up(engine, info)
+    return engine, info
+
+
+def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, WorkerInfo]:
+    """Size the caches: as many tokens as the memory budget holds, at least one full context."""
+    specs = loaded.model.layer_specs()
+    dtype = DTYPES[loaded.dtype]
+    per_token = max(1, bytes_per_token(specs, dtype))
+    budget = settings.kv_cache_bytes or _kv_budget_bytes()
+    max_model_len = min(settings.max_model_len or loaded.max_model_len, loaded.max_model_len, budget // per_token)
+    if max_model_len < min(256, loaded.max_model_len):
+        raise BadModel(f"{budget / GIB:.2f} GiB for keys and values hold only {budget // per_token} tokens")
+    num_slots = settings.max_num_seqs or (CPU_SLOTS if is_cpu() else GPU_SLOTS)
+    step_tokens = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if is_cpu() else GPU_STEP_TOKENS)
+    classes = capacity_classes(max_model_len)
+    store = CacheStore(specs, classes, max(step_tokens, MAX_DRAFT_WIDTH), dtype, is_cpu(), MAX_DRAFT_WIDTH)
+    engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size)
+    info = WorkerInfo(
+        model=loaded.name,
+        architecture=loaded.architecture,
+        fingerprint=loaded.fingerprint,
+        device=device_name(),
+        dtype=loaded.dtype,
+        vocab_size=loaded.vocab_size,
+        max_model_len=max_model_len,
+        num_slots=num_slots,
+        kv_capacity_tokens=max(budget // per_token, max_model_len),
+        capacity_classes=classes,
+        kv_bytes_per_token=per_token,
+        max_step_tokens=step_tokens,
+        eos_token_ids=loaded.eos_token_ids,
+    )
+    return engine, info
+
+
+def _kv_budget_bytes() -> int:
+    if is_cpu():
+        return int(device_memory_bytes() * MEMORY_SHARE_CPU)
+    return max(GIB // 4, int((device_memory_bytes() - mx.get_active_memory()) * MEMORY_SHARE_GPU))
+
+
+def warm_up(engine: Engine, info: WorkerInfo) -> None:
+    """One prefill and one decode step: kernels are compiled and libraries loaded before the first request."""
+    tokens = [0] * min(16, info.max_model_len - 1)
+    start = SequenceStart(
+        slot=0,
+        request_id="warm-up",  # type: ignore[arg-type] # a NewType of str
+        sampling=SamplingParams(temperature=0.0),
+        num_prompt_tokens=len(tokens),
+        token_ids=tokens,
+    )
+    capacity = len(tokens) + 1
+    prefill = StepRow(slot=0, start=0, capacity=capacity, token_ids=tokens)
+    decode = StepRow(slot=0, start=len(tokens), capacity=capacity)
+    engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[start], decodes=[], prefills=[prefill])))
+    engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[], decodes=[decode], prefills=[])))
+    engine.reset()

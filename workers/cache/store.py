@@ -1,0 +1,146 @@
+"""All layers' caches of all slots, and the views of one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from workers.cache.kv import BatchShape, KVLayer, KVView
+from workers.cache.placement import Placement
+from workers.cache.recurrent import RecurrentLayer, RecurrentView
+from workers.cache.spec import AttentionSpec, LayerSpec, ListSpec, leaves
+
+View = KVView | RecurrentView
+RecurrentSnapshot = dict[int, list[object]]
+
+
+class ListView:
+    """Several caches of one layer, by index (mlx-lm's CacheList)."""
+
+    def __init__(self, views: list[View]) -> None:
+        self.caches = views
+        self.offset = views[0].offset
+
+    def __getitem__(self, index: int) -> View:
+        return self.caches[index]
+
+
+@dataclass
+class Batch:
+    """The rows of one forward: `order[i]` is the index, in what was asked for, of batch row i."""
+
+    order: list[int]
+    layers: list[View | ListView]
+    recurrent: list[RecurrentView]
+
+    def close(self) -> None:
+        """Call once the model was called: recurrent layers keep their new states."""
+        for view in self.recurrent:
+            view.close()
+
+
+class CacheStore:
+    """Slots, their rows and their content.
+
+    Args:
+        specs: one per model layer.
+        capacity_classes: slot capacities in tokens, ascending.
+        max_width: widest step (prefill chunk, or drafts + 1); sliding rings leave room for it.
+        slack: room behind each slot's capacity for the padding of a batch whose rows carry different numbers of drafts.
+        dtype: of keys and values.
+        is_exact: attend to exact lengths (CPU); otherwise lengths are rounded up to a few shapes (GPU).
+    """
+
+    def __init__(
+        self,
+        specs: list[LayerSpec],
+        capacity_classes: list[int],
+        max_width: int,
+        dtype: mx.Dtype,
+        is_exact: bool,
+        slack: int = 32,
+    ) -> None:
+        self.specs = specs
+        self.max_width = max_width
+        self.placement = Placement(capacity_classes)
+        self.is_exact = is_exact
+        self._layers = [
+            KVLayer(s, capacity_classes, max_width, slack, dtype) if isinstance(s, AttentionSpec) else RecurrentLayer(s)
+            for s in leaves(specs)
+        ]
+        self.kv_layers = [layer for layer in self._layers if isinstance(layer, KVLayer)]
+        self.recurrent_layers = [layer for layer in self._layers if isinstance(layer, RecurrentLayer)]
+        self._lengths: dict[int, int] = {}  # slot -> positions ever written
+
+    @property
+    def is_recurrent(self) -> bool:
+        return bool(self.recurrent_layers)
+
+    def ensure(self, slot: int, capacity: int) -> None:
+        """Give `slot` room for `capacity` tokens, keeping its content."""
+        move = self.placement.ensure(slot, capacity)
+        capacity_class = self.placement.where(slot)[0]
+        for layer in self.kv_layers:
+            layer.reserve(capacity_class, self.placement.num_rows(capacity_class))
+            if move is not None:
+                layer.move(move, self._lengths.get(slot, 0))
+
+    def release(self, slot: int) -> None:
+        self.placement.release(slot)
+        self._lengths.pop(slot, None)
+        for layer in self.recurrent_layers:
+            layer.release(slot)
+
+    def open(self, slots: Sequence[int], starts: Sequence[int], width: int, lengths: Sequence[int] | None = None) -> Batch:
+        """Views for one forward of `width` tokens per row, written at positions starts[i] .. starts[i]+width-1.
+
+        Args:
+            lengths: real tokens of each row where rows are padded to `width`; recurrent layers need it.
+        """
+        assert width <= self.max_width, f"step of width {width}, caches made for {self.max_width}"
+        order_slots, runs, moves = self.placement.gather(list(slots))
+        for move in moves:
+            longest = max(self._lengths.values(), default=0)
+            for layer in self.kv_layers:
+                layer.move(move, min(longest, layer.capacities[move.from_class]))
+        index = {slot: i for i, slot in enumerate(slots)}
+        order = [index[slot] for slot in order_slots]
+        shape = BatchShape(runs, [starts[i] for i in order], width, self.is_exact)
+        for i in order:
+            self._lengths[slots[i]] = max(self._lengths.get(slots[i], 0), starts[i] + width)
+        real = None if lengths is None else mx.array([lengths[i] for i in order])
+        recurrent: list[RecurrentView] = []
+        flat: list[View] = []
+        for layer in self._layers:
+            if isinstance(layer, KVLayer):
+                flat.append(KVView(layer, shape))
+            else:
+                view = RecurrentView(layer, order_slots, real, shape.offset)
+                recurrent.append(view)
+                flat.append(view)
+        return Batch(order, self._nest(flat), recurrent)
+
+    def _nest(self, flat: list[View]) -> list[View | ListView]:
+        nested: list[View | ListView] = []
+        remaining = iter(flat)
+        for spec in self.specs:
+            if isinstance(spec, ListSpec):
+                nested.append(ListView([next(remaining) for _ in spec.children]))
+            else:
+                nested.append(next(remaining))
+        return nested
+
+    def pending(self) -> list[mx.array]:
+        """Everything a step may have left unevaluated."""
+        arrays = [p for layer in self.kv_layers for pools in (layer.keys, layer.values) for p in pools if p is not None]
+        return arrays + [a for layer in self.recurrent_layers for a in layer.pending()]
+
+    def nbytes(self) -> int:
+        return sum(layer.nbytes() for layer in self._layers)
+
+
+def bytes_per_token(specs: list[LayerSpec], dtype: mx.Dtype) -> int:
+    """Cache bytes that one more token of a sequence costs, windows not counted in."""
+    return sum(s.row_elements() for s in leaves(specs) if isinstance(s, AttentionSpec)) * dtype.size

@@ -1,0 +1,200 @@
+"""Runs steps: forwards for decode and prefill rows, one head call, one sampling call, one wait.
+
+No socket and no clock of the scheduler's here. `begin` builds a step's graph and hands it to the device without waiting,
+`finish` waits and reads; calling `begin` for step n+1 before `finish` for step n keeps the device busy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from shared.messages import RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
+from workers.accept import count_accepted
+from workers.cache.store import CacheStore
+from workers.runner import ModelRunner
+from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
+
+
+@dataclass
+class PendingStep:
+    """A step on its way: what to read and whose it is."""
+
+    step: Step
+    rows: list[StepRow]  # sampled rows, in the order of `spans`
+    spans: list[tuple[int, int]]  # rows[i] owns sampled positions spans[i][0] .. spans[i][1]-1
+    sampled_rows: list[SampledRow]
+    sampled: Sampled | None
+    pending: list[mx.array]  # what must be evaluated where nothing is sampled
+    build_s: float
+
+
+class Engine:
+    """Slots, their sampling states and the model.
+
+    Args:
+        model: the target.
+        store: its caches.
+        num_slots: slot ids are 0 .. num_slots-1.
+    """
+
+    def __init__(self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int) -> None:
+        self.model = model
+        self.store = store
+        self.vocab_size = vocab_size
+        self._slots: dict[int, SlotSampling] = {}
+        self._last_tokens = mx.zeros((num_slots,), mx.int32)
+        self._num_slots = num_slots
+
+    def reset(self) -> None:
+        """Forget every sequence."""
+        self.release(list(self._slots))
+
+    def release(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if self._slots.pop(slot, None) is not None:
+                self.store.release(slot)
+
+    # ------------------------------------------------ begin
+
+    def begin(self, step: Step) -> PendingStep:
+        """Queue a step on the device. Rows' caches are written in the order of the steps."""
+        started = time.perf_counter()
+        for start in step.starts:
+            self._bind(start)
+        for row in (*step.decodes, *step.prefills):
+            assert row.slot in self._slots, f"step {step.step_id} uses slot {row.slot}, which holds no sequence"
+            self.store.ensure(row.slot, row.capacity)
+        rows: list[StepRow] = []
+        spans: list[tuple[int, int]] = []
+        sampled_rows: list[SampledRow] = []
+        parts: list[mx.array] = []
+        for group in self._groups(step):
+            for row, part in self._forward(group):
+                first = len(sampled_rows)
+                sampled_rows += self._sampled_positions(row)
+                rows.append(row)
+                spans.append((first, len(sampled_rows)))
+                parts.append(part)
+        sampled = None
+        if parts:
+            hidden = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            sampled = sample(self.model.head(hidden), sampled_rows)
+            self._remember(rows, spans, sampled)
+        pending = sampled.arrays() if sampled else []
+        if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
+            pending += self.store.pending()
+        mx.async_eval(pending)
+        return PendingStep(step, rows, spans, sampled_rows, sampled, pending, time.perf_counter() - started)
+
+    def _bind(self, start: SequenceStart) -> None:
+        if start.slot in self._slots:
+            self.release([start.slot])
+        self._slots[start.slot] = SlotSampling.start(
+            start.sampling, self.vocab_size, start.token_ids, start.num_prompt_tokens
+        )
+
+    def _groups(self, step: Step) -> list[list[StepRow]]:
+        """Rows that share a forward: all decode rows (of one width where states are recurrent), each prefill alone."""
+        groups: list[list[StepRow]] = []
+        if self.store.is_recurrent:
+            by_width: dict[int, list[StepRow]] = {}
+            for row in step.decodes:
+                by_width.setdefault(_width(row), []).append(row)
+            groups += by_width.values()
+        elif step.decodes:
+            groups.append(step.decodes)
+        return groups + [[row] for row in step.prefills]
+
+    def _forward(self, group: list[StepRow]) -> list[tuple[StepRow, mx.array]]:
+        """Run one forward; for each sampled row the hidden rows (n, H) whose logits are wanted."""
+        width = max(_width(row) for row in group)
+        batch = self.store.open([r.slot for r in group], [r.start for r in group], width)
+        ordered = [group[i] for i in batch.order]
+        hidden = self.model.hidden_rows(self._inputs(ordered, width), batch.layers, self._wanted(ordered))
+        batch.close()
+        result, at = [], 0
+        for row in ordered:
+            if row.is_sampled:
+                n = row.num_drafts + 1
+                result.append((row, hidden[at : at + n]))
+                at += n
+        return result
+
+    def _inputs(self, rows: list[StepRow], width: int) -> mx.array:
+        """Token ids (B, width): from the message, or the slot's last sampled token, which only the device knows."""
+        on_device = [row.token_ids is None for row in rows]
+        last = self._last_tokens[mx.array([row.slot for row in rows])][:, None] if any(on_device) else None
+        if last is not None and width == 1 and all(on_device):
+            return last
+        known = mx.array([[*(row.token_ids or [0]), *[0] * (width - _width(row))] for row in rows], dtype=mx.int32)
+        if last is None:
+            return known
+        return mx.where(mx.array(on_device)[:, None], mx.broadcast_to(last, known.shape), known)
+
+    @staticmethod
+    def _wanted(rows: list[StepRow]) -> list[tuple[int, int, int]]:
+        """(batch row, first, end) of the positions whose hidden rows are needed."""
+        return [
+            (i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if row.is_sampled
+        ]
+
+    def _sampled_positions(self, row: StepRow) -> list[SampledRow]:
+        state, tokens = self._slots[row.slot], row.token_ids or []
+        first = row.start + _width(row) - row.num_drafts
+        drafts = tokens[len(tokens) - row.num_drafts :] if row.num_drafts else []
+        return [SampledRow(state, first + i, drafts[:i]) for i in range(row.num_drafts + 1)]
+
+    def _remember(self, rows: list[StepRow], spans: list[tuple[int, int]], sampled: Sampled) -> None:
+        """Rows without drafts: their token feeds the next step without passing the host."""
+        plain = [(row.slot, span[0]) for row, span in zip(rows, spans, strict=True) if row.num_drafts == 0]
+        if not plain:
+            return
+        slots, indices = (list(column) for column in zip(*plain, strict=True))
+        tokens = sampled.tokens if len(plain) == sampled.tokens.shape[0] else sampled.tokens[mx.array(indices)]
+        self._last_tokens[mx.array(slots)] = tokens
+        for slot, index in plain:
+            if self._slots[slot].has_penalties:
+                self._slots[slot].note(sampled.tokens[index : index + 1])
+
+    # ------------------------------------------------ finish
+
+    def finish(self, pending: PendingStep) -> StepResult:
+        """Wait for a step and read it: the one synchronisation with the device."""
+        started = time.perf_counter()
+        mx.eval(pending.pending)
+        waited = time.perf_counter()
+        results: list[RowResult] = []
+        if pending.sampled is not None:
+            tokens, is_finite = pending.sampled.tokens.tolist(), pending.sampled.is_finite.tolist()
+            logprobs = pending.sampled.read_logprobs(pending.sampled_rows)
+            for row, (first, end) in zip(pending.rows, pending.spans, strict=True):
+                results.append(self._row_result(row, tokens[first:end], is_finite[first:end], first, logprobs))
+        read = time.perf_counter()
+        return StepResult(
+            epoch=pending.step.epoch,
+            step_id=pending.step.step_id,
+            rows=results,
+            phases={"build": pending.build_s, "device": waited - started, "read": read - waited},
+        )
+
+    def _row_result(
+        self, row: StepRow, tokens: list[int], is_finite: list[bool], first: int, logprobs: dict[int, TokenLogprob]
+    ) -> RowResult:
+        drafts = (row.token_ids or [])[-row.num_drafts :] if row.num_drafts else []
+        num_accepted = count_accepted(drafts, tokens)
+        n = num_accepted + 1
+        if not all(is_finite[:n]):
+            return RowResult(slot=row.slot, token_ids=[], error="the model put out NaN or infinite logits")
+        kept = tokens[:n]
+        if row.num_drafts and row.slot in self._slots:
+            self._slots[row.slot].note(mx.array(kept, dtype=mx.int32))
+        wanted = [logprobs[first + i] for i in range(n)] if first in logprobs else None
+        return RowResult(slot=row.slot, token_ids=kept, logprobs=wanted)
+
+
+def _width(row: StepRow) -> int:
+    return 1 if row.token_ids is None else len(row.token_ids)

@@ -1,0 +1,209 @@
+"""From logits to tokens, for any mix of requests in one call.
+
+Order of operations: logit bias, penalties, temperature, top-k, top-p, min-p; then one draw by inverse transform.
+`distribution` is the only place that builds a row's probabilities: plain decode, verification and rejection sampling all
+use it, so the distribution that is tested is the one that is drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from shared.messages import SamplingParams, TokenLogprob, TopLogprob
+from workers.sampling.uniform import DRAW, uniform
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass
+class SlotSampling:
+    """One sequence's sampling state. Count arrays exist only where a penalty needs them."""
+
+    params: SamplingParams
+    vocab_size: int
+    prompt_mask: mx.array | None = None  # (V,) bool: ids of the prompt
+    output_counts: mx.array | None = None  # (V,) float32: how often each id was put out
+
+    @staticmethod
+    def start(
+        params: SamplingParams, vocab_size: int, token_ids: Sequence[int], num_prompt_tokens: int
+    ) -> SlotSampling:
+        state = SlotSampling(params, vocab_size)
+        if state.has_penalties:
+            prompt = mx.array(list(token_ids[:num_prompt_tokens]), dtype=mx.int32)
+            state.prompt_mask = mx.zeros((vocab_size,), mx.bool_)
+            state.prompt_mask[prompt] = True
+            state.output_counts = mx.zeros((vocab_size,), mx.float32)
+            if len(token_ids) > num_prompt_tokens:
+                state.note(mx.array(list(token_ids[num_prompt_tokens:]), dtype=mx.int32))
+        return state
+
+    @property
+    def has_penalties(self) -> bool:
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        return self.params.temperature == 0.0 and not self.params.logit_bias and not self.has_penalties
+
+    def note(self, tokens: mx.array) -> None:
+        """Count output tokens (n,); they may still be lazy."""
+        if self.output_counts is not None:
+            self.output_counts = self.output_counts.at[tokens].add(1.0)
+
+
+@dataclass
+class SampledRow:
+    """One position to sample: `position` is that of the new token; `drafts` stand between the state and it."""
+
+    state: SlotSampling
+    position: int
+    drafts: Sequence[int] = ()
+
+
+@dataclass
+class Sampled:
+    """What one call drew, still on the device: read it with `read`."""
+
+    tokens: mx.array  # (N,) int32
+    is_finite: mx.array  # (N,) bool: False where the logits held NaN or only infinities
+    logprob_rows: list[int] = field(default_factory=list)
+    chosen: mx.array | None = None  # (n,) log-probabilities of the drawn tokens of logprob_rows
+    top_ids: mx.array | None = None  # (n, MAX_TOP_LOGPROBS)
+    top: mx.array | None = None
+
+    def arrays(self) -> list[mx.array]:
+        optional = (self.chosen, self.top_ids, self.top)
+        return [self.tokens, self.is_finite, *(a for a in optional if a is not None)]
+
+    def read_logprobs(self, rows: Sequence[SampledRow]) -> dict[int, TokenLogprob]:
+        """By row index. Waits for the device."""
+        if self.chosen is None or self.top is None or self.top_ids is None:
+            return {}
+        chosen, ids, top = self.chosen.tolist(), self.top_ids.tolist(), self.top.tolist()
+        result = {}
+        for i, row in enumerate(self.logprob_rows):
+            wanted = rows[row].state.params.num_logprobs or 0
+            best = [TopLogprob(token_id=t, logprob=p) for t, p in zip(ids[i][:wanted], top[i][:wanted], strict=True)]
+            result[row] = TokenLogprob(logprob=chosen[i], top=best)
+        return result
+
+
+def sample(logits: mx.array, rows: Sequence[SampledRow]) -> Sampled:
+    """Draw one token for each row.
+
+    Args:
+        logits: (N, V), any float type.
+        rows: N.
+    """
+    assert logits.shape[0] == len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
+    logits = logits.astype(mx.float32)
+    greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
+    others = [i for i, row in enumerate(rows) if not row.state.is_plain_greedy]
+    if not others:
+        tokens = greedy
+    elif len(others) == len(rows):
+        tokens = _draw(logits, rows)
+    else:
+        index = mx.array(others)
+        tokens = greedy
+        tokens[index] = _draw(logits[index], [rows[i] for i in others])
+    sampled = Sampled(tokens, mx.isfinite(mx.max(logits, axis=-1)))
+    _add_logprobs(sampled, logits, rows)
+    return sampled
+
+
+def _draw(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
+    adjusted = adjust(logits, rows)
+    greedy = mx.argmax(adjusted, axis=-1).astype(mx.int32)
+    if all(row.state.params.temperature == 0.0 for row in rows):
+        return greedy
+    numbers = mx.array([uniform(row.state.params.seed, row.position, DRAW) for row in rows])
+    drawn = draw_index(probabilities(adjusted, rows), numbers)
+    is_greedy = mx.array([row.state.params.temperature == 0.0 for row in rows])
+    return mx.where(is_greedy, greedy, drawn)
+
+
+def adjust(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
+    """Logits (n, V) with each row's bias and penalties."""
+    biased = [(i, t, b) for i, row in enumerate(rows) for t, b in row.state.params.logit_bias.items()]
+    if biased:
+        at_row, at_token, bias = (mx.array(list(column)) for column in zip(*biased, strict=True))
+        logits = logits.at[at_row, at_token].add(bias.astype(mx.float32))
+    if any(row.state.has_penalties for row in rows):
+        logits = mx.stack([_penalise(logits[i], row) for i, row in enumerate(rows)])
+    return logits
+
+
+def _penalise(logits: mx.array, row: SampledRow) -> mx.array:
+    """Penalties of one row (V,): repetition over prompt and output, presence and frequency over the output."""
+    state, params = row.state, row.state.params
+    if state.output_counts is None or state.prompt_mask is None:
+        return logits
+    counts = state.output_counts
+    if row.drafts:
+        counts = counts.at[mx.array(list(row.drafts), dtype=mx.int32)].add(1.0)
+    if params.repetition_penalty != 1.0:
+        r = params.repetition_penalty
+        logits = mx.where(state.prompt_mask | (counts > 0), mx.where(logits > 0, logits / r, logits * r), logits)
+    return logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+
+
+def probabilities(adjusted: mx.array, rows: Sequence[SampledRow]) -> mx.array:
+    """Each row's distribution (n, V) float32 after temperature, top-k, top-p and min-p; greedy rows count as T = 1."""
+    params = [row.state.params for row in rows]
+    temperature = mx.array([p.temperature if p.temperature > 0 else 1.0 for p in params])[:, None]
+    x = adjusted / temperature
+    if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
+        x = _keep_top(x, params)
+    if any(p.min_p > 0 for p in params):
+        floor = mx.max(x, axis=-1, keepdims=True) + mx.log(mx.array([p.min_p for p in params]))[:, None]
+        x = mx.where(x >= floor, x, -mx.inf)
+    return mx.softmax(x, axis=-1, precise=True)
+
+
+def distribution(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
+    """The probabilities (n, V) that `sample` draws from, for rows with temperature above 0."""
+    return probabilities(adjust(logits.astype(mx.float32), rows), rows)
+
+
+def _keep_top(x: mx.array, params: Sequence[SamplingParams]) -> mx.array:
+    """-inf outside the top-k and, within it, outside the smallest set of mass top_p. Ties with the last one stay."""
+    vocab_size = x.shape[-1]
+    ordered = -mx.sort(-x, axis=-1)
+    k = mx.array([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params])[:, None]
+    ordered = mx.where(mx.arange(vocab_size)[None] < k, ordered, -mx.inf)
+    p_sorted = mx.softmax(ordered, axis=-1, precise=True)
+    mass_before = mx.cumsum(p_sorted, axis=-1) - p_sorted
+    top_p = mx.array([p.top_p for p in params])[:, None]
+    keep = (mass_before < top_p) & (ordered > -mx.inf)
+    keep = keep | (mx.arange(vocab_size)[None] == 0)
+    least = mx.min(mx.where(keep, ordered, mx.inf), axis=-1, keepdims=True)
+    return mx.where(x >= least, x, -mx.inf)
+
+
+def draw_index(p: mx.array, numbers: mx.array) -> mx.array:
+    """Inverse transform: for each row of p (n, V), the first index whose cumulated mass exceeds number * total."""
+    cumulated = mx.cumsum(p, axis=-1)
+    index = mx.sum(cumulated <= numbers[:, None] * cumulated[:, -1:], axis=-1).astype(mx.int32)
+    return mx.where(index < p.shape[-1], index, mx.argmax(p, axis=-1).astype(mx.int32))
+
+
+def _add_logprobs(sampled: Sampled, logits: mx.array, rows: Sequence[SampledRow]) -> None:
+    wanted = [i for i, row in enumerate(rows) if row.state.params.num_logprobs is not None]
+    if not wanted:
+        return
+    index = mx.array(wanted)
+    log_p = logits[index] - mx.logsumexp(logits[index], axis=-1, keepdims=True)
+    n = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+    best = mx.argpartition(-log_p, kth=n - 1, axis=-1)[:, :n]
+    values = mx.take_along_axis(log_p, best, axis=-1)
+    by_rank = mx.argsort(-values, axis=-1)
+    sampled.logprob_rows = wanted
+    sampled.top_ids = mx.take_along_axis(best, by_rank, axis=-1)
+    sampled.top = mx.take_along_axis(values, by_rank, axis=-1)
+    sampled.chosen = mx.take_along_axis(log_p, sampled.tokens[index][:, None], axis=-1)[:, 0]
