@@ -1,0 +1,90 @@
+"""What the worker asks of a model, and what a model asks of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import mlx.core as mx
+
+from workers.cache.spec import LayerSpec
+
+
+class LayerCache(Protocol):
+    """One attention layer as the rows of one forward see it."""
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Position of each row's first input token: one number for all rows, or (B,) int32."""
+
+    def attend(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Write k and v, attend causally to all earlier positions, or to the last `window` of them.
+
+        Args:
+            q: (B, num_heads, L, key_dim), with positions applied.
+            k, v: (B, num_kv_heads, L, key_dim or value_dim).
+            sinks: (num_heads,) attention sink logits.
+        Returns:
+            (B, num_heads, L, value_dim)
+        """
+
+
+class NoCache:
+    """Plain causal attention over the tokens of one call, for a model that is called without a cache."""
+
+    offset = 0
+
+    def attend(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        length = q.shape[2]
+        mask: str | mx.array | None = "causal" if length > 1 else None
+        if window is not None and length > window:
+            distance = mx.arange(length)[:, None] - mx.arange(length)[None]
+            mask = (distance >= 0) & (distance < window)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+
+class TextModel(Protocol):
+    """Every model that a worker runs: mlx-lm's calling convention and what its layers keep."""
+
+    def layer_specs(self) -> list[LayerSpec]:
+        """What each layer needs from the cache, in layer order."""
+
+    def __call__(
+        self, inputs: mx.array, cache: Sequence[object] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """Logits (B, L, vocab_size) of inputs (B, L), or of input_embeddings (B, L, H) in their place."""
+
+
+@runtime_checkable
+class SplitModel(Protocol):
+    """A model whose head is separate, so that a worker applies it to the rows it samples only.
+
+    Our own definitions are split; mlx-lm's are where their parts can be told apart.
+    """
+
+    def embed(self, inputs: mx.array) -> mx.array:
+        """Token embeddings, (B, L) -> (B, L, H)."""
+
+    def hidden(
+        self, inputs: mx.array, cache: Sequence[object] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """(B, L, H) after the final norm."""
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(B, L, H) -> (B, L, vocab_size)."""
