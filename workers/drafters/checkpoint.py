@@ -245,7 +245,7 @@ def _windows(
     kinds = [str(k) for k in body.get("layer_types") or ["full_attention"] * num_layers]
     if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
         raise BadModel(f"{folder}: layer_types {kinds} for {num_layers} layers")
-    window = body.get("sliding_window") or config.get("sliding_window") or extra.get("swa_window_size")
+    window: Any = body.get("sliding_window") or config.get("sliding_window") or extra.get("swa_window_size")
     if "sliding_attention" in kinds and not window:
         raise BadModel(f"{folder}: sliding layers without sliding_window")
     return tuple(int(window) if k == "sliding_attention" else None for k in kinds), kinds
