@@ -12,7 +12,8 @@ import msgspec
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time; two cores are shared with the model
 from tokenizers import AddedToken, Tokenizer
 
-from frontend import gguf_metadata, gguf_tokenizer
+from frontend import gguf_tokenizer
+from shared import gguf_file
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
 
@@ -40,7 +41,7 @@ def load(files: ModelFiles) -> ModelText:
 
 
 def _from_gguf(path: Path) -> ModelText:
-    metadata = gguf_metadata.read_metadata(path)
+    metadata = gguf_file.read_metadata(path)
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     special: dict[str, str] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):

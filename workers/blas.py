@@ -1,8 +1,8 @@
 """A fast BLAS for MLX on Linux without an NVIDIA GPU.
 
-MLX's CPU wheel links the reference BLAS (about 5 GFLOP/s on two cores). A library that is loaded with RTLD_GLOBAL before
-`mlx.core` is imported takes its place, since the dynamic linker resolves `cblas_sgemm` in load order: 20-35 times faster
-float32 products. bfloat16 and float16 never go through BLAS.
+MLX's CPU wheel links the reference BLAS (about 5 GFLOP/s on two cores). A library that is loaded with RTLD_GLOBAL
+before `mlx.core` is imported takes its place, since the dynamic linker resolves `cblas_sgemm` in load order: 20-35
+times faster float32 products. bfloat16 and float16 never go through BLAS.
 
 Threads must not spin while they wait. Four processes share the cores, and a spinning OpenMP thread takes a core from
 the one that has work. All products of a 135M-parameter model, M rows, oneMKL 2026.2, 2 threads on 2 busy cores, ms:
@@ -33,7 +33,7 @@ _SYSTEM_LIBRARIES = ("libblis.so.4", "libopenblas.so.0")
 _THREAD_VARIABLES = ("MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def preload(settings: Settings) -> str:
+def prepare(settings: Settings) -> str:
     """Load a BLAS for MLX where that helps; return a line for the log.
 
     Call it before anything imports `mlx.core`. Variables that the user has set in the environment are kept.
@@ -43,7 +43,7 @@ def preload(settings: Settings) -> str:
         RuntimeError: `mlx.core` is already imported, so the library would have no effect.
     """
     if "mlx.core" in sys.modules:
-        raise RuntimeError("workers.blas.preload must run before mlx.core is imported")
+        raise RuntimeError("workers.blas.prepare must run before mlx.core is imported")
     if sys.platform != "linux":
         return "BLAS: the system's own"
     if _is_cuda_used():

@@ -62,6 +62,10 @@ class NoCache:
 class TextModel(Protocol):
     """Every model that a worker runs: mlx-lm's calling convention and what its layers keep."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+
     def layer_specs(self) -> list[LayerSpec]:
         """What each layer needs from the cache, in layer order."""
 

@@ -1,7 +1,7 @@
 """Rotary position embeddings for the layouts of Hugging Face configurations.
 
-`mx.fast.rope` is one kernel on a GPU. On the CPU it recomputes sines in scalar code for every head and layer, so there the
-tables are made once per forward and shared by all layers. 12 heads of 64, 30 layers, two CPU cores, ms:
+`mx.fast.rope` is one kernel on a GPU. On the CPU it recomputes sines in scalar code for every head and layer, so there
+the tables are made once per forward and shared by all layers. 12 heads of 64, 30 layers, two CPU cores, ms:
 
     rows                  B=1, L=1   B=8, L=1   B=1, L=256
     mx.fast.rope               3.4        3.4         30.9
@@ -23,6 +23,8 @@ from shared.errors import BadModel
 
 MAX_GATHERED_ROWS = 8  # up to here gathering the swapped halves costs less than slicing and joining them
 
+DEFAULT_MAX_POSITIONS = 2048  # transformers' default for Llama
+
 Rotate = Callable[[mx.array], mx.array]
 
 
@@ -38,7 +40,8 @@ def rope_parameters(config: dict[str, Any], head_dim: int, max_model_len: int) -
     """Frequencies as `config` (Hugging Face names, transformers 4 or 5) asks for.
 
     Two scalings depend on the length of a sequence. A cached key cannot be rotated again, so they are fixed by
-    `max_model_len`, the longest sequence that is served: dynamic NTK's base, and longrope's choice of factors.
+    `max_model_len`, the longest sequence that is served (0: the configuration's own limit): dynamic NTK's base, and
+    longrope's choice of factors.
 
     Raises:
         BadModel: an unknown type, or a parameter that it needs is missing.
@@ -51,7 +54,8 @@ def rope_parameters(config: dict[str, Any], head_dim: int, max_model_len: int) -
         raise BadModel("partial_rotary_factor is not supported for this architecture")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     inv_freq = 1.0 / base**exponents
-    trained_len = config.get("max_position_embeddings") or max_model_len
+    trained_len = config.get("max_position_embeddings") or max_model_len or DEFAULT_MAX_POSITIONS
+    max_model_len = max_model_len or trained_len
     try:
         match kind:
             case "default" | "mrope":
@@ -79,7 +83,8 @@ def _llama3(inv_freq: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return inv_freq * (smooth + (1.0 - smooth) / factor)
+    stretched: np.ndarray = inv_freq * (smooth + (1.0 - smooth) / factor)
+    return stretched
 
 
 def _yarn(inv_freq: np.ndarray, base: float, scaling: dict[str, Any], trained_len: int) -> tuple[np.ndarray, float]:
@@ -146,10 +151,7 @@ class Rope:
         if not is_cpu:
             return lambda x: self._kernel(x, offset)
         positions = mx.arange(length, dtype=mx.float32)
-        if isinstance(offset, int):
-            positions = (positions + offset)[None]
-        else:
-            positions = positions[None] + offset[:, None]
+        positions = (positions + offset)[None] if isinstance(offset, int) else positions[None] + offset[:, None]
         angles = positions[..., None, None] * self._inv_freq  # (batch or 1, length, 1, dim / 2)
         cos, sin = mx.cos(angles), mx.sin(angles)
         if self._factor != 1.0:
@@ -163,9 +165,7 @@ class Rope:
         if self._factor != 1.0:
             x = x * self._factor
         x = x.swapaxes(1, 2)
-        x = mx.fast.rope(
-            x, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths
-        )
+        x = mx.fast.rope(x, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths)
         return x.swapaxes(1, 2)
 
 

@@ -1,7 +1,7 @@
-"""The key-value part of a GGUF file, which holds the tokenizer and the chat template.
+"""What a GGUF file says before its data: the key-value pairs (configuration, tokenizer, chat template) and the tensors.
 
 `gguf.GGUFReader` takes 5 s for the 49,152 tokens and 48,900 merges of SmolLM2 (an array object for every string); this
-reader takes 0.1 s, and the frontend must be back quickly after a restart.
+reader takes 0.1 s, and a process must be back quickly after a restart.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -11,6 +11,8 @@ import mmap
 import struct
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from shared.errors import BadModel
 
@@ -57,8 +59,26 @@ class _Cursor:
         return [self.value(item_kind, depth + 1) for _ in range(count)]
 
 
+class GgufTensor(msgspec.Struct, frozen=True):
+    """`shape` is row-major (GGUF stores it reversed), `kind` ggml's number of the type, `offset` from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """All key-value pairs of a GGUF file (version 2 or 3, little-endian).
+
+    Raises:
+        BadModel: not such a file, or cut short.
+    """
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
+    """All key-value pairs and tensor descriptions.
 
     Raises:
         BadModel: not such a file, or cut short.
@@ -71,10 +91,26 @@ def read_metadata(path: Path) -> dict[str, Any]:
             magic, version = cursor.scalars("I", 2)
             if magic != 0x46554747 or version not in (2, 3):
                 raise BadModel(f"{path} is not a GGUF file of version 2 or 3")
-            _num_tensors, num_pairs = cursor.scalars("Q", 2)
+            num_tensors, num_pairs = cursor.scalars("Q", 2)
             pairs: dict[str, Any] = {}
             for _ in range(num_pairs):
                 key = cursor.string()
                 (kind,) = cursor.scalars("I", 1)
                 pairs[key] = cursor.value(kind)
-            return pairs
+            found = [_tensor(cursor) for _ in range(num_tensors)]
+            alignment = pairs.get("general.alignment", 32)
+            if not isinstance(alignment, int) or alignment < 1:
+                raise BadModel(f"{path}: general.alignment is {alignment!r}")
+            start = -(-cursor.at // alignment) * alignment
+            return pairs, [GgufTensor(t.name, t.shape, t.kind, start + t.offset) for t in found]
+
+
+def _tensor(cursor: _Cursor) -> GgufTensor:
+    name = cursor.string()
+    (num_dims,) = cursor.scalars("I", 1)
+    if num_dims > 8:
+        raise BadModel(f"GGUF tensor {name!r} has {num_dims} dimensions")
+    shape = tuple(reversed(cursor.scalars("Q", num_dims)))
+    (kind,) = cursor.scalars("I", 1)
+    (offset,) = cursor.scalars("Q", 1)
+    return GgufTensor(name, shape, kind, offset)

@@ -1,0 +1,76 @@
+"""The other text architectures of mlx-lm, on our caches.
+
+mlx-lm's models take a list of caches and know them by a small protocol (`update_and_fetch`, `make_mask`, `offset`;
+indexed arrays for recurrent layers), which the views of workers/cache speak too. So a model runs as it is; what is left
+to find out is what each layer keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_cache
+
+from shared.errors import BadModel
+from workers.cache.spec import AttentionSpec, LayerSpec, LeafSpec, ListSpec, RecurrentSpec
+
+PROBE_TOKENS = 2  # wider than one token, which some models treat apart
+
+
+class MlxLmModel:
+    """A `TextModel` around a model of mlx-lm."""
+
+    def __init__(self, model: nn.Module, architecture: str) -> None:
+        """Raises:
+        BadModel: a layer keeps something that our caches do not hold.
+        """
+        self.model = model
+        self._specs, self.vocab_size = probe(model, architecture)
+
+    def layer_specs(self) -> list[LayerSpec]:
+        return self._specs
+
+    def __call__(
+        self, inputs: mx.array, cache: Sequence[object] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
+        logits: mx.array = self.model(inputs, cache=cache, **extra)
+        return logits
+
+
+def probe(model: nn.Module, architecture: str) -> tuple[list[LayerSpec], int]:
+    """What each layer keeps, and the size of the vocabulary, from the shapes of a forward that is never evaluated.
+
+    Configurations name head counts and sizes in many ways; the arrays that arrive in the model's own caches tell them
+    without guessing.
+
+    Raises:
+        BadModel: naming the architecture and the kind of cache that is not supported.
+    """
+    caches = mlx_cache.make_prompt_cache(model)
+    try:
+        logits = model(mx.zeros((1, PROBE_TOKENS), dtype=mx.int32), cache=caches)
+    except Exception as error:  # any fault of a model that we did not write
+        raise BadModel(f"{architecture}: the model does not run: {error}") from error
+    return [_spec(cache, architecture) for cache in caches], int(logits.shape[-1])
+
+
+def _spec(cache: Any, architecture: str) -> LayerSpec:  # noqa: ANN401 - mlx-lm's caches have no common public type
+    if type(cache) is mlx_cache.CacheList:
+        children = [_spec(child, architecture) for child in cache.caches]
+        leaves: list[LeafSpec] = [c for c in children if not isinstance(c, ListSpec)]
+        if len(leaves) != len(children):
+            raise BadModel(f"{architecture}: nested lists of caches are not supported")
+        return ListSpec(tuple(leaves))
+    if type(cache) is mlx_cache.ArraysCache:
+        return RecurrentSpec(len(cache.cache))
+    if type(cache) is mlx_cache.KVCache or (type(cache) is mlx_cache.RotatingKVCache and cache.keep == 0):
+        if cache.keys is None:
+            raise BadModel(f"{architecture}: a layer's {type(cache).__name__} stays empty; that is not supported")
+        window = cache.max_size if type(cache) is mlx_cache.RotatingKVCache else None
+        return AttentionSpec(cache.keys.shape[1], cache.keys.shape[3], cache.values.shape[3], window)
+    kept = f" with keep={cache.keep}" if getattr(cache, "keep", 0) else ""
+    raise BadModel(f"{architecture}: cache type {type(cache).__name__}{kept} is not supported")
