@@ -200,7 +200,15 @@ def _explain(text: str) -> InvalidRequest:
     return InvalidRequest(f"{place}: {reason}" if place else reason, param=place or None)
 
 
+_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+
+
 def openapi_body(kind: type[Body]) -> dict[str, Any]:
-    """What /openapi.json says of a request body. Definitions are inlined under `$defs`, so it needs no components."""
-    schema = msgspec.json.schema(kind)
+    """What a route says of its body in /openapi.json; `openapi_components` defines what it refers to."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def openapi_components() -> dict[str, Any]:
+    _, components = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
+    return components
