@@ -75,7 +75,7 @@ def test_most_rounds_commit_the_same_from_the_same_anchor(name, target, document
     drafter, rows = replay.load(name, target), features(name, hidden)
     rounds = replay.play(drafter, documents, rows, replay.NUM_TOKENS[name], follow=expected)
     pairs = [pair for ours, theirs in zip(rounds, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
-    assert sum(a == b for a, b in pairs) / len(pairs) > 0.95
+    assert sum(a == b for a, b in pairs) / len(pairs) > 0.93  # 0.955 to 0.986 measured in float32
 
 
 @pytest.mark.parametrize("name", ["dflash-2l", "eagle3"])
