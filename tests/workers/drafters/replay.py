@@ -116,9 +116,16 @@ def load(name: str, target: Target) -> Drafter:
 
 
 def play(
-    drafter: Drafter, documents: Sequence[dict[str, Any]], features: Sequence[mx.array], num_tokens: int
+    drafter: Drafter,
+    documents: Sequence[dict[str, Any]],
+    features: Sequence[mx.array],
+    num_tokens: int,
+    follow: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
-    """Tokens committed in each round of each document, all documents drafted as one batch of unequal lengths."""
+    """Tokens committed in each round of each document, all documents drafted as one batch of unequal lengths.
+
+    With `follow` the next anchor comes from those rounds, so that one different round does not change the later ones.
+    """
     states = [drafter.new_state() for _ in documents]
     rounds: list[list[int]] = [[] for _ in documents]
     running = list(range(len(documents)))
@@ -141,8 +148,8 @@ def play(
             while num_accepted < min(len(truth), num_tokens) and draft[num_accepted] == truth[num_accepted]:
                 num_accepted += 1
             committed = min(num_accepted + 1, len(truth))
+            anchors[i] = p + (committed if follow is None else follow[i][len(rounds[i])])
             rounds[i].append(committed)
-            anchors[i] = p + committed
         running = [i for i in running if anchors[i] < len(documents[i]["token_ids"]) - 1]
     return rounds
 
