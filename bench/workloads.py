@@ -14,7 +14,10 @@ import msgspec
 
 from bench.words import WORDS
 
-MAX_FIT_ROUNDS = 8
+MAX_FIT_ROUNDS = 24  # each round leaves about a third of the error where words have one or two tokens
+# Random words alone make SmolLM2 stop after a few tokens; with a task at the end it writes on.
+TASK = "Now write a long story with these words."
+MIN_TOKENS_WITH_TASK = 16
 SEED_STRIDE = 1_000_003  # keeps the seeds of warm-up and loads apart
 
 
@@ -116,7 +119,8 @@ def build(shape: Shape, seed: int, count: TokenCounter) -> list[Prompt]:
     arrival_s = 0.0
     for index in range(shape.num_requests):
         own_tokens = rng.randint(*shape.mixed) if shape.mixed else shape.prompt_tokens
-        text = fit(rng, shape.shared_prefix + own_tokens, count, prefix)
+        task = TASK if own_tokens >= MIN_TOKENS_WITH_TASK else ""
+        text = fit(rng, shape.shared_prefix + own_tokens, count, prefix, task)
         if shape.request_rate is not None:
             arrival_s += rng.expovariate(shape.request_rate)
         prompts.append(
@@ -131,18 +135,22 @@ def build(shape: Shape, seed: int, count: TokenCounter) -> list[Prompt]:
     return prompts
 
 
-def fit(rng: random.Random, num_tokens: int, count: TokenCounter, start: str = "") -> str:
-    """Random words after `start`, so that the whole has `num_tokens` tokens, or the nearest found in a few rounds."""
+def fit(rng: random.Random, num_tokens: int, count: TokenCounter, start: str = "", end: str = "") -> str:
+    """Random words between `start` and `end`: `num_tokens` tokens in all, or the nearest found in a few rounds."""
+
+    def joined() -> str:
+        return " ".join(part for part in (start, *words, end) if part)
+
     words: list[str] = []
-    best = start
+    best = joined()
+    missing = num_tokens - count(best) if best else num_tokens
     best_error: int | None = None
-    missing = num_tokens - (count(start) if start else 0)
     for _ in range(MAX_FIT_ROUNDS):
         if missing > 0:
             words += rng.choices(WORDS, k=missing)
         else:
             del words[max(1, len(words) + missing) :]
-        text = " ".join([start, *words]) if start else " ".join(words)
+        text = joined()
         missing = num_tokens - count(text)
         if best_error is None or abs(missing) < best_error:
             best, best_error = text, abs(missing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
@@ -10,6 +12,7 @@ from frontend import chat, completions, errors, health, metrics, models_api, tok
 from frontend.access import Access
 from frontend.auth import ApiKeys, parse_keys
 from frontend.metrics import HttpMetrics
+from frontend.schemas import openapi_components
 from frontend.service import Service
 from shared.errors import TandemError
 
@@ -30,6 +33,14 @@ def create_app(service: Service) -> ASGIApp:
     app.state.metrics = HttpMetrics()
     for module in (chat, completions, models_api, tokenize_api, health, metrics):
         app.include_router(module.router)
+    plain_openapi = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        page = plain_openapi()
+        page.setdefault("components", {}).setdefault("schemas", {}).update(openapi_components())
+        return page
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the page
     keys = parse_keys(service.settings.api_keys)
     guarded: ASGIApp = ApiKeys(app, keys) if keys else app
     return Access(guarded, app.state.metrics)

@@ -74,7 +74,10 @@ class ChatTemplate:
         """
         reserved = {"messages", "tools", "add_generation_prompt"} & set(kwargs or {})
         if reserved:
-            raise InvalidRequest(f"{sorted(reserved)} may not be set there", param="chat_template_kwargs")
+            raise InvalidRequest(
+                f"chat_template_kwargs: {', '.join(sorted(reserved))} may not be set there",
+                param="chat_template_kwargs",
+            )
         values = {**self._special_texts, **(kwargs or {})}
         try:
             return self._render(

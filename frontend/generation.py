@@ -14,7 +14,7 @@ from frontend.schemas import GenerationBody
 from frontend.service import Service
 from frontend.stop import StopMatcher
 from frontend.streams import ClientGone, TokenStream
-from shared.errors import EngineFailure, InvalidRequest
+from shared.errors import EngineFailure, InvalidRequest, TandemError
 from shared.messages import FinishReason, Output, RequestId, Submit, Timings, TokenLogprob
 
 # After a stop string the engine is asked to stop; its terminal Output brings the timings and comes within a step.
@@ -131,6 +131,7 @@ class Generation:
         self._stream: TokenStream | None = None
         self._num_open = len(outputs)
         self._held: list[Delta] = []
+        self._error: TandemError | None = None
 
     def start(self) -> None:
         """Raises Unavailable when no target is ready."""
@@ -174,12 +175,18 @@ class Generation:
         now = asyncio.get_running_loop().time() if deadlines else 0.0
         if deadlines:
             timeout_s = max(0.0, min(deadlines) - now)
+        deltas: list[Delta] = []
         try:
+            if self._error is not None:
+                raise self._error
             arrived = await self._stream.get(timeout_s)
-            deltas = [self._feed(index, output) for index, output in arrived]
-        except Exception:
+            for index, output in arrived:
+                deltas.append(self._feed(index, output))
+        except Exception as error:
             self.close()  # one sequence failed: the answer is an error, so the others are of no use
-            raise
+            if not deltas or not isinstance(error, TandemError):
+                raise
+            self._error = error  # raised next time, after the text that came before it
         if deadlines and not arrived:
             for text in self.outputs:
                 if text.stop_deadline is not None and text.stop_deadline <= now + (timeout_s or 0.0):

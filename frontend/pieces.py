@@ -30,7 +30,9 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        steps = _decoder_steps(json.loads(tokenizer.to_str())["decoder"])
+        # The decoder's own state, not to_str(): that one writes out the whole vocabulary.
+        decoder = tokenizer.decoder
+        steps = _decoder_steps(json.loads(decoder.__getstate__()) if decoder is not None else None)
         kinds = {step["type"] for step in steps}
         self._is_byte_level = kinds == {"ByteLevel"}
         self._is_metaspace = bool(kinds) and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}

@@ -46,13 +46,13 @@ class GenerationBody(Body, frozen=True, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=8)] = 1
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None  # -1 and 0: off
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: off
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Bias] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[int], Meta(max_length=64)] | None = None
     ignore_eos: bool = False
@@ -200,7 +200,15 @@ def _explain(text: str) -> InvalidRequest:
     return InvalidRequest(f"{place}: {reason}" if place else reason, param=place or None)
 
 
+_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+
+
 def openapi_body(kind: type[Body]) -> dict[str, Any]:
-    """What /openapi.json says of a request body. Definitions are inlined under `$defs`, so it needs no components."""
-    schema = msgspec.json.schema(kind)
+    """What a route says of its body in /openapi.json; `openapi_components` defines what it refers to."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def openapi_components() -> dict[str, Any]:
+    _, components = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
+    return components

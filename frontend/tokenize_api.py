@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,7 +16,7 @@ from frontend.errors import json_response
 from frontend.prompts import render_chat
 from frontend.sampling import check_token_ids
 from frontend.schemas import DetokenizeBody, TokenizeBody, openapi_body, parse
-from frontend.service import read_body, service_of
+from frontend.service import INLINE_CHARS, read_body, service_of
 from shared.errors import InvalidRequest
 
 router = APIRouter()
@@ -52,5 +54,6 @@ async def detokenize(request: Request) -> Response:
     body = parse(await read_body(request), DetokenizeBody)
     service.check_model(body.model)
     check_token_ids(body.tokens, service.vocab_size, "tokens")
-    text = tokenizer.decode(service.text.tokenizer, body.tokens, skip_special_tokens=False)
+    decode = partial(tokenizer.decode, service.text.tokenizer, body.tokens, skip_special_tokens=False)
+    text = decode() if len(body.tokens) <= INLINE_CHARS else await asyncio.to_thread(decode)
     return json_response(msgspec.json.encode({"prompt": text}))

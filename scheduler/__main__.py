@@ -51,9 +51,12 @@ class Process:
         self.log.info("listening on %s", self.settings.engine_endpoint)
         try:
             while not self._stopping:
-                wait = max(0.0, next_tick - time.monotonic())
+                deadline = self.core.deadline
+                wait = max(0.0, min(next_tick, deadline or next_tick) - time.monotonic())
                 if self._socket.poll(int(wait * 1000) + 1):
                     self._receive()
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._send(self.core.wake(time.monotonic()))
                 if time.monotonic() >= next_tick:
                     self._send(self.core.tick(time.monotonic()))
                     next_tick = time.monotonic() + interval

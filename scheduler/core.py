@@ -15,6 +15,7 @@ from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
+from scheduler.speculation import Speculator
 from scheduler.waiting import WaitingQueue
 from shared.config import Settings
 from shared.errors import Busy, ContextLength, InvalidRequest, Unavailable
@@ -46,6 +47,7 @@ from shared.messages import (
 Envelope = tuple[str, Message]
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
+NGRAM_DRAFT_TOKENS = 7
 
 
 @dataclass
@@ -55,6 +57,10 @@ class InFlight:
     step_id: int
     rows: dict[int, tuple[Sequence, int, int]]  # slot -> (sequence, incarnation, num_drafts), sampled rows only
     sent: float
+    k: int  # drafted tokens that were asked for; 0 for a plain step
+    batch: int  # decode rows
+    width: int  # of the widest decode row
+    is_decode_only: bool
 
 
 class Core:
@@ -80,6 +86,10 @@ class Core:
         self._out: list[Envelope] = []
         self._outputs: dict[str, list[Output]] = {}
         self._freed: list[int] = []
+        self._last_result = 0.0
+        self._is_drafted = False  # drafts for the running sequences' present state were asked for
+        is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
+        self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
 
     # ------------------------------------------------ entry points
 
@@ -107,7 +117,7 @@ class Core:
             case WorkerFailed():
                 self._worker_failed(sender, now)
             case DraftReply():
-                pass
+                self._draft_reply(sender, message, now)
             case _:
                 self.metrics.dropped["unexpected"].inc()
         return self._finish(now)
@@ -121,6 +131,16 @@ class Core:
         for peer in self.peers.all():
             self._out.append((peer.instance_id, Heartbeat(instance_id=self.scheduler_id)))
         self._broadcast_status()
+        return self._finish(now)
+
+    @property
+    def deadline(self) -> float | None:
+        """When `wake` wants to be called, if nothing else happens before."""
+        return self.speculator.deadline
+
+    def wake(self, now: float) -> list[Envelope]:
+        """A deadline has passed."""
+        self.speculator.expire(now)
         return self._finish(now)
 
     def lose(self, instance_id: str, now: float) -> list[Envelope]:
@@ -153,8 +173,8 @@ class Core:
         if replaced is not None:
             self._lose(replaced, now)
             self.metrics.worker_restarts[hello.role].inc()
-        elif sender in self.peers and hello.role == "target":
-            self._drop_target(now)  # the same process says hello again: it forgot, or missed messages
+        elif sender in self.peers and hello.role != "frontend":
+            self._lose(self.peers.by_id(sender), now)  # the same process says hello again: it forgot, or missed messages
         peer = self.peers.add(sender, hello.role, hello.pid, now)
         self._out.append((sender, Welcome(scheduler_id=self.scheduler_id, epoch=peer.epoch)))
         self._broadcast_status()
@@ -176,6 +196,10 @@ class Core:
             self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
             budget = self.settings.max_num_batched_tokens or info.max_step_tokens
             self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens)
+            self.speculator.set_target(info.max_draft_tokens, info.step_costs)
+        elif message.info.draft_kind is not None:
+            info = message.info
+            self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
         self._broadcast_status()
 
     def _worker_failed(self, sender: str, now: float) -> None:
@@ -189,6 +213,8 @@ class Core:
         self.metrics.set_worker(peer.role, False)
         if peer.role == "target":
             self._drop_target(now)
+        elif peer.role == "drafter":
+            self.speculator.lose_drafter()
         elif peer.role == "frontend":
             for sequence in [s for s in self._requests.values() if s.frontend == peer.instance_id]:
                 self._end(sequence, "abort", now)
@@ -294,6 +320,7 @@ class Core:
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
+        self.speculator.end(sequence.submit.request_id)
         if sequence.slot is not None:
             self._free_slot(sequence)
             self.running.remove(sequence)
@@ -347,10 +374,14 @@ class Core:
         while self.planner is not None and target is not None and len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
             if not self.running and not len(self.waiting):
                 return
+            k = self._draft(now)
+            if k is None:
+                return
             plan = self.planner.plan(now, self._drafts_for, self._preempt, self.settings.ttft_bound_s)
             self._release_freed()
             if not plan:
                 return
+            self._is_drafted = False
             self._num_steps += 1
             step = Step(
                 epoch=target.epoch,
@@ -359,14 +390,40 @@ class Core:
                 decodes=plan.decodes,
                 prefills=plan.prefills,
             )
-            self._in_flight.append(InFlight(step.step_id, _sampled_rows(plan), now))
+            self._in_flight.append(_in_flight(step, plan, now, k))
             self._out.append((target.instance_id, step))
             self.metrics.iteration_tokens.observe(plan.num_tokens)
             if plan.decodes:
                 self.metrics.batch_occupancy.observe(len(plan.decodes))
 
+    def _draft(self, now: float) -> int | None:
+        """Get drafts for the next step; k, or None while the step has to wait for a result or for drafts."""
+        if not self.speculator.is_on:
+            return 0
+        if self.speculator.is_waiting:
+            return None
+        decoding = [s for s in self.running if s.num_remaining == 1 and s.wants_more]
+        k = self.speculator.choose_k(len(decoding))
+        if k == 0:
+            return 0
+        if self._in_flight:
+            return None  # drafts need the token before them
+        if not self._is_drafted:
+            self._is_drafted = True
+            request = self.speculator.request(decoding, k, now)
+            if request is not None and self.speculator.drafter_id is not None:
+                self._out.append((self.speculator.drafter_id, request))
+                return None
+        return k
+
+    def _draft_reply(self, sender: str, reply: DraftReply, now: float) -> None:
+        if sender == self.speculator.drafter_id:
+            self.speculator.reply(reply, now)
+        else:
+            self.metrics.dropped["unexpected"].inc()
+
     def _drafts_for(self, sequence: Sequence) -> list[int] | None:
-        return []
+        return self.speculator.drafts_for(sequence) if self.speculator.is_on else []
 
     def _preempt(self, sequence: Sequence) -> None:
         self._free_slot(sequence)
@@ -386,6 +443,9 @@ class Core:
             return
         step = self._in_flight.popleft()
         self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
+        if step.is_decode_only:
+            self.speculator.stepped(step.batch, step.width, now - max(step.sent, self._last_result), step.k)
+        self._last_result = now
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
                 self.metrics.phases[phase].observe(seconds)
@@ -405,6 +465,7 @@ class Core:
             sequence.num_drafts += 1
             sequence.num_draft_tokens += num_drafts
             sequence.num_accepted_tokens += len(row.token_ids) - 1
+            self.speculator.verified(sequence, num_drafts, len(row.token_ids) - 1)
         kept, reason = self._cut(sequence, row.token_ids)
         sequence.token_ids += kept
         self.metrics.generation_tokens.inc(len(kept))
@@ -434,6 +495,7 @@ class Core:
     def _metrics_page(self) -> bytes:
         self.metrics.running.set(len(self.running))
         self.metrics.waiting.set(len(self.waiting))
+        self.metrics.chosen_k.set(self.speculator.choose_k(len(self.running)))
         total = self.slots.capacity_tokens
         self.metrics.kv_usage.set(self.slots.used_tokens / total if total else 0.0)
         return self.metrics.page()
@@ -456,13 +518,14 @@ class Core:
             assert s.finish_reason is None, "a finished request holds a slot"
 
 
-def _sampled_rows(plan: Plan) -> dict[int, tuple[Sequence, int, int]]:
-    rows = (*plan.decodes, *plan.prefills)
-    return {
+def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
+    rows = {
         row.slot: (sequence, sequence.incarnation, row.num_drafts)
-        for row, sequence in zip(rows, plan.sequences, strict=True)
+        for row, sequence in zip((*plan.decodes, *plan.prefills), plan.sequences, strict=True)
         if row.is_sampled
     }
+    width = max((row.num_drafts + 1 for row in plan.decodes), default=0)
+    return InFlight(step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills)
 
 
 def _is_overdue(sequence: Sequence, now: float) -> bool:

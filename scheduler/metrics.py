@@ -99,6 +99,10 @@ class Metrics:
             names.SPEC_ACCEPTED_PER_POS, "Drafted tokens accepted, by position.", [*drafter, "position"],
             registry=self.registry,
         )  # fmt: skip
+        self.chosen_k = gauge(names.SPEC_CHOSEN_K, "Drafted tokens per row that the policy chooses now.")
+        self._draft_s = histogram(names.DRAFT_SECONDS, "From asking for drafts to having them.", names.PHASE_BUCKETS)
+        fallthrough = labelled(Counter, names.SPEC_FALLTHROUGH, "Rounds or rows without drafts, by reason.", "reason")
+        self.fallthrough = fill(fallthrough, "reason", ("timeout", "stale", "no_draft"))
         self.add_drafter("none")
 
     def add_drafter(self, drafter: str) -> None:
@@ -106,6 +110,12 @@ class Metrics:
         for counter in self._spec.values():
             counter.labels(**self._labels, drafter=drafter)
         self._spec_per_position.labels(**self._labels, drafter=drafter, position="0")
+
+    def count_fallthrough(self, reason: str) -> None:
+        self.fallthrough[reason].inc()
+
+    def draft_seconds(self, seconds: float) -> None:
+        self._draft_s.observe(seconds)
 
     def count_draft(self, drafter: str, num_draft_tokens: int, num_accepted: int) -> None:
         labels = {**self._labels, "drafter": drafter}

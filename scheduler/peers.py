@@ -38,6 +38,9 @@ class Peers:
     def get(self, instance_id: str) -> Peer | None:
         return self._peers.get(instance_id)
 
+    def by_id(self, instance_id: str) -> Peer:
+        return self._peers[instance_id]
+
     def by_role(self, role: Role) -> Peer | None:
         return next((p for p in self._peers.values() if p.role == role), None)
 

@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     draft_model: str = ""
     draft_kind: str = ""
     draft_block_size: int = 0
+    ngram: bool = False  # propose from the text itself before asking the drafter
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
 

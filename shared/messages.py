@@ -54,7 +54,16 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     max_step_tokens: int  # widest prefill chunk that the caches take in one step
     eos_token_ids: list[int]
     draft_kind: str | None = None  # drafter only
-    max_draft_tokens: int = 0  # drafter only: longest draft it can make
+    max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
+    step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+
+
+class StepCost(Part, frozen=True, kw_only=True):
+    """Seconds that a step of `batch` rows, each `width` tokens wide, keeps the device."""
+
+    batch: int
+    width: int
+    seconds: float
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -326,6 +335,24 @@ class DraftReply(Message, frozen=True, kw_only=True):
     draft_id: int
     drafts: list[Draft]
     seconds: float
+
+
+# ---------------------------------------------------------------- target -> drafter
+
+
+class FeatureRows(Part, frozen=True, kw_only=True):
+    """Rows of one sequence at positions start .. start+num_rows-1."""
+
+    request_id: RequestId
+    start: int
+    num_rows: int
+
+
+class Features(Message, frozen=True, kw_only=True):
+    """Fused hidden rows of committed tokens, all sequences' one after another in the one tensor frame that follows."""
+
+    rows: list[FeatureRows]
+    tensor: TensorSpec  # (sum of num_rows, H)
 
 
 FrontendToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest

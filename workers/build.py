@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 
 import mlx.core as mx
-import psutil
+import msgspec
 
 from shared.config import Settings
 from shared.errors import BadModel
 from shared.messages import SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
+from workers.build_drafter import draft_config, install_fusion
 from workers.cache.store import CacheStore, bytes_per_token
+from workers.calibrate import step_costs
 from workers.engine import Engine
 from workers.load import LoadedModel, load
+from workers.machine import DTYPES, device_memory_bytes, device_name, is_cpu
 from workers.runner import ModelRunner
 
 logger = logging.getLogger("target")
 
 GIB = 1 << 30
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
 # A CPU is compute-bound, so a chunk buys nothing beyond about a hundred rows and delays the decode rows beside it.
 CPU_STEP_TOKENS = 128
 GPU_STEP_TOKENS = 2048
@@ -32,30 +33,6 @@ MEMORY_SHARE_CPU = 0.25  # of the machine's memory, for keys and values
 MEMORY_SHARE_GPU = 0.85  # of what the weights leave free of the device's memory
 CPU_CACHE_BYTES = GIB // 2  # freed buffers that MLX keeps for reuse
 MAX_DRAFT_WIDTH = 32  # slack behind each slot for padded verify rows
-
-
-def is_cpu() -> bool:
-    return bool(mx.default_device() == mx.Device(mx.cpu))
-
-
-def memory() -> dict[str, int]:
-    """Bytes by kind, for heartbeats."""
-    return {"device": mx.get_active_memory(), "device_cache": mx.get_cache_memory()}
-
-
-def device_memory_bytes() -> int:
-    """Memory that the device may use in all."""
-    if is_cpu():
-        return int(psutil.virtual_memory().total)
-    info = mx.device_info()
-    limit = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
-    return int(limit or psutil.virtual_memory().total)
-
-
-def device_name() -> str:
-    if is_cpu():
-        return "cpu"
-    return str(mx.device_info().get("device_name", mx.default_device()))
 
 
 def capacity_classes(max_model_len: int) -> list[int]:
@@ -74,7 +51,11 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
         mx.set_cache_limit(CPU_CACHE_BYTES)
     loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
     engine, info = make_engine(loaded, settings)
+    install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
     warm_up(engine, info)
+    if settings.draft_model or settings.ngram:
+        costs = step_costs(engine, info, settings.cache_folder)
+        info = msgspec.structs.replace(info, step_costs=costs)
     return engine, info
 
 
@@ -106,6 +87,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         kv_bytes_per_token=per_token,
         max_step_tokens=step_tokens,
         eos_token_ids=loaded.eos_token_ids,
+        max_draft_tokens=MAX_DRAFT_WIDTH - 1,
     )
     return engine, info
 

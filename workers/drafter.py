@@ -1,4 +1,7 @@
-"""The drafter worker process. `python -m workers.drafter`."""
+"""The drafter worker process. `python -m workers.drafter`.
+
+Without a draft model it only registers and heartbeats: it is there, so that the process tree is always the same.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +9,95 @@ import logging
 import os
 import signal
 import sys
+import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from shared import config, log
-from shared.errors import BadConfig
-from shared.messages import Draft, DraftReply, DraftRequest, Drain, ToDrafter, Welcome
+from shared.errors import BadConfig, BadModel
+from shared.messages import DraftReply, DraftRequest, Drain, Ready, ToDrafter, Welcome, WorkerInfo
 from shared.supervise import EXIT_CONFIG
+from workers import blas
 from workers.link import Link
+
+if TYPE_CHECKING:
+    from workers.draft_engine import DraftEngine
+    from workers.features import FeatureReceiver
 
 logger = logging.getLogger("drafter")
 
+IDLE_POLL_S = 1.0
+FEATURE_WAIT_S = 0.02  # the rows of a step leave the target right after its result: they are on their way
 
-class Drafter:
-    """Registers, heartbeats and answers empty drafts."""
+
+class DrafterProcess:
+    """Answers draft requests; takes features in while it waits for them."""
 
     def __init__(self, settings: config.Settings) -> None:
-        self.link = Link(settings, "drafter", ToDrafter, dict)
+        self.engine: DraftEngine | None = None
+        self.info: WorkerInfo | None = None
+        self.features: FeatureReceiver | None = None
         self.epoch = 0
         self.is_draining = False
+        if not settings.draft_model or settings.draft_model == "ngram":
+            self.link = Link(settings, "drafter", ToDrafter, dict)
+            self.link.start()
+            return
+        from workers.build_drafter import build_drafter
+        from workers.features import FeatureReceiver
+        from workers.machine import memory
+
+        self.link = Link(settings, "drafter", ToDrafter, memory)
+        self.link.start()
+        started = time.perf_counter()
+        self.engine, self.info = build_drafter(settings)
+        if self.engine.needs_features:
+            self.features = FeatureReceiver(settings)
+        logger.info("%s (%s) ready after %.1f s", self.info.model, self.info.draft_kind, time.perf_counter() - started)
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         self.is_draining = True
 
     def run(self) -> None:
-        self.link.start()
         try:
             while not self.is_draining:
-                match self.link.receive(1.0):
+                match self.link.receive(IDLE_POLL_S if self.engine is None else 0.1):
                     case Welcome() as message:
-                        self.epoch = message.epoch
-                    case DraftRequest() as message if message.epoch == self.epoch:
-                        drafts = [
-                            Draft(request_id=r.request_id, anchor=r.start + len(r.token_ids) - 1, token_ids=[])
-                            for r in message.rows
-                        ]
-                        self.link.send(
-                            DraftReply(epoch=self.epoch, draft_id=message.draft_id, drafts=drafts, seconds=0.0)
-                        )
+                        self._welcome(message)
+                    case DraftRequest() as message if message.epoch == self.epoch and self.engine is not None:
+                        self.link.send(self._draft(message, self.engine))
+                    case DraftRequest():
+                        self.link.num_dropped += 1
                     case Drain():
                         self.is_draining = True
+                    case None:
+                        self._take_features(0.0)
         finally:
             self.link.close()
+
+    def _welcome(self, message: Welcome) -> None:
+        self.epoch = message.epoch
+        if self.engine is not None and self.info is not None:
+            self.engine.reset()
+            self.link.send(Ready(epoch=self.epoch, info=self.info))
+
+    def _take_features(self, timeout_s: float) -> None:
+        if self.features is not None and self.engine is not None:
+            for rows, array in self.features.receive(timeout_s):
+                self.engine.take_features(rows, array)
+
+    def _draft(self, message: DraftRequest, engine: DraftEngine) -> DraftReply:
+        started = time.perf_counter()
+        engine.end(message.ended)
+        for row in message.rows:
+            engine.take_tokens(row)
+        self._take_features(0.0)
+        deadline = time.perf_counter() + FEATURE_WAIT_S
+        while not all(engine.is_complete(row) for row in message.rows) and time.perf_counter() < deadline:
+            self._take_features(0.002)
+        drafts = engine.draft(message.rows)
+        seconds = time.perf_counter() - started
+        return DraftReply(epoch=self.epoch, draft_id=message.draft_id, drafts=drafts, seconds=seconds)
 
 
 def main() -> int:
@@ -54,10 +105,12 @@ def main() -> int:
         settings = config.load()
         log.set_up("drafter", settings.log_level)
         config.prepare_run_folder(settings)
-    except BadConfig as error:
+        if settings.draft_model and settings.draft_model != "ngram":
+            logger.info("%s", blas.preload(settings))
+        drafter = DrafterProcess(settings)
+    except (BadConfig, BadModel) as error:
         print(f"drafter: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    drafter = Drafter(settings)
     signal.signal(signal.SIGTERM, drafter.stop)
     signal.signal(signal.SIGINT, drafter.stop)
     drafter.run()
@@ -67,4 +120,4 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # MLX's device threads need no orderly end

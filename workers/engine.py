@@ -7,16 +7,19 @@ No socket and no clock of the scheduler's here. `begin` builds a step's graph an
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import msgspec
 
-from shared.messages import RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
+from shared.messages import FeatureRows, RequestId, RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
 from workers.accept import count_accepted
-from workers.cache.store import CacheStore
+from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
+
+MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
 
 
 @dataclass
@@ -29,6 +32,8 @@ class PendingStep:
     sampled_rows: list[SampledRow]
     sampled: Sampled | None
     pending: list[mx.array]  # what must be evaluated where nothing is sampled
+    features: list[tuple[list[StepRow], mx.array]]  # per forward: its rows and their fused features (B, L, H)
+    request_ids: dict[int, RequestId]  # slot -> whose rows these are
     build_s: float
 
 
@@ -46,6 +51,10 @@ class Engine:
         self.store = store
         self.vocab_size = vocab_size
         self._slots: dict[int, SlotSampling] = {}
+        self._request_ids: dict[int, RequestId] = {}
+        self._snapshots: dict[int, RecurrentSnapshot] = {}
+        self._replay: dict[int, list[int]] = {}  # recurrent: accepted tokens that the slot's state lacks
+        self._features: list[tuple[list[StepRow], mx.array]] = []
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
 
@@ -56,7 +65,10 @@ class Engine:
     def release(self, slots: Sequence[int]) -> None:
         for slot in slots:
             if self._slots.pop(slot, None) is not None:
-                self.store.release(slot)
+                self._snapshots.pop(slot, None)
+                self._replay.pop(slot, None)
+                if slot in self.store.placement:
+                    self.store.release(slot)
 
     # ------------------------------------------------ begin
 
@@ -72,6 +84,7 @@ class Engine:
         spans: list[tuple[int, int]] = []
         sampled_rows: list[SampledRow] = []
         parts: list[mx.array] = []
+        self._features = []
         for group in self._groups(step):
             for row, part in self._forward(group):
                 first = len(sampled_rows)
@@ -87,27 +100,49 @@ class Engine:
         pending = sampled.arrays() if sampled else []
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
+        pending += [array for _, array in self._features]
         mx.async_eval(pending)
-        return PendingStep(step, rows, spans, sampled_rows, sampled, pending, time.perf_counter() - started)
+        ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
+        elapsed = time.perf_counter() - started
+        return PendingStep(step, rows, spans, sampled_rows, sampled, pending, self._features, ids, elapsed)
 
     def _bind(self, start: SequenceStart) -> None:
         if start.slot in self._slots:
             self.release([start.slot])
+        self._request_ids[start.slot] = start.request_id
         self._slots[start.slot] = SlotSampling.start(
             start.sampling, self.vocab_size, start.token_ids, start.num_prompt_tokens
         )
 
-    def _groups(self, step: Step) -> list[list[StepRow]]:
+    def _groups(self, step: Step) -> Iterator[list[StepRow]]:
         """Rows that share a forward: all decode rows (of one width where states are recurrent), each prefill alone."""
-        groups: list[list[StepRow]] = []
         if self.store.is_recurrent:
-            by_width: dict[int, list[StepRow]] = {}
-            for row in step.decodes:
-                by_width.setdefault(_width(row), []).append(row)
-            groups += by_width.values()
+            yield from self._recurrent_groups(step.decodes)
         elif step.decodes:
-            groups.append(step.decodes)
-        return groups + [[row] for row in step.prefills]
+            yield step.decodes
+        for row in step.prefills:
+            yield [row]
+
+    def _recurrent_groups(self, decodes: list[StepRow]) -> Iterator[list[StepRow]]:
+        """Rows by width, so that nothing is padded: a padding token would go into a recurrent state.
+
+        After a partly rejected draft the accepted tokens are fed again: at the head of the slot's next row while that is
+        short, otherwise in a forward of their own.
+        """
+        by_width: dict[int, list[StepRow]] = {}
+        for row in decodes:
+            replay = self._replay.pop(row.slot, None)
+            if replay is not None:
+                assert row.token_ids is not None, "a row after a rejection brings its tokens"
+                start = row.start - len(replay)
+                if len(replay) + _width(row) > MAX_REPLAY_WIDTH:
+                    yield [StepRow(slot=row.slot, start=start, capacity=row.capacity, token_ids=replay, is_sampled=False)]
+                else:
+                    row = msgspec.structs.replace(row, start=start, token_ids=[*replay, *row.token_ids])
+            if row.num_drafts:
+                self._snapshots[row.slot] = self.store.snapshot(row.slot)
+            by_width.setdefault(_width(row), []).append(row)
+        yield from by_width.values()
 
     def _forward(self, group: list[StepRow]) -> list[tuple[StepRow, mx.array]]:
         """Run one forward; for each sampled row the hidden rows (n, H) whose logits are wanted."""
@@ -115,6 +150,9 @@ class Engine:
         batch = self.store.open([r.slot for r in group], [r.start for r in group], width)
         ordered = [group[i] for i in batch.order]
         hidden = self.model.hidden_rows(self._inputs(ordered, width), batch.layers, self._wanted(ordered))
+        features = self.model.features()
+        if features is not None:
+            self._features.append((ordered, features))
         batch.close()
         result, at = [], 0
         for row in ordered:
@@ -181,6 +219,21 @@ class Engine:
             phases={"build": pending.build_s, "device": waited - started, "read": read - waited},
         )
 
+    def feature_rows(self, pending: PendingStep, result: StepResult) -> tuple[list[FeatureRows], mx.array] | None:
+        """The fused features of a finished step's committed positions: whose they are, and (n, H) rows."""
+        num_tokens = {row.slot: len(row.token_ids) for row in result.rows}
+        described: list[FeatureRows] = []
+        parts: list[mx.array] = []
+        for rows, array in pending.features:
+            for i, row in enumerate(rows):
+                n = _width(row)
+                if row.num_drafts:  # anchor and accepted drafts
+                    n += num_tokens.get(row.slot, 0) - row.num_drafts - 1
+                if n > 0:
+                    described.append(FeatureRows(request_id=pending.request_ids[row.slot], start=row.start, num_rows=n))
+                    parts.append(array[i, :n])
+        return (described, mx.concatenate(parts)) if parts else None
+
     def _row_result(
         self, row: StepRow, tokens: list[int], is_finite: list[bool], first: int, logprobs: dict[int, TokenLogprob]
     ) -> RowResult:
@@ -192,6 +245,11 @@ class Engine:
         kept = tokens[:n]
         if row.num_drafts and row.slot in self._slots:
             self._slots[row.slot].note(mx.array(kept, dtype=mx.int32))
+            snapshot = self._snapshots.pop(row.slot, None)
+            if snapshot is not None and num_accepted < row.num_drafts:
+                self.store.restore(row.slot, snapshot)
+                inputs = row.token_ids or []
+                self._replay[row.slot] = inputs[: len(inputs) - row.num_drafts + num_accepted]
         wanted = [logprobs[first + i] for i in range(n)] if first in logprobs else None
         return RowResult(slot=row.slot, token_ids=kept, logprobs=wanted)
 

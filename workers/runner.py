@@ -6,10 +6,13 @@ Tandem's own models split `hidden` from `logits`; an mlx-lm architecture gives l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+
+from shared.errors import BadModel
+from workers.features import install_taps
 
 
 class ModelRunner:
@@ -20,6 +23,39 @@ class ModelRunner:
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - any architecture that mlx-lm defines
         self.model = model
         self._is_split = hasattr(model, "hidden") and hasattr(model, "logits")
+        self._fusion: Callable[[Sequence[mx.array]], mx.array] | None = None
+        self._taps: Sequence[int] = ()
+        self._captured: dict[int, mx.array] = {}
+        self._final: mx.array | None = None
+
+    def capture(self, taps: Sequence[int], fusion: Callable[[Sequence[mx.array]], mx.array]) -> None:
+        """From now on keep each forward's hidden states for `features`.
+
+        Args:
+            taps: zero-based blocks whose output is wanted; none means the rows after the final norm.
+            fusion: captured arrays (N, H) each -> rows (N, H_drafter).
+        Raises:
+            BadModel: this architecture does not let them be seen.
+        """
+        if not taps and not self._is_split:
+            raise BadModel(f"{type(self.model).__module__} does not show its final hidden rows; this drafter needs them")
+        if taps:
+            self._captured = install_taps(self.model, taps)
+        self._taps, self._fusion = taps, fusion
+
+    @property
+    def captures(self) -> bool:
+        return self._fusion is not None
+
+    def features(self) -> mx.array | None:
+        """The last forward's fused rows (B, L, H_drafter), lazy; None when nothing is captured."""
+        if self._fusion is None:
+            return None
+        captured = [self._captured[t] for t in self._taps] if self._taps else [self._final]
+        first = captured[0]
+        assert first is not None, "features before a forward"
+        fused = self._fusion([c.reshape(-1, c.shape[-1]) for c in captured if c is not None])
+        return fused.reshape(first.shape[0], first.shape[1], -1)
 
     def hidden_rows(
         self, inputs: mx.array, cache: Sequence[object], wanted: Sequence[tuple[int, int, int]]
@@ -32,6 +68,7 @@ class ModelRunner:
             (n, H): the wanted positions' rows, in order.
         """
         out = self.model.hidden(inputs, cache=cache) if self._is_split else self.model(inputs, cache=cache)
+        self._final = out
         if not wanted:
             return out.reshape(-1, out.shape[-1])[:0]
         spans = {(first, end) for _, first, end in wanted}

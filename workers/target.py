@@ -9,13 +9,17 @@ import sys
 import time
 from collections import deque
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from shared import config, log
 from shared.errors import BadConfig, BadModel, TandemError
-from shared.messages import Drain, Ready, Release, Step, ToTarget, Welcome, WorkerFailed
+from shared.messages import Drain, Ready, Release, Step, StepResult, ToTarget, Welcome, WorkerFailed
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
 from workers import blas
+
+if TYPE_CHECKING:
+    from workers.engine import PendingStep
 
 logger = logging.getLogger("target")
 
@@ -27,10 +31,11 @@ class Target:
     """Owns the engine; one step runs on the device while the next is being queued."""
 
     def __init__(self, settings: config.Settings) -> None:
-        from workers.build import build_engine, memory
+        from workers.build import build_engine
+        from workers.features import FeatureSender
         from workers.link import Link
+        from workers.machine import memory
 
-        self._memory = memory
         self.settings = settings
         self.link = Link(settings, "target", ToTarget, memory)
         self.link.start()  # heartbeats begin before the weights are read
@@ -41,6 +46,7 @@ class Target:
             self.info.model, self.info.device, self.info.dtype, time.perf_counter() - started, self.info.num_slots,
             self.info.kv_capacity_tokens,
         )  # fmt: skip
+        self.sender = FeatureSender(settings) if self.engine.model.captures else None
         self.epoch = 0
         self.is_draining = False
 
@@ -49,8 +55,6 @@ class Target:
 
     def run(self) -> None:
         """Until told to stop. An exception of a step is fatal: the supervisor starts a clean process."""
-        from workers.engine import PendingStep
-
         pending: deque[PendingStep] = deque()
         step_s = 0.0  # moving average of the time a step keeps the device
         try:
@@ -76,15 +80,27 @@ class Target:
                         self.link.num_dropped += 1
                         continue
                 if pending:
-                    result = self.engine.finish(pending.popleft())
+                    done = pending.popleft()
+                    result = self.engine.finish(done)
                     self.link.send(result)
+                    self._send_features(done, result)
                     step_s = 0.8 * step_s + 0.2 * result.phases["device"]
         except Exception as error:
             logger.exception("a step failed")
             self.link.send(WorkerFailed(epoch=self.epoch, reason=str(error)[:500]))
             raise
         finally:
+            if self.sender is not None:
+                self.sender.close()
             self.link.close()
+
+    def _send_features(self, done: PendingStep, result: StepResult) -> None:
+        """After the result, so that the scheduler plans meanwhile."""
+        from workers.features import to_numpy
+
+        features = self.engine.feature_rows(done, result) if self.sender is not None else None
+        if features is not None and self.sender is not None:
+            self.sender.send(features[0], *to_numpy(features[1]))
 
     def _welcome(self, message: Welcome) -> None:
         """A (new) scheduler: it knows of no sequence here."""
@@ -98,7 +114,7 @@ def main() -> int:
         settings = config.load()
         log.set_up("target", settings.log_level)
         config.prepare_run_folder(settings)
-        logger.info("%s", blas.prepare(settings))
+        logger.info("%s", blas.preload(settings))
         target = Target(settings)
     except (BadConfig, BadModel) as error:
         print(f"target: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.words import WORDS
-from bench.workloads import EstimatedCounter, ServerCounter, Shape, build, choose_counter, parse_range
+from bench.workloads import TASK, EstimatedCounter, ServerCounter, Shape, build, choose_counter, parse_range
 
 COUNT = EstimatedCounter()
 
@@ -54,6 +54,12 @@ def test_shared_prefix_starts_every_prompt_and_comes_on_top() -> None:
     prefix = " ".join(made[0].text.split()[:100])
     assert all(p.text.startswith(prefix + " ") and p.num_tokens == 110 for p in made)
     assert len({p.text for p in made}) == 5
+
+
+def test_task_ends_every_prompt_that_has_room_for_it() -> None:
+    made = build(Shape(num_requests=3, prompt_tokens=16, shared_prefix=20), 3, COUNT)
+    assert all(p.text.endswith(" " + TASK) and p.num_tokens == 36 for p in made)
+    assert TASK not in build(Shape(num_requests=1, prompt_tokens=15), 3, COUNT)[0].text
 
 
 def test_mixed_lengths_lie_in_their_range_and_differ() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import hypothesis
 import openai
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,10 @@ from frontend.tokenizer import ModelText, load
 from shared.config import Settings
 from shared.model_files import resolve
 from tests.support.fake_engine import FakeEngine
+
+# The machine is shared with whatever else runs, so a slow example proves nothing.
+hypothesis.settings.register_profile("frontend", deadline=None)
+hypothesis.settings.load_profile("frontend")
 
 # As ChatML does it; ids below 3 are special in the byte tokenizer too.
 TEMPLATE = (

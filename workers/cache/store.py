@@ -9,11 +9,12 @@ import mlx.core as mx
 
 from workers.cache.kv import BatchShape, KVLayer, KVView
 from workers.cache.placement import Placement
-from workers.cache.recurrent import RecurrentLayer, RecurrentView
+from workers.cache.recurrent import RecurrentLayer, RecurrentView, State
 from workers.cache.spec import AttentionSpec, LayerSpec, ListSpec, leaves
 
 View = KVView | RecurrentView
-RecurrentSnapshot = dict[int, list[object]]
+RecurrentSnapshot = list[tuple[State, int] | None]
+"""One slot's recurrent states, one entry per recurrent layer: references, not copies."""
 
 
 class ListView:
@@ -92,6 +93,14 @@ class CacheStore:
         self._lengths.pop(slot, None)
         for layer in self.recurrent_layers:
             layer.release(slot)
+
+    def snapshot(self, slot: int) -> RecurrentSnapshot:
+        return [layer.snapshot(slot) for layer in self.recurrent_layers]
+
+    def restore(self, slot: int, snapshot: RecurrentSnapshot) -> None:
+        """Back to an earlier state; keys and values need nothing, their length is a number."""
+        for layer, state in zip(self.recurrent_layers, snapshot, strict=True):
+            layer.restore(slot, state)
 
     def open(self, slots: Sequence[int], starts: Sequence[int], width: int, lengths: Sequence[int] | None = None) -> Batch:
         """Views for one forward of `width` tokens per row, written at positions starts[i] .. starts[i]+width-1.

@@ -1,0 +1,301 @@
+"""The speculation policy and the drafts on their way. Pure state, like the core that owns it.
+
+The chosen k is that of the whole batch: rows of one verify share its width. A row may carry fewer drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from scheduler.costs import StepCosts
+from scheduler.metrics import Metrics
+from scheduler.ngram import NgramIndex
+from scheduler.sequence import Sequence as Request
+from shared.messages import Draft, DraftReply, DraftRequest, DraftRow, RequestId, StepCost
+
+PROBE_INTERVAL = 48  # plain steps between two probes while parked
+PROBE_ROUNDS = 3  # a probe lasts so many rounds: one tells too little
+DRAFT_PATIENCE = 4.0  # a reply may take so many times its usual time
+MIN_PATIENCE_S = 0.03
+FIRST_PATIENCE_S = 2.0  # before anything was measured: kernels are compiled for the first draft
+ACCEPT_WEIGHT = 0.03  # of one observation in the moving average of acceptance
+PRIOR = 0.6  # assumed acceptance before anything was seen
+MIN_GAIN = 1.02  # speculation must promise this much over plain decoding
+PROBE_TOKENS = 4
+OVERHEAD_S = 0.0005  # planning and transport of a synchronous round beside its step and draft
+NGRAM_CERTAIN = 5  # a match of so many tokens goes before the neural drafter
+MIN_MATCH = 2  # shorter matches are noise
+MIN_CONFIDENCE = 0.25
+AVAILABLE_WEIGHT = 0.05
+
+
+class AcceptanceRates:
+    """Moving averages of the chance that draft j (0-based) is accepted once those before it were."""
+
+    def __init__(self, max_draft_tokens: int) -> None:
+        self._rates = [PRIOR] * max(1, max_draft_tokens)
+        self._seen = [0] * max(1, max_draft_tokens)
+
+    def add(self, num_drafts: int, num_accepted: int) -> None:
+        for j in range(min(num_drafts, num_accepted + 1, len(self._rates))):
+            self._seen[j] += 1
+            weight = max(ACCEPT_WEIGHT, 1 / (self._seen[j] + 1))
+            self._rates[j] += weight * ((1.0 if j < num_accepted else 0.0) - self._rates[j])
+
+    def expected_tokens(self, num_drafts: int) -> float:
+        """Tokens that one row commits per step: 1 + a1 + a1 a2 + ..."""
+        total, chance = 1.0, 1.0
+        for rate in self._rates[:num_drafts]:
+            chance *= rate
+            total += chance
+        return total
+
+
+@dataclass
+class Speculated:
+    """What speculation knows of one running sequence."""
+
+    index: NgramIndex | None
+    num_indexed: int = 0
+    num_sent: int = 0  # committed tokens that the drafter was sent
+    drafts: list[int] = field(default_factory=list)
+    anchor: int = -1  # position that `drafts` follow
+    source: str = ""
+
+
+class Speculator:
+    """Args:
+    use_ngram: propose from each sequence's own text.
+    max_draft_tokens: longest draft; 0 turns speculation off.
+    metrics: counters.
+    """
+
+    def __init__(self, use_ngram: bool, max_draft_tokens: int, metrics: Metrics) -> None:
+        self.use_ngram = use_ngram
+        self._max_ngram = max_draft_tokens if use_ngram else 0
+        self.metrics = metrics
+        self.costs = StepCosts()
+        self.drafter_id: str | None = None
+        self.drafter_kind = ""
+        self.drafter_epoch = 0
+        self.forced_k: int | None = None  # bench and tests: no policy
+        self._neural = AcceptanceRates(max_draft_tokens)
+        self._ngram = AcceptanceRates(max_draft_tokens)
+        self._states: dict[RequestId, Speculated] = {}
+        self._ended: list[RequestId] = []
+        self._draft_s: dict[int, float] = {}  # k -> seconds from request to reply
+        self._num_drafts = 0
+        self._waiting: tuple[int, float, float, int] | None = None  # draft id, sent, deadline, k
+        self._is_asked = False  # drafts for the present state were asked for
+        self._available = PRIOR  # share of rows for which the n-gram index has a proposal
+        self._max_neural = 0
+        self._max_verified = max_draft_tokens
+        self._plain_steps = 0  # since the last probe, while parked
+        self._probe_rounds = 0
+
+    # ------------------------------------------------ life of drafter and sequences
+
+    @property
+    def is_on(self) -> bool:
+        return (self.use_ngram or self.is_neural) and self.max_draft_tokens > 0
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """The longest draft that a row may carry now."""
+        return min(self._max_verified, max(self._max_ngram, self._max_neural if self.is_neural else 0))
+
+    @property
+    def is_neural(self) -> bool:
+        return self.drafter_id is not None
+
+    def set_target(self, max_draft_tokens: int, step_costs: Iterable[StepCost]) -> None:
+        """A target is ready: what it can verify in one row, and what its steps cost."""
+        self._max_verified = max_draft_tokens
+        self.costs = StepCosts(step_costs)
+
+    def set_drafter(self, instance_id: str, kind: str, epoch: int, max_draft_tokens: int) -> None:
+        """A drafter is ready; it knows of no sequence yet."""
+        self.lose_drafter()
+        self.drafter_id, self.drafter_kind, self.drafter_epoch = instance_id, kind, epoch
+        self._neural = AcceptanceRates(max_draft_tokens)
+        self._max_neural = max_draft_tokens
+        self.metrics.add_drafter(kind)
+
+    def lose_drafter(self) -> None:
+        self.drafter_id = None
+        self._waiting = None
+        self._is_asked = False
+        self._ended.clear()
+        for state in self._states.values():
+            state.num_sent = 0
+            if state.source != "ngram":
+                state.drafts = []
+
+    def end(self, request_id: RequestId) -> None:
+        if self._states.pop(request_id, None) is not None and self.is_neural:
+            self._ended.append(request_id)
+
+    def _state(self, sequence: Request) -> Speculated:
+        request_id = sequence.submit.request_id
+        state = self._states.get(request_id)
+        if state is None:
+            state = self._states[request_id] = Speculated(NgramIndex(min_n=MIN_MATCH) if self.use_ngram else None)
+        return state
+
+    # ------------------------------------------------ planning
+
+    @property
+    def is_waiting(self) -> bool:
+        """Drafts were asked for and may still come: no step leaves until then."""
+        return self._waiting is not None
+
+    @property
+    def deadline(self) -> float | None:
+        return None if self._waiting is None else self._waiting[2]
+
+    def expire(self, now: float) -> None:
+        """Stop waiting for a late reply."""
+        if self._waiting is not None and now >= self._waiting[2]:
+            self._waiting = None
+            self.metrics.count_fallthrough("timeout")
+
+    def choose_k(self, batch: int) -> int:
+        """How many tokens to draft for `batch` decode rows; 0 for a plain, pipelined step. Changes nothing."""
+        if not self.is_on or batch == 0:
+            return 0
+        if self.forced_k is not None:
+            return self.forced_k
+        if self._plain_steps >= PROBE_INTERVAL:
+            return min(self.max_draft_tokens, PROBE_TOKENS)
+        return self._best_k(batch)
+
+    def _best_k(self, batch: int) -> int:
+        """The k with the most expected tokens per second."""
+        plain = self.costs.estimate(batch, 1)
+        if plain == 0.0:
+            return min(self.max_draft_tokens, PROBE_TOKENS)
+        best, best_rate = 0, batch / plain * MIN_GAIN
+        for k in range(1, self.max_draft_tokens + 1):
+            rate = batch * self._expected_tokens(k) / self._round_s(batch, k)
+            if rate > best_rate:
+                best, best_rate = k, rate
+        return best
+
+    def _expected_tokens(self, k: int) -> float:
+        if self.is_neural:
+            return self._neural.expected_tokens(min(k, self._max_neural))
+        return 1 + self._available * (self._ngram.expected_tokens(k) - 1)
+
+    def _round_s(self, batch: int, k: int) -> float:
+        """Seconds of a round: draft, then verify. A batch without any n-gram proposal is verified at width 1."""
+        wide = self.costs.estimate(batch, k + 1)
+        if self.is_neural:
+            return wide + self._draft_cost(k) + OVERHEAD_S
+        is_wide = 1 - (1 - self._available) ** batch
+        return is_wide * wide + (1 - is_wide) * self.costs.estimate(batch, 1) + OVERHEAD_S
+
+    def _draft_cost(self, k: int) -> float:
+        if not self.is_neural or not self._draft_s:
+            return 0.0
+        if k in self._draft_s:
+            return self._draft_s[k]
+        nearest = min(self._draft_s, key=lambda known: abs(known - k))
+        return self._draft_s[nearest]
+
+    def request(self, rows: Iterable[Request], k: int, now: float) -> DraftRequest | None:
+        """Prepare drafts for these decode rows; the message for the drafter, if one is needed.
+
+        n-gram proposals are ready at once. Call once for each state of the batch.
+        """
+        wanted: list[DraftRow] = []
+        for sequence in rows:
+            state = self._state(sequence)
+            anchor = len(sequence.token_ids) - 1
+            state.drafts, state.anchor, state.source = [], anchor, ""
+            if state.index is not None:
+                self._index(state, sequence)
+                proposal = state.index.propose(k)
+                least = NGRAM_CERTAIN if self.is_neural else MIN_MATCH
+                is_good = proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE
+                self._available += AVAILABLE_WEIGHT * (float(is_good) - self._available)
+                if is_good:
+                    state.drafts, state.source = list(proposal.token_ids), "ngram"
+                    continue
+            if self.is_neural:
+                start = state.num_sent
+                wanted.append(
+                    DraftRow(
+                        request_id=sequence.submit.request_id,
+                        start=start,
+                        token_ids=sequence.token_ids[start:],
+                        num_tokens=min(k, self._max_neural),
+                    )
+                )
+                state.num_sent = len(sequence.token_ids)
+        if not wanted:
+            return None
+        self._num_drafts += 1
+        usual = self._draft_s.get(k, max(self._draft_s.values(), default=0.0))
+        patience = max(MIN_PATIENCE_S, DRAFT_PATIENCE * usual) if self._draft_s else FIRST_PATIENCE_S
+        if any(len(row.token_ids) > 2 * k + 2 for row in wanted):
+            patience = max(patience, FIRST_PATIENCE_S)  # a whole prompt has to be taken in first
+        self._waiting = (self._num_drafts, now, now + patience, k)
+        ended, self._ended = self._ended, []
+        return DraftRequest(epoch=self.drafter_epoch, draft_id=self._num_drafts, rows=wanted, ended=ended)
+
+    def reply(self, message: DraftReply, now: float) -> None:
+        """Take drafts in; a late or stale reply is dropped."""
+        if message.epoch != self.drafter_epoch or self._waiting is None or self._waiting[0] != message.draft_id:
+            self.metrics.count_fallthrough("stale")
+            return
+        _, sent, _, k = self._waiting
+        self._waiting = None
+        seconds = now - sent
+        self.metrics.draft_seconds(seconds)
+        old = self._draft_s.get(k)
+        self._draft_s[k] = seconds if old is None else old + 0.15 * (min(seconds, 3 * old) - old)
+        for draft in message.drafts:
+            self._take(draft)
+
+    def _take(self, draft: Draft) -> None:
+        state = self._states.get(draft.request_id)
+        if state is None or state.anchor != draft.anchor:
+            return
+        if not draft.token_ids:
+            self.metrics.count_fallthrough("no_draft")
+        state.drafts, state.source = list(draft.token_ids), self.drafter_kind
+
+    def drafts_for(self, sequence: Request) -> list[int]:
+        """The drafts to verify behind this sequence's last token."""
+        state = self._states.get(sequence.submit.request_id)
+        if state is None or state.anchor != len(sequence.token_ids) - 1 or sequence.num_pending:
+            return []
+        return state.drafts
+
+    # ------------------------------------------------ results
+
+    def verified(self, sequence: Request, num_drafts: int, num_accepted: int) -> None:
+        """One row was verified."""
+        state = self._states.get(sequence.submit.request_id)
+        source = state.source if state is not None and state.source else "none"
+        (self._ngram if source == "ngram" else self._neural).add(num_drafts, num_accepted)
+        self.metrics.count_draft(source, num_drafts, num_accepted)
+
+    def stepped(self, batch: int, width: int, seconds: float, k: int) -> None:
+        """A decode-only step of this batch and width, planned with this k, took `seconds`."""
+        self.costs.add(batch, width, seconds)
+        if not self.is_on:
+            return
+        if k == 0:
+            self._plain_steps += 1
+        elif self._plain_steps >= PROBE_INTERVAL:
+            self._probe_rounds += 1
+        if k and self._probe_rounds >= PROBE_ROUNDS:
+            self._plain_steps = self._probe_rounds = 0
+
+    def _index(self, state: Speculated, sequence: Request) -> None:
+        assert state.index is not None, "indexing without an index"
+        for token in sequence.token_ids[state.num_indexed :]:
+            state.index.append(token)
+        state.num_indexed = len(sequence.token_ids)

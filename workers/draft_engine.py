@@ -1,0 +1,138 @@
+"""Drafter state of every sequence: committed tokens, features that have come, context rows; and drafting for a batch.
+
+No socket here. Features and tokens arrive on different roads and in any order; a sequence can be drafted for once the
+features of all positions before its anchor are there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from shared.messages import Draft, DraftRow, FeatureRows, RequestId
+from workers.drafters.base import ContextState, Drafter
+
+MAX_SEQUENCES = 1024  # beyond what the scheduler ends; the least recently used goes first
+NUM_ENDED_REMEMBERED = 4096  # features of these may still be on their way
+
+
+@dataclass
+class DraftedSequence:
+    tokens: list[int] = field(default_factory=list)
+    state: ContextState | None = None
+    features: list[mx.array] = field(default_factory=list)  # rows not taken in yet, (n, H) each, without gaps
+    num_features: int = 0  # position after the last of them
+    start: int = 0  # position of the first of them, while nothing was taken in
+
+
+class DraftEngine:
+    """Args:
+    drafter: of any kind.
+    needs_features: False for a drafter that reads tokens only.
+    """
+
+    def __init__(self, drafter: Drafter, needs_features: bool) -> None:
+        self.drafter = drafter
+        self.needs_features = needs_features
+        self._sequences: OrderedDict[RequestId, DraftedSequence] = OrderedDict()
+        self._ended: OrderedDict[RequestId, None] = OrderedDict()
+
+    def reset(self) -> None:
+        self._sequences.clear()
+        self._ended.clear()
+
+    def end(self, request_ids: Iterable[RequestId]) -> None:
+        for request_id in request_ids:
+            self._sequences.pop(request_id, None)
+            self._ended[request_id] = None
+        while len(self._ended) > NUM_ENDED_REMEMBERED:
+            self._ended.popitem(last=False)
+
+    def _sequence(self, request_id: RequestId) -> DraftedSequence:
+        sequence = self._sequences.setdefault(request_id, DraftedSequence())
+        self._sequences.move_to_end(request_id)
+        if len(self._sequences) > MAX_SEQUENCES:
+            self._sequences.popitem(last=False)
+        return sequence
+
+    def take_features(self, rows: FeatureRows, array: mx.array) -> None:
+        """Rows (n, H) at positions rows.start ..: kept where they continue what is there, trimmed where they repeat it.
+
+        After a gap the context begins anew at these rows.
+        """
+        if rows.request_id in self._ended:
+            return
+        sequence = self._sequence(rows.request_id)
+        end = rows.start + rows.num_rows
+        if end <= sequence.num_features:
+            return  # a target that started again computes what we have
+        if rows.start > sequence.num_features:
+            sequence.state, sequence.features = None, []
+            sequence.start = rows.start
+        else:
+            array = array[sequence.num_features - rows.start :]
+        if sequence.state is None and not sequence.features:
+            sequence.start = end - array.shape[0]
+        sequence.features.append(array)
+        sequence.num_features = end
+
+    def take_tokens(self, row: DraftRow) -> None:
+        """Committed ids. Only the tail that the scheduler knows we lack is sent; a repeated part is the same."""
+        sequence = self._sequence(row.request_id)
+        sequence.tokens[row.start :] = row.token_ids
+
+    def is_complete(self, row: DraftRow) -> bool:
+        """Whether the features of every position before the anchor have come (those after a gap count)."""
+        if not self.needs_features:
+            return True
+        return self._sequence(row.request_id).num_features >= row.start + len(row.token_ids) - 1
+
+    def draft(self, rows: list[DraftRow]) -> list[Draft]:
+        """Drafts for the rows whose context is complete; the others get none."""
+        behind: list[tuple[ContextState, mx.array, list[int]]] = []
+        ready: list[tuple[DraftRow, int, ContextState]] = []
+        for row in rows:
+            sequence = self._sequence(row.request_id)
+            if row.num_tokens > 0 and len(sequence.tokens) == _anchor(row) + 1 and self.is_complete(row):
+                state = self._advance(sequence, _anchor(row), behind)
+                if state is not None:
+                    ready.append((row, sequence.tokens[-1], state))
+        if behind:
+            states, features, tokens = (list(column) for column in zip(*behind, strict=True))
+            self.drafter.extend(states, features, tokens)
+        ready = [r for r in ready if self.drafter.can_draft(r[2])]
+        proposed: dict[RequestId, list[int]] = {}
+        if ready:
+            num_tokens = min(max(row.num_tokens for row, _, _ in ready), self.drafter.max_draft_tokens)
+            result = self.drafter.draft([s for _, _, s in ready], [anchor for _, anchor, _ in ready], num_tokens)
+            for (row, _, _), token_ids in zip(ready, result.token_ids.tolist(), strict=True):
+                proposed[row.request_id] = token_ids[: row.num_tokens]
+        return [
+            Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=proposed.get(row.request_id, []))
+            for row in rows
+        ]
+
+    def _advance(
+        self, sequence: DraftedSequence, anchor: int, behind: list[tuple[ContextState, mx.array, list[int]]]
+    ) -> ContextState | None:
+        """The sequence's state, with what it lacks before the anchor added to `behind`; None if that is gone."""
+        if sequence.state is None:
+            sequence.state = self.drafter.new_state(sequence.start if self.needs_features else 0)
+        state = sequence.state
+        if state.length > anchor and self.drafter.truncate(state, anchor) < anchor and self.needs_features:
+            return None  # the feature that would be needed again is gone
+        n = anchor - state.length
+        if n > 0:
+            rows = mx.zeros((n, 0))
+            if self.needs_features:
+                held = sequence.features[0] if len(sequence.features) == 1 else mx.concatenate(sequence.features)
+                rows, sequence.features = held[:n], [held[n:]] if held.shape[0] > n else []
+            behind.append((state, rows, sequence.tokens[state.length : anchor]))
+        return state
+
+
+def _anchor(row: DraftRow) -> int:
+    return row.start + len(row.token_ids) - 1
