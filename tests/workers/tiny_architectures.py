@@ -58,7 +58,6 @@ ROPE_BY_TYPE = {
 # What each differs in from BASE. A key with a slash is a variant of the architecture before it.
 RUNS: dict[str, dict[str, Any]] = {
     "Klear": MOE,
-    "afm7": {"hidden_dim": 32, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},
     "afmoe": {**MOE, "layer_types": [SLIDING, SLIDING, FULL], "num_dense_layers": 1},
     "apertus": {"post_norm": False, "qk_norm": True},
     "baichuan_m1": {"sliding_window_layers": [1], "conv_window": 2},
@@ -244,6 +243,10 @@ RUNS: dict[str, dict[str, Any]] = {
 
 # Refused at load, with the words that the error must hold.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "afm7": (
+        {"hidden_dim": 32, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+        "positions from the number of keys",
+    ),
     "gpt_bigcode": (
         {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 256, "n_inner": 64, "multi_query": True},
         "rows of different lengths",

@@ -108,7 +108,8 @@ class KVView:
     def __init__(self, layer: KVLayer, shape: BatchShape) -> None:
         self._layer = layer
         self._shape = shape
-        self._fetched: tuple[mx.array, mx.array] | None = None
+        self.keys: mx.array | None = None  # what `update_and_fetch` returned; models may rebind it, the pools stay
+        self.values: mx.array | None = None
         self.offset = shape.offset
 
     def attend(
@@ -225,15 +226,16 @@ class KVView:
             parts_k.append(keys[rows, :, :n] if n == length else mx.pad(keys[rows, :, :n], pad))
             parts_v.append(values[rows, :, :n] if n == length else mx.pad(values[rows, :, :n], pad))
         if len(parts_k) == 1:
-            self._fetched = parts_k[0], parts_v[0]
+            fetched = parts_k[0], parts_v[0]
         else:
-            self._fetched = mx.concatenate(parts_k), mx.concatenate(parts_v)
-        return self._fetched
+            fetched = mx.concatenate(parts_k), mx.concatenate(parts_v)
+        self.keys, self.values = fetched
+        return fetched
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What this forward's `update_and_fetch` returned: layers that share another layer's keys read them here."""
-        assert self._fetched is not None, "a layer shares keys that were not written in this forward"
-        return self._fetched
+        assert self.keys is not None and self.values is not None, "shared keys were not written in this forward"
+        return self.keys, self.values
 
     def _fetch_length(self) -> int:
         shape = self._shape

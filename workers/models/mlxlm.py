@@ -25,7 +25,10 @@ PROBE_TOKENS = 2  # wider than one token, which some models treat apart
 GROUPED_SCORES = frozenset({"gemma2"})
 
 # Whose output for rows of different lengths would be wrong without an error.
-REFUSED = {"phi3small": "its block-sparse attention assumes that all rows of a batch have one length"}
+REFUSED = {
+    "afm7": "its layers that reuse keys take positions from the number of keys, one for all rows of a batch",
+    "phi3small": "its block-sparse attention assumes that all rows of a batch have one length",
+}
 
 
 class MlxLmModel:
