@@ -36,7 +36,11 @@ print(json.dumps([text, names, kept]))
 
 def report(is_mlx_first=False, **environ):
     """(log line or error, names of loaded libraries, variables) of a process that preloads under `environ`."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TANDEM_", "MKL_", "KMP_", "MLX_", "BLIS_", "OPENBLAS_"))}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("TANDEM_", "MKL_", "KMP_", "MLX_", "BLIS_", "OPENBLAS_"))
+    }
     done = subprocess.run(
         [sys.executable, "-c", REPORT.format(is_mlx_first=is_mlx_first)],
         env={**clean, **environ}, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=True,

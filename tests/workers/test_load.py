@@ -29,7 +29,14 @@ from workers.load.gguf import load_gguf, read_tensor, unpermute
 
 pytestmark = pytest.mark.mlx
 
-LLAMA = {**BASE, "model_type": "llama", "hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "eos_token_id": [2, 5]}
+LLAMA = {
+    **BASE,
+    "model_type": "llama",
+    "hidden_size": 64,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "eos_token_id": [2, 5],
+}
 del LLAMA["partial_rotary_factor"]
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
 REFERENCES = {"llama": mlx_llama, "qwen2": mlx_qwen2, "qwen3": mlx_qwen3}
@@ -287,7 +294,9 @@ def write_gguf(path, config, weights, kind, extra=None):
         values = np.array(array.astype(mx.float32))
         stem, suffix = name.rsplit(".", 1)
         if arch == "llama" and stem.endswith(("q_proj", "k_proj")):
-            values = permute(values, config["num_attention_heads" if stem.endswith("q_proj") else "num_key_value_heads"])
+            values = permute(
+                values, config["num_attention_heads" if stem.endswith("q_proj") else "num_key_value_heads"]
+            )
         if stem.startswith("model.layers."):
             _, _, layer, part = stem.split(".", 3)
             gguf_name = f"blk.{layer}.{GGUF_NAMES[part]}.{suffix}"
