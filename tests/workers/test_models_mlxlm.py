@@ -1,7 +1,8 @@
-"""mlx-lm's architectures on our caches: chunked prefill and batched decode equal mlx-lm's own output for one sequence."""
+"""mlx-lm's architectures on our caches: chunked prefill and batched decode equal its own output for one sequence."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
@@ -38,8 +39,8 @@ def prompts():
     return [rng.integers(0, VOCAB, n).tolist() for n in PROMPT_LENGTHS]
 
 
-# mlx-lm's prefill of these sees one position more than the ring its decode keeps, as its own forward over the whole text
-# shows; ours follows the forward.
+# mlx-lm's prefill of these sees one position more than the ring that its decode keeps, as its own forward over the
+# whole text shows; ours follows the forward.
 UNCACHED_REFERENCE = {"plamo3"}
 
 
@@ -108,6 +109,18 @@ def test_refused_with_architecture_and_reason(name):
     model = make(name, overrides)
     with pytest.raises(BadModel, match=f"{name}.*{reason}"):
         MlxLmModel(model, name)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="bitnet's kernels are Metal's")
+def test_kernels_that_the_machine_lacks_are_a_load_error():
+    with pytest.raises(BadModel, match=r"bitnet.*Metal"):
+        MlxLmModel(make("bitnet", {}), "bitnet")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hf_olmo") is not None, reason="olmo's package is installed")
+def test_an_architecture_whose_package_is_missing_is_a_load_error():
+    with pytest.raises(BadModel, match=r"olmo.*package"):
+        mlx_lm_classes({"model_type": "olmo"})
 
 
 def test_unknown_model_type_is_named():

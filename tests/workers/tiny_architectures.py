@@ -44,8 +44,8 @@ GRANITE = {
 }  # fmt: skip
 
 YARN = {
-    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
-    "mscale_all_dim": 1.0,
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
 }  # fmt: skip
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -66,7 +66,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"sliding_window_pattern": 2},
     "dbrx": {
-        "d_model": 32, "n_layers": 2, "n_heads": 4, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        "d_model": 32, "n_layers": 2, "n_heads": 4,
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     },
     "deepseek": {**MOE, "num_key_value_heads": 4},
@@ -157,7 +158,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "mamba": {**MAMBA2, "state_size": 8, "time_step_rank": 4},
     "mamba2": {
-        **MAMBA2, "num_heads": 4, "head_dim": 16, "state_size": 16, "time_step_limit": [0.0, 100.0], "time_step_rank": 4,
+        **MAMBA2, "num_heads": 4, "head_dim": 16, "state_size": 16, "time_step_limit": [0.0, 100.0],
+        "time_step_rank": 4,
     },
     "mellum": {**MOE, "layer_types": [SLIDING, FULL, SLIDING], "rope_parameters": ROPE_BY_TYPE},
     "mimo": {"num_nextn_predict_layers": 1},
@@ -169,11 +171,13 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "minicpm": {"dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 12},
     "minicpm3": {**MLA, "dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 12, "rope_scaling": {
-        "type": "longrope", "original_max_position_embeddings": 256, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4,
+        "type": "longrope", "original_max_position_embeddings": 256, "short_factor": [1.0] * 4,
+        "long_factor": [1.0] * 4,
     }},
     "minimax": {**MOE, "shared_intermediate_size": 16, "rotary_dim": 4},
     "ministral3": {"layer_types": [SLIDING, FULL, SLIDING], "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16,
+        "rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 16,
     }},
     "mistral3": {"text_config": {**BASE, "model_type": "llama"}},
     "mistral4": {**MOE, **MLA, "rope_parameters": {
@@ -194,7 +198,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "phi": {},
     "phi3": {},
     "phimoe": {**MOE, "rope_scaling": {
-        "type": "longrope", "original_max_position_embeddings": 256, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4,
+        "type": "longrope", "original_max_position_embeddings": 256, "short_factor": [1.0] * 4,
+        "long_factor": [1.0] * 4,
         "short_mscale": 1.0, "long_mscale": 1.0,
     }},
     "phixtral": {
@@ -210,9 +215,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "qwen2_moe": MOE,
     "qwen2_vl": {"text_config": {**BASE, "model_type": "qwen2"}},
     "qwen3": {},
-    "qwen3_5": {"text_config": {**BASE, **LINEAR, "model_type": "qwen3_5_text", "num_hidden_layers": 4, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],
-    }}},
+    "qwen3_5": {"text_config": {
+        **BASE, **LINEAR, "model_type": "qwen3_5_text", "num_hidden_layers": 4, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],
+        },
+    }},
     "qwen3_5_moe": {"text_config": {
         **BASE, **MOE, **LINEAR, "model_type": "qwen3_5_moe_text", "num_hidden_layers": 4, "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],

@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3: one decoder whose parts are switched by the configuration.
 
-Parameters carry Hugging Face's names. After loading, `fuse` joins q/k/v and gate/up into one product each.
+Parameters carry Hugging Face's names. After loading, `fuse` joins q/k/v and, on a GPU, gate/up into one product each.
 """
 
 # mypy: disable-error-code="misc, no-any-return"
@@ -187,7 +187,9 @@ class MLP(nn.Module):
         return self.down_proj(swiglu_by_tanh(gate, up) if self.is_cpu else nn.silu(gate) * up)
 
     def fuse(self) -> None:
-        fused = fuse_linears([self.gate_proj, self.up_proj])
+        # Not on the CPU, where elementwise work on the halves of one array is slower than on two arrays: 256 tokens of
+        # a 135M-parameter model took 985 ms apart, 1052 ms joined.
+        fused = None if self.is_cpu else fuse_linears([self.gate_proj, self.up_proj])
         if fused is not None:
             self.gate_up_proj = fused
             del self.gate_proj, self.up_proj

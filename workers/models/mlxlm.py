@@ -20,8 +20,8 @@ from workers.cache.store import CacheStore
 
 PROBE_TOKENS = 2  # wider than one token, which some models treat apart
 
-# They add the mask to scores (B, num_kv_heads, heads per kv head, L, n): a mask with one row per sequence, (B, 1, L, n),
-# has to be (B, 1, 1, L, n) for them.
+# They add the mask to scores (B, num_kv_heads, heads per kv head, L, n): a mask with one row per sequence,
+# (B, 1, L, n), has to be (B, 1, 1, L, n) for them.
 GROUPED_SCORES = frozenset({"gemma2"})
 
 # Whose output for rows of different lengths would be wrong without an error.
