@@ -42,7 +42,12 @@ class Planner:
     """
 
     def __init__(
-        self, waiting: WaitingQueue, running: list[Sequence], slots: SlotPool, max_step_tokens: int, max_prefill_tokens: int
+        self,
+        waiting: WaitingQueue,
+        running: list[Sequence],
+        slots: SlotPool,
+        max_step_tokens: int,
+        max_prefill_tokens: int,
     ) -> None:
         self.waiting = waiting
         self.running = running
@@ -106,9 +111,7 @@ class Planner:
                 break
         return used
 
-    def _plan_prefills(
-        self, plan: Plan, budget: int, now: float, preempted: Callable[[Sequence], None]
-    ) -> None:
+    def _plan_prefills(self, plan: Plan, budget: int, now: float, preempted: Callable[[Sequence], None]) -> None:
         prefilling = sorted((s for s in self.running if s.num_remaining > 1), key=lambda s: s.order)
         while budget > 0:
             sequence = self._next_prefill(prefilling)
@@ -182,9 +185,7 @@ class Planner:
         plan.sequences.append(sequence)
         return row
 
-    def _grow(
-        self, sequence: Sequence, num_tokens: int, preempted: Callable[[Sequence], None], plan: Plan
-    ) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, preempted: Callable[[Sequence], None], plan: Plan) -> bool:
         """Have the slot hold `num_tokens`, preempting others for it; False if the sequence itself had to go."""
         if num_tokens <= sequence.capacity:
             return True

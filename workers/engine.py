@@ -15,6 +15,7 @@ import msgspec
 
 from shared.messages import FeatureRows, RequestId, RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
 from workers.accept import count_accepted
+from workers.arrays import start_evaluating, to_list
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
@@ -101,7 +102,7 @@ class Engine:
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
-        mx.async_eval(pending)
+        start_evaluating(pending)
         ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
         elapsed = time.perf_counter() - started
         return PendingStep(step, rows, spans, sampled_rows, sampled, pending, self._features, ids, elapsed)
@@ -136,7 +137,9 @@ class Engine:
                 assert row.token_ids is not None, "a row after a rejection brings its tokens"
                 start = row.start - len(replay)
                 if len(replay) + _width(row) > MAX_REPLAY_WIDTH:
-                    yield [StepRow(slot=row.slot, start=start, capacity=row.capacity, token_ids=replay, is_sampled=False)]
+                    yield [
+                        StepRow(slot=row.slot, start=start, capacity=row.capacity, token_ids=replay, is_sampled=False)
+                    ]
                 else:
                     row = msgspec.structs.replace(row, start=start, token_ids=[*replay, *row.token_ids])
             if row.num_drafts:
@@ -176,9 +179,7 @@ class Engine:
     @staticmethod
     def _wanted(rows: list[StepRow]) -> list[tuple[int, int, int]]:
         """(batch row, first, end) of the positions whose hidden rows are needed."""
-        return [
-            (i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if row.is_sampled
-        ]
+        return [(i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if row.is_sampled]
 
     def _sampled_positions(self, row: StepRow) -> list[SampledRow]:
         state, tokens = self._slots[row.slot], row.token_ids or []
@@ -207,7 +208,7 @@ class Engine:
         waited = time.perf_counter()
         results: list[RowResult] = []
         if pending.sampled is not None:
-            tokens, is_finite = pending.sampled.tokens.tolist(), pending.sampled.is_finite.tolist()
+            tokens, is_finite = to_list(pending.sampled.tokens), to_list(pending.sampled.is_finite)
             logprobs = pending.sampled.read_logprobs(pending.sampled_rows)
             for row, (first, end) in zip(pending.rows, pending.spans, strict=True):
                 results.append(self._row_result(row, tokens[first:end], is_finite[first:end], first, logprobs))

@@ -68,7 +68,9 @@ class RecurrentView:
     `lengths` (B,) are the real tokens of each row in a padded step, None where nothing is padded.
     """
 
-    def __init__(self, layer: RecurrentLayer, slots: list[int], lengths: mx.array | None, offset: int | mx.array) -> None:
+    def __init__(
+        self, layer: RecurrentLayer, slots: list[int], lengths: mx.array | None, offset: int | mx.array
+    ) -> None:
         self._layer = layer
         self._slots = slots
         self._state = layer.stacked(slots)
