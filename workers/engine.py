@@ -20,6 +20,8 @@ from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
+MAX_UNPADDED_WIDTH = 32  # verify rows; wider ones are prefill chunks
+WIDTH_STEP = 64
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
 
 
@@ -50,6 +52,7 @@ class Engine:
     def __init__(self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int) -> None:
         self.model = model
         self.store = store
+        self.count_accepted = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
@@ -149,7 +152,7 @@ class Engine:
 
     def _forward(self, group: list[StepRow]) -> list[tuple[StepRow, mx.array]]:
         """Run one forward; for each sampled row the hidden rows (n, H) whose logits are wanted."""
-        width = max(_width(row) for row in group)
+        width = self._padded(max(_width(row) for row in group))
         batch = self.store.open([r.slot for r in group], [r.start for r in group], width)
         ordered = [group[i] for i in batch.order]
         hidden = self.model.hidden_rows(self._inputs(ordered, width), batch.layers, self._wanted(ordered))
@@ -164,6 +167,12 @@ class Engine:
                 result.append((row, hidden[at : at + n]))
                 at += n
         return result
+
+    def _padded(self, width: int) -> int:
+        """Prefill chunks on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""
+        if self.store.is_exact or self.store.is_recurrent or width <= MAX_UNPADDED_WIDTH:
+            return width
+        return min(-(-width // WIDTH_STEP) * WIDTH_STEP, self.store.max_width)
 
     def _inputs(self, rows: list[StepRow], width: int) -> mx.array:
         """Token ids (B, width): from the message, or the slot's last sampled token, which only the device knows."""
@@ -239,7 +248,7 @@ class Engine:
         self, row: StepRow, tokens: list[int], is_finite: list[bool], first: int, logprobs: dict[int, TokenLogprob]
     ) -> RowResult:
         drafts = (row.token_ids or [])[-row.num_drafts :] if row.num_drafts else []
-        num_accepted = count_accepted(drafts, tokens)
+        num_accepted = self.count_accepted(drafts, tokens)
         n = num_accepted + 1
         if not all(is_finite[:n]):
             return RowResult(slot=row.slot, token_ids=[], error="the model put out NaN or infinite logits")

@@ -38,7 +38,7 @@ class BatchShape:
     def key_length(self, run: Run, capacity: int) -> int:
         """How many pool indices the run's rows attend to."""
         longest = max(self.ends(run))
-        if not self.is_exact:
+        if not self.is_exact and run.size > 1:  # one row needs no mask at its exact length
             longest = bucket_length(longest)
         return min(longest, capacity)
 
