@@ -116,7 +116,9 @@ class Loop:
             name = RequestId(f"{self.num_tokens}-{i}")
             self.num_running += 1
             greedy = SamplingParams(temperature=0.0)
-            self.send("front", Submit(request_id=name, prompt_token_ids=[7] * prompt, sampling=greedy, max_tokens=num_tokens))
+            self.send(
+                "front", Submit(request_id=name, prompt_token_ids=[7] * prompt, sampling=greedy, max_tokens=num_tokens)
+            )
         running: list[PendingStep] = []
         started, at_start = 0.0, 0
         while self.num_running > 0:

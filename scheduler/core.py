@@ -387,7 +387,8 @@ class Core:
             k = self._draft(now)
             if k is None:
                 return
-            plan = self.planner.plan(now, self._drafts_for, self._preempt, self.settings.ttft_bound_s)
+            drafts_for = self.speculator.drafts_for if k else None
+            plan = self.planner.plan(now, drafts_for, self._preempt, self.settings.ttft_bound_s)
             self._release_freed()
             if not plan:
                 return
@@ -432,9 +433,6 @@ class Core:
         else:
             self.metrics.dropped["unexpected"].inc()
 
-    def _drafts_for(self, sequence: Sequence) -> list[int] | None:
-        return self.speculator.drafts_for(sequence) if self.speculator.is_on else []
-
     def _preempt(self, sequence: Sequence) -> None:
         self._free_slot(sequence)
         self.running.remove(sequence)
@@ -463,13 +461,31 @@ class Core:
         gaps: dict[float, int] = {}  # when rows had their token before -> how many rows; mostly one entry
         for row in result.rows:
             sequence, incarnation, num_drafts = step.rows.get(row.slot, (None, 0, 0))
-            if sequence is not None and sequence.incarnation == incarnation and sequence.finish_reason is None:
-                if sequence.last_token is not None:
-                    gaps[sequence.last_token] = gaps.get(sequence.last_token, 0) + 1
-                num_tokens += self._row_result(sequence, row, num_drafts, now)
+            if sequence is None or sequence.incarnation != incarnation or sequence.finish_reason is not None:
+                continue
+            if (last := sequence.last_token) is not None:
+                gaps[last] = gaps.get(last, 0) + 1
+                if num_drafts == 0 and self._is_plain(sequence, row):
+                    sequence.num_pending -= 1
+                    sequence.token_ids.append(row.token_ids[0])
+                    sequence.last_token = now
+                    num_tokens += 1
+                    self._emit(sequence, row.token_ids, row.logprobs)
+                    continue
+            num_tokens += self._row_result(sequence, row, num_drafts, now)
         self.metrics.generation_tokens.inc(num_tokens)
         for last_token, count in gaps.items():
             self.metrics.itl.observe(now - last_token, count)
+
+    @staticmethod
+    def _is_plain(sequence: Sequence, row: RowResult) -> bool:
+        """One more token of a sequence that goes on: the case that `_row_result` would take longest for, all in all."""
+        return (
+            len(row.token_ids) == 1
+            and row.token_ids[0] not in sequence.stop_token_ids
+            and len(sequence.token_ids) + 1 < sequence.max_length
+            and row.error is None
+        )
 
     def _row_result(self, sequence: Sequence, row: RowResult, num_drafts: int, now: float) -> int:
         """Commit one row's tokens; how many the output took."""
@@ -505,7 +521,7 @@ class Core:
         submit = sequence.submit
         for i, token in enumerate(token_ids):
             n = sequence.num_output_tokens + i + 1
-            if token in submit.stop_token_ids and n > submit.min_tokens:
+            if token in sequence.stop_token_ids and n > submit.min_tokens:
                 return token_ids[: i + 1], "stop"
             if n >= submit.max_tokens:
                 return token_ids[: i + 1], "length"
