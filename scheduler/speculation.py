@@ -5,7 +5,7 @@ The chosen k is that of the whole batch: rows of one verify share its width. A r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from scheduler.costs import StepCosts

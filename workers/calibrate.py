@@ -14,10 +14,12 @@ import msgspec
 
 from shared.messages import RequestId, SamplingParams, SequenceStart, Step, StepCost, StepRow, WorkerInfo
 from workers.engine import Engine
+from workers.machine import is_cpu
 
 logger = logging.getLogger("target")
 
-BATCHES = (1, 4, 8, 16, 32)
+GPU_BATCHES = (1, 2, 4, 8, 16, 32)
+CPU_BATCHES = (1, 4)  # each step takes its time there; the policy follows the rest online
 WIDTHS = (1, 2, 4, 8)
 CONTEXT = 64  # tokens before the measured step
 REPEATS = 3
@@ -45,7 +47,7 @@ def step_costs(engine: Engine, info: WorkerInfo, cache_folder: Path) -> list[Ste
 def measure(engine: Engine, info: WorkerInfo) -> list[StepCost]:
     """The best of a few repeats of each (batch, width), on empty sequences of CONTEXT tokens."""
     costs: list[StepCost] = []
-    for batch in BATCHES:
+    for batch in CPU_BATCHES if is_cpu() else GPU_BATCHES:
         if batch > info.num_slots or info.max_model_len < 2 * CONTEXT:
             break
         engine.begin(_prompts(batch))

@@ -106,7 +106,7 @@ def main() -> int:
         log.set_up("drafter", settings.log_level)
         config.prepare_run_folder(settings)
         if settings.draft_model and settings.draft_model != "ngram":
-            logger.info("%s", blas.preload(settings))
+            logger.info("%s", blas.prepare(settings))
         drafter = DrafterProcess(settings)
     except (BadConfig, BadModel) as error:
         print(f"drafter: {error}", file=sys.stderr)

@@ -49,9 +49,8 @@ def install_taps(model: Any, taps: Sequence[int]) -> dict[int, mx.array]:  # noq
     Raises:
         BadModel: the model's blocks are not where mlx-lm's convention has them, or there are too few.
     """
-    owner = model if isinstance(getattr(model, "layers", None), list) else getattr(model, "model", None)
-    layers = getattr(owner, "layers", None)
-    if not isinstance(layers, list):
+    layers = _layers(model)
+    if layers is None:
         raise BadModel(f"cannot capture hidden states of {type(model).__module__}: it has no list of layers")
     if max(taps) >= len(layers):
         raise BadModel(f"the drafter taps block {max(taps)}, the target has {len(layers)}")
@@ -59,6 +58,17 @@ def install_taps(model: Any, taps: Sequence[int]) -> dict[int, mx.array]:  # noq
     for tap in taps:
         layers[tap] = TapLayer(layers[tap], sink, tap)
     return sink
+
+
+def _layers(model: Any) -> list[Any] | None:  # noqa: ANN401 - any architecture
+    """The list that the forward walks through: an attribute of the model or of the modules inside it."""
+    owner = model
+    while owner is not None:
+        layers = owner.get("layers") if isinstance(owner, dict) else None  # a module is a dict of what it owns
+        if isinstance(layers, list):
+            return layers
+        owner = getattr(owner, "model", None)
+    return None
 
 
 class FeatureSender:
@@ -122,7 +132,10 @@ class FeatureReceiver:
         check_tensor_frames([(spec.dtype, spec.shape)], frames[1:])
         if spec.dtype not in _VIEWS or len(spec.shape) != 2:
             raise BadMessage(f"features of {spec.dtype}{spec.shape}")
-        if any(r.num_rows < 1 or r.start < 0 for r in message.rows) or sum(r.num_rows for r in message.rows) != spec.shape[0]:
+        if (
+            any(r.num_rows < 1 or r.start < 0 for r in message.rows)
+            or sum(r.num_rows for r in message.rows) != spec.shape[0]
+        ):
             raise BadMessage("feature rows do not add up")
         array = mx.array(np.frombuffer(frames[1], _VIEWS[spec.dtype][1]).reshape(spec.shape))
         if spec.dtype != "float32":

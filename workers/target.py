@@ -28,13 +28,13 @@ MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 
 
 class Target:
-    """Owns the engine; one step runs on the device while the next is being queued."""
+    """Owns the engine. On a GPU one step runs while the next is being queued."""
 
     def __init__(self, settings: config.Settings) -> None:
         from workers.build import build_engine
         from workers.features import FeatureSender
         from workers.link import Link
-        from workers.machine import memory
+        from workers.machine import is_cpu, memory
 
         self.settings = settings
         self.link = Link(settings, "target", ToTarget, memory)
@@ -47,6 +47,9 @@ class Target:
             self.info.kv_capacity_tokens,
         )  # fmt: skip
         self.sender = FeatureSender(settings) if self.engine.model.captures else None
+        # MLX's CPU device runs a graph while it is being queued, so a second step would only delay the first's result.
+        self.depth = 1 if is_cpu() else 2
+        self.step_s = 0.0  # moving average of the time a step keeps the device
         self.epoch = 0
         self.is_draining = False
 
@@ -55,36 +58,28 @@ class Target:
 
     def run(self) -> None:
         """Until told to stop. An exception of a step is fatal: the supervisor starts a clean process."""
-        pending: deque[PendingStep] = deque()
-        step_s = 0.0  # moving average of the time a step keeps the device
+        waiting: deque[Step | Release] = deque()  # in order of arrival
+        running: deque[PendingStep] = deque()
         try:
             while not self.is_draining:
-                # While a step runs, the scheduler plans the one after: give it time to arrive, so that it is queued
-                # before the device falls idle. Half a step's time never delays a result.
-                wait_s = IDLE_POLL_S if not pending else min(step_s / 2, MAX_LOOK_AHEAD_S) if len(pending) < 2 else 0.0
-                message = self.link.receive(wait_s)
+                message = self.link.receive(self._patience(len(waiting), len(running)))
                 match message:
                     case Welcome():
                         self._welcome(message)
-                        pending.clear()
-                    case Step() if message.epoch == self.epoch:
-                        pending.append(self.engine.begin(message))
-                        if len(pending) < 2:
-                            continue  # look for the next one before waiting for this one
-                    case Release() if message.epoch == self.epoch:
-                        self.engine.release(message.slots)
-                        continue
-                    case Drain():
-                        self.is_draining = True
+                        waiting.clear()
+                        running.clear()
+                    case Step() | Release() if message.epoch == self.epoch:
+                        waiting.append(message)
+                        if len(waiting) + len(running) <= self.depth:
+                            continue  # look for more before waiting for the device
                     case Step() | Release():
                         self.link.num_dropped += 1
-                        continue
-                if pending:
-                    done = pending.popleft()
-                    result = self.engine.finish(done)
-                    self.link.send(result)
-                    self._send_features(done, result)
-                    step_s = 0.8 * step_s + 0.2 * result.phases["device"]
+                    case Drain():
+                        self.is_draining = True
+                while waiting and len(running) < self.depth:
+                    self._begin(waiting.popleft(), running)
+                if running:
+                    self._finish(running.popleft())
         except Exception as error:
             logger.exception("a step failed")
             self.link.send(WorkerFailed(epoch=self.epoch, reason=str(error)[:500]))
@@ -93,6 +88,30 @@ class Target:
             if self.sender is not None:
                 self.sender.close()
             self.link.close()
+
+    def _patience(self, num_waiting: int, num_running: int) -> float:
+        """Seconds to wait for a message.
+
+        While a step runs on a GPU the scheduler plans the one after: half a step's time lets it arrive, so that it is
+        queued before the device falls idle, and never delays a result.
+        """
+        if num_waiting + num_running == 0:
+            return IDLE_POLL_S
+        if num_waiting == 0 and num_running < self.depth:
+            return min(self.step_s / 2, MAX_LOOK_AHEAD_S)
+        return 0.0
+
+    def _begin(self, message: Step | Release, running: deque[PendingStep]) -> None:
+        if isinstance(message, Release):
+            self.engine.release(message.slots)
+        else:
+            running.append(self.engine.begin(message))
+
+    def _finish(self, step: PendingStep) -> None:
+        result = self.engine.finish(step)
+        self.link.send(result)
+        self._send_features(step, result)
+        self.step_s = 0.8 * self.step_s + 0.2 * result.phases["device"]
 
     def _send_features(self, done: PendingStep, result: StepResult) -> None:
         """After the result, so that the scheduler plans meanwhile."""
@@ -114,7 +133,7 @@ def main() -> int:
         settings = config.load()
         log.set_up("target", settings.log_level)
         config.prepare_run_folder(settings)
-        logger.info("%s", blas.preload(settings))
+        logger.info("%s", blas.prepare(settings))
         target = Target(settings)
     except (BadConfig, BadModel) as error:
         print(f"target: {error}", file=sys.stderr)
@@ -132,5 +151,3 @@ if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
     os._exit(code)  # MLX's device threads need no orderly end, and may take seconds for one
-
-

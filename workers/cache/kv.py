@@ -38,7 +38,7 @@ class BatchShape:
     def key_length(self, run: Run, capacity: int) -> int:
         """How many pool indices the run's rows attend to."""
         longest = max(self.ends(run))
-        if not self.is_exact:
+        if not self.is_exact and run.size > 1:  # one row needs no mask at its exact length
             longest = bucket_length(longest)
         return min(longest, capacity)
 
@@ -54,9 +54,7 @@ def bucket_length(length: int) -> int:
 class KVLayer:
     """One layer's pools, by class. Arrays are rebound on each write, so that MLX writes in place."""
 
-    def __init__(
-        self, spec: AttentionSpec, capacities: list[int], max_width: int, slack: int, dtype: mx.Dtype
-    ) -> None:
+    def __init__(self, spec: AttentionSpec, capacities: list[int], max_width: int, slack: int, dtype: mx.Dtype) -> None:
         self.spec = spec
         self.dtype = dtype
         ring = None if spec.window is None else -(-(spec.window + max_width) // 64) * 64
@@ -197,7 +195,9 @@ class KVView:
         for pools, new in ((layer.keys, k), (layer.values, v)):
             pool = pools[c]
             assert pool is not None, "write to a pool that was never reserved"
-            pool[rows_index, heads, indices] = new if run.size == new.shape[0] else new[run.first : run.first + run.size]
+            pool[rows_index, heads, indices] = (
+                new if run.size == new.shape[0] else new[run.first : run.first + run.size]
+            )
             pools[c] = pool
 
     def _mask(self, run: Run, length: int, capacity: int, window: int | None) -> mx.array | str | None:
@@ -241,9 +241,7 @@ class KVView:
         shape = self._shape
         return max(shape.key_length(run, self._layer.capacities[run.capacity_class]) for run in shape.runs)
 
-    def make_mask(
-        self, n: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | str | None:
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """The mask for what `update_and_fetch` will return: boolean (B, 1, n, keys), "causal" or None."""
         shape, layer = self._shape, self._layer
         assert n == shape.width, f"mask for {n} tokens in a step of width {shape.width}"
@@ -251,9 +249,7 @@ class KVView:
         length = self._fetch_length()
         if len(shape.runs) == 1 and not return_array:
             return self._mask(shape.runs[0], length, layer.capacities[shape.runs[0].capacity_class], window)
-        parts = [
-            position_mask(shape, run, length, layer.capacities[run.capacity_class], window) for run in shape.runs
-        ]
+        parts = [position_mask(shape, run, length, layer.capacities[run.capacity_class], window) for run in shape.runs]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 

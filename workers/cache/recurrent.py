@@ -71,7 +71,9 @@ class RecurrentView(ArraysCache):  # type: ignore[misc] # mlx-lm has no types
     `lengths` (B,) are the real tokens of each row in a padded step, None where nothing is padded.
     """
 
-    def __init__(self, layer: RecurrentLayer, slots: list[int], lengths: mx.array | None, offset: int | mx.array) -> None:
+    def __init__(
+        self, layer: RecurrentLayer, slots: list[int], lengths: mx.array | None, offset: int | mx.array
+    ) -> None:
         super().__init__(layer.spec.num_arrays)
         self._layer = layer
         self._slots = slots
