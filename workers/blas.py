@@ -33,7 +33,7 @@ _SYSTEM_LIBRARIES = ("libblis.so.4", "libopenblas.so.0")
 _THREAD_VARIABLES = ("MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def preload(settings: Settings) -> str:
+def prepare(settings: Settings) -> str:
     """Load a BLAS for MLX where that helps; return a line for the log.
 
     Call it before anything imports `mlx.core`. Variables that the user has set in the environment are kept.
@@ -43,7 +43,7 @@ def preload(settings: Settings) -> str:
         RuntimeError: `mlx.core` is already imported, so the library would have no effect.
     """
     if "mlx.core" in sys.modules:
-        raise RuntimeError("workers.blas.preload must run before mlx.core is imported")
+        raise RuntimeError("workers.blas.prepare must run before mlx.core is imported")
     if sys.platform != "linux":
         return "BLAS: the system's own"
     if is_cuda_used():

@@ -24,7 +24,7 @@ from workers import blas
 if {is_mlx_first}:
     import mlx.core
 try:
-    text = blas.preload(load())
+    text = blas.prepare(load())
 except (BadConfig, RuntimeError) as error:
     text = f"{{type(error).__name__}}: {{error}}"
 maps = open("/proc/self/maps").read()

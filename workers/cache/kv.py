@@ -225,16 +225,15 @@ class KVView:
             pad = [(0, 0), (0, 0), (0, length - n), (0, 0)]
             parts_k.append(keys[rows, :, :n] if n == length else mx.pad(keys[rows, :, :n], pad))
             parts_v.append(values[rows, :, :n] if n == length else mx.pad(values[rows, :, :n], pad))
-        if len(parts_k) == 1:
-            fetched = parts_k[0], parts_v[0]
-        else:
-            fetched = mx.concatenate(parts_k), mx.concatenate(parts_v)
-        self.keys, self.values = fetched
-        return fetched
+        fetched_k = parts_k[0] if len(parts_k) == 1 else mx.concatenate(parts_k)
+        fetched_v = parts_v[0] if len(parts_v) == 1 else mx.concatenate(parts_v)
+        self.keys, self.values = fetched_k, fetched_v
+        return fetched_k, fetched_v
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What this forward's `update_and_fetch` returned: layers that share another layer's keys read them here."""
-        assert self.keys is not None and self.values is not None, "shared keys were not written in this forward"
+        assert self.keys is not None, "shared keys were not written in this forward"
+        assert self.values is not None, "keys without values"
         return self.keys, self.values
 
     def _fetch_length(self) -> int:
