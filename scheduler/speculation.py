@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from scheduler.costs import StepCosts
+from scheduler.costs import StepCosts, follow
 from scheduler.metrics import Metrics
 from scheduler.ngram import NgramIndex
 from scheduler.sequence import Sequence as Request
@@ -254,7 +254,7 @@ class Speculator:
         seconds = now - sent
         self.metrics.draft_seconds(seconds)
         old = self._draft_s.get(k)
-        self._draft_s[k] = seconds if old is None else old + 0.15 * (min(seconds, 3 * old) - old)
+        self._draft_s[k] = seconds if old is None else follow(old, seconds)
         for draft in message.drafts:
             self._take(draft)
 
