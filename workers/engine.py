@@ -16,11 +16,11 @@ import msgspec
 from shared.messages import FeatureRows, RequestId, RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
 from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
+from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
-MAX_UNPADDED_WIDTH = 32  # verify rows; wider ones are prefill chunks
 WIDTH_STEP = 64
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
 
@@ -169,9 +169,11 @@ class Engine:
         return result
 
     def _padded(self, width: int) -> int:
-        """Prefill chunks on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""
-        if self.store.is_exact or self.store.is_recurrent or width <= MAX_UNPADDED_WIDTH:
+        """Steps on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""
+        if self.store.is_exact or self.store.is_recurrent:
             return width
+        if width <= MAX_VERIFY_WIDTH:
+            return 1 << (width - 1).bit_length()
         return min(-(-width // WIDTH_STEP) * WIDTH_STEP, self.store.max_width)
 
     def _inputs(self, rows: list[StepRow], width: int) -> mx.array:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
 
+MAX_VERIFY_WIDTH = 32  # wider steps are prefill chunks
 GROW_ROWS = 4  # pools grow by this many rows, then by half
 
 
@@ -38,7 +39,9 @@ class BatchShape:
     def key_length(self, run: Run, capacity: int) -> int:
         """How many pool indices the run's rows attend to."""
         longest = max(self.ends(run))
-        if not self.is_exact and run.size > 1:  # one row needs no mask at its exact length
+        # On a GPU one decode row, or one prefill chunk, is attended at its exact length without a mask; verify rows and
+        # batches come in few shapes, since a new one is planned anew.
+        if not self.is_exact and (run.size > 1 or 1 < self.width <= MAX_VERIFY_WIDTH):
             longest = bucket_length(longest)
         return min(longest, capacity)
 
@@ -209,7 +212,10 @@ class KVView:
             return None if shape.width == 1 else "causal"
         key = (run.first, run.size, length * 2**32 + capacity, window if is_windowed else None)
         if key not in shape.masks:
-            shape.masks[key] = position_mask(shape, run, length, capacity, window if is_windowed else None)
+            mask = position_mask(shape, run, length, capacity, window if is_windowed else None)
+            if not shape.is_exact:  # a GPU adds a mask faster than it selects by one (H100, 8 rows: 58 against 78 us)
+                mask = mx.where(mask, mx.array(0.0, self._layer.dtype), mx.array(-mx.inf, self._layer.dtype))
+            shape.masks[key] = mask
         return shape.masks[key]
 
     # ------------------------------------------------ mlx-lm's cache protocol
