@@ -130,6 +130,7 @@ class Core:
         """Time-outs: silent peers, requests past their deadline. Sends heartbeats and the status."""
         for peer in self.peers.lost(now):
             self._lose(peer, now)
+        self.speculator.expire(now)
         for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
             self._end(sequence, "error", now, error="the request's time limit passed")
         for peer in self.peers.all():
