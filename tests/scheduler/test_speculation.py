@@ -364,5 +364,3 @@ def test_acceptance_estimates_stay_chances_and_only_count_what_was_tested(outcom
     assert rates._seen[3] == sum(a >= 3 for a in outcomes)
     assert rates._seen[4] == 0
     assert 1.0 <= rates.expected_tokens(4) <= 5.0
-
-

@@ -248,7 +248,9 @@ class EngineRig:
                 return
         raise AssertionError("the schedule does not end")
 
-    def submit(self, name: str, prompt: list[int], max_tokens: int, sampling: SamplingParams = GREEDY, **more: object) -> None:
+    def submit(
+        self, name: str, prompt: list[int], max_tokens: int, sampling: SamplingParams = GREEDY, **more: object
+    ) -> None:
         self.send(
             "front",
             Submit(
