@@ -33,7 +33,7 @@ class TokenText(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct):
-    """What one Output adds to one sequence, ready to be shown. `events` replaces `text` where there is more than text."""
+    """What one Output adds to one sequence, ready to be shown. `events` replaces `text` where it is not all text."""
 
     index: int
     text: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from frontend.schemas import MAX_STOPS, MAX_TOOLS, Body, Positive
 
@@ -101,7 +101,7 @@ class Edit(Body, frozen=True, kw_only=True):
 
 
 class ContextManagement(Body, frozen=True, kw_only=True):
-    edits: list[Edit] = []
+    edits: list[Edit] = field(default_factory=list)
 
 
 class OutputConfig(Body, frozen=True, kw_only=True):
