@@ -143,7 +143,7 @@ def test_max_tokens_and_a_full_context_are_told_apart(agent: AgentServer, client
 
 def test_sampling_fields_reach_the_engine(agent: AgentServer, client: anthropic.Anthropic) -> None:
     agent.reset("x")
-    client.messages.create(**ASK, temperature=0.5, top_p=0.8, top_k=7)
+    client.messages.create(**ASK, extra_body={"temperature": 0.5, "top_p": 0.8, "top_k": 7})
     sampling = agent.engine.wait_for(Submit)[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.8, 7)
 
@@ -317,14 +317,14 @@ def test_error_types(agent: AgentServer, client: anthropic.Anthropic) -> None:
         client.messages.create(**ASK | {"model": "claude-9"})
     assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]  # the SDK says object
     assert agent.server.http.get("/v1/messages").json()["error"]["type"] == "invalid_request_error"
-    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: 2.* tokens > "):
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: 2.* tokens > "):
         client.messages.create(**ASK | {"messages": [{"role": "user", "content": "x" * 200_001}]})
 
 
 def test_engine_errors_have_anthropics_shapes(agent: AgentServer, client: anthropic.Anthropic) -> None:
     agent.reset()
 
-    def fail(engine: Any, submit: Submit) -> None:  # noqa: ANN401 - FakeEngine
+    def fail(engine: Any, submit: Submit) -> None:
         engine.send_output(submit.request_id, ids("ab"))
         engine.send_output(submit.request_id, [], finish_reason="error", error="it broke")
 
@@ -338,7 +338,7 @@ def test_engine_errors_have_anthropics_shapes(agent: AgentServer, client: anthro
         stream.get_final_message()
 
 
-def test_keys_as_x_api_key_or_bearer(tmp_path: Any) -> None:  # noqa: ANN401 - pytest's own path type
+def test_keys_as_x_api_key_or_bearer(tmp_path: Any) -> None:
     with running(tmp_path, api_keys="sesame") as agent:
         agent.reset("a", "b")
         with agent.anthropic(api_key="sesame") as client:
@@ -352,9 +352,9 @@ def test_keys_as_x_api_key_or_bearer(tmp_path: Any) -> None:  # noqa: ANN401 - p
 
 
 def test_no_target_is_overloaded(agent: AgentServer) -> None:
-    agent.engine.set_target("starting")
+    agent.engine.set_target("loading")
     try:
-        response = agent.server.wait_status("/health", 503)
+        agent.server.wait_status("/health", 503)
         response = agent.server.http.post("/v1/messages", json=ASK)
         assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded_error")
     finally:

@@ -191,7 +191,7 @@ def test_templates_tell_the_format(template: str, name: str | None) -> None:
 
 
 def test_misspelt_parsers_stop_start_up() -> None:
-    with pytest.raises(BadConfig, match="TANDEM_TOOL_PARSER.*hermes"):
+    with pytest.raises(BadConfig, match=r"TANDEM_TOOL_PARSER.*hermes"):
         tools.choose("herms", "")
-    with pytest.raises(BadConfig, match="TANDEM_REASONING_PARSER.*think"):
+    with pytest.raises(BadConfig, match=r"TANDEM_REASONING_PARSER.*think"):
         reasoning.choose("thinking", "", TOKENIZER)

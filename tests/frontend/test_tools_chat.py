@@ -74,7 +74,7 @@ def test_stream_opens_each_call_then_sends_its_arguments_in_pieces(agent: AgentS
 
 
 def test_sdk_helper_and_async_client(agent: AgentServer) -> None:
-    async def ask() -> Any:  # noqa: ANN401 - an SDK's type
+    async def ask() -> Any:
         async with (
             openai.AsyncOpenAI(base_url=f"{agent.server.url}/v1", api_key="none", max_retries=0) as sdk,
             sdk.chat.completions.stream(**ASK, tools=TOOLS) as stream,
