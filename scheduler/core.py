@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
+from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
 from scheduler.metrics import Metrics
@@ -35,11 +36,13 @@ from shared.messages import (
     Rejected,
     Release,
     RequestId,
+    Role,
     RowResult,
     SayHello,
     Step,
     StepResult,
     Submit,
+    TokenLogprob,
     Welcome,
     WorkerFailed,
 )
@@ -87,6 +90,7 @@ class Core:
         self._outputs: dict[str, list[Output]] = {}
         self._freed: list[int] = []
         self._last_result = 0.0
+        self._roles_seen: set[Role] = set()
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
         is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
         self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
@@ -172,9 +176,14 @@ class Core:
         replaced = self.peers.replaced_by(hello.role, sender)
         if replaced is not None:
             self._lose(replaced, now)
-            self.metrics.worker_restarts[hello.role].inc()
+
         elif sender in self.peers and hello.role != "frontend":
-            self._lose(self.peers.by_id(sender), now)  # the same process says hello again: it forgot, or missed messages
+            self._lose(
+                self.peers.by_id(sender), now
+            )  # the same process says hello again: it forgot, or missed messages
+        if hello.role in self._roles_seen and sender not in self.peers and hello.role in self.metrics.worker_restarts:
+            self.metrics.worker_restarts[hello.role].inc()
+        self._roles_seen.add(hello.role)
         peer = self.peers.add(sender, hello.role, hello.pid, now)
         self._out.append((sender, Welcome(scheduler_id=self.scheduler_id, epoch=peer.epoch)))
         self._broadcast_status()
@@ -315,8 +324,16 @@ class Core:
             self.metrics.cancelled[state].inc()
             self._end(sequence, "abort", now)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> None:
-        """The one place where a request ends: its slot is free, its terminal output is on its way."""
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        error: str | None = None,
+        token_ids: Sequenced[int] = (),
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> None:
+        """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves."""
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
@@ -327,7 +344,15 @@ class Core:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         self.metrics.finished(sequence, now)
-        self._emit(sequence, [], now, finish_reason=reason, error=error)
+        output = Output(
+            request_id=sequence.submit.request_id,
+            token_ids=list(token_ids),
+            logprobs=logprobs[: len(token_ids)] if logprobs is not None else None,
+            finish_reason=reason,
+            error=error,
+            timings=sequence.timings(now),
+        )
+        self._outputs_of(sequence.frontend).append(output)
 
     def _free_slot(self, sequence: Sequence) -> None:
         assert sequence.slot is not None, "free a slot that is not held"
@@ -341,31 +366,16 @@ class Core:
             self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed)))
         self._freed = []
 
-    def _emit(
-        self,
-        sequence: Sequence,
-        token_ids: list[int],
-        now: float,
-        result: RowResult | None = None,
-        finish_reason: FinishReason | None = None,
-        error: str | None = None,
-    ) -> None:
-        outputs = self._outputs.setdefault(sequence.frontend, [])
-        logprobs = result.logprobs[: len(token_ids)] if result is not None and result.logprobs is not None else None
-        last = outputs[-1] if outputs else None
-        if last is not None and last.request_id == sequence.submit.request_id and last.finish_reason is None:
-            token_ids, logprobs = last.token_ids, last.logprobs  # tokens and end in one output
-            outputs.pop()
-        outputs.append(
-            Output(
-                request_id=sequence.submit.request_id,
-                token_ids=token_ids,
-                logprobs=logprobs,
-                finish_reason=finish_reason,
-                error=error,
-                timings=sequence.timings(now) if finish_reason else None,
-            )
-        )
+    def _emit(self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        """Tokens of a request that goes on."""
+        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, logprobs=logprobs)
+        self._outputs_of(sequence.frontend).append(output)
+
+    def _outputs_of(self, frontend: str) -> list[Output]:
+        outputs = self._outputs.get(frontend)
+        if outputs is None:
+            outputs = self._outputs[frontend] = []
+        return outputs
 
     # ------------------------------------------------ steps
 
@@ -377,7 +387,8 @@ class Core:
             k = self._draft(now)
             if k is None:
                 return
-            plan = self.planner.plan(now, self._drafts_for, self._preempt, self.settings.ttft_bound_s)
+            drafts_for = self.speculator.drafts_for if k else None
+            plan = self.planner.plan(now, drafts_for, self._preempt, self.settings.ttft_bound_s)
             self._release_freed()
             if not plan:
                 return
@@ -422,9 +433,6 @@ class Core:
         else:
             self.metrics.dropped["unexpected"].inc()
 
-    def _drafts_for(self, sequence: Sequence) -> list[int] | None:
-        return self.speculator.drafts_for(sequence) if self.speculator.is_on else []
-
     def _preempt(self, sequence: Sequence) -> None:
         self._free_slot(sequence)
         self.running.remove(sequence)
@@ -449,44 +457,71 @@ class Core:
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
                 self.metrics.phases[phase].observe(seconds)
+        num_tokens = 0
+        gaps: dict[float, int] = {}  # when rows had their token before -> how many rows; mostly one entry
         for row in result.rows:
             sequence, incarnation, num_drafts = step.rows.get(row.slot, (None, 0, 0))
-            if sequence is not None and sequence.incarnation == incarnation and sequence.finish_reason is None:
-                self._row_result(sequence, row, num_drafts, now)
+            if sequence is None or sequence.incarnation != incarnation or sequence.finish_reason is not None:
+                continue
+            if (last := sequence.last_token) is not None:
+                gaps[last] = gaps.get(last, 0) + 1
+                if num_drafts == 0 and self._is_plain(sequence, row):
+                    sequence.num_pending -= 1
+                    sequence.token_ids.append(row.token_ids[0])
+                    sequence.last_token = now
+                    num_tokens += 1
+                    self._emit(sequence, row.token_ids, row.logprobs)
+                    continue
+            num_tokens += self._row_result(sequence, row, num_drafts, now)
+        self.metrics.generation_tokens.inc(num_tokens)
+        for last_token, count in gaps.items():
+            self.metrics.itl.observe(now - last_token, count)
 
-    def _row_result(self, sequence: Sequence, row: RowResult, num_drafts: int, now: float) -> None:
+    @staticmethod
+    def _is_plain(sequence: Sequence, row: RowResult) -> bool:
+        """One more token of a sequence that goes on: the case that `_row_result` would take longest for, all in all."""
+        return (
+            len(row.token_ids) == 1
+            and row.token_ids[0] not in sequence.stop_token_ids
+            and len(sequence.token_ids) + 1 < sequence.max_length
+            and row.error is None
+        )
+
+    def _row_result(self, sequence: Sequence, row: RowResult, num_drafts: int, now: float) -> int:
+        """Commit one row's tokens; how many the output took."""
         sequence.num_pending -= 1
         if row.error is not None or not 1 <= len(row.token_ids) <= num_drafts + 1:
             self._end(sequence, "error", now, error=row.error or "the target worker sent a malformed result")
-            return
-        # Of the rows that were sent, the rejected drafts are not part of the sequence: roll back.
-        sequence.num_scheduled -= num_drafts - (len(row.token_ids) - 1)
+            return 0
         if num_drafts:
+            # Of the rows that were sent, the rejected drafts are not part of the sequence: roll back.
+            num_accepted = len(row.token_ids) - 1
+            sequence.num_scheduled -= num_drafts - num_accepted
             sequence.num_drafts += 1
             sequence.num_draft_tokens += num_drafts
-            sequence.num_accepted_tokens += len(row.token_ids) - 1
-            self.speculator.verified(sequence, num_drafts, len(row.token_ids) - 1)
+            sequence.num_accepted_tokens += num_accepted
+            self.speculator.verified(sequence, num_drafts, num_accepted)
         kept, reason = self._cut(sequence, row.token_ids)
         sequence.token_ids += kept
-        self.metrics.generation_tokens.inc(len(kept))
         if sequence.first_token is None:
             sequence.first_token = now
             self.metrics.ttft.observe(now - sequence.arrival)
             self.metrics.queue_time.observe((sequence.first_scheduled or now) - sequence.arrival)
             self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
-        elif sequence.last_token is not None:
-            self.metrics.itl.observe(now - sequence.last_token)
         sequence.last_token = now
-        self._emit(sequence, kept, now, result=row)
         if reason is not None:
-            self._end(sequence, reason, now)
+            self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs)
+        else:
+            self._emit(sequence, kept, row.logprobs)
+        return len(kept)
 
-    def _cut(self, sequence: Sequence, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+    @staticmethod
+    def _cut(sequence: Sequence, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
         """The tokens that belong to the output, up to a stop token or the limit, and whether it ends there."""
         submit = sequence.submit
         for i, token in enumerate(token_ids):
             n = sequence.num_output_tokens + i + 1
-            if token in submit.stop_token_ids and n > submit.min_tokens:
+            if token in sequence.stop_token_ids and n > submit.min_tokens:
                 return token_ids[: i + 1], "stop"
             if n >= submit.max_tokens:
                 return token_ids[: i + 1], "length"
@@ -513,7 +548,7 @@ class Core:
         assert len(held) == len(set(held)), "two sequences write to one slot"
         assert len(held) + self.slots.num_free_slots == self.slots.num_slots, "free + used != total"
         for s in self.running:
-            assert 0 <= s.num_remaining, "scheduled beyond the sequence's end"
+            assert s.num_remaining >= 0, "scheduled beyond the sequence's end"
             assert s.num_scheduled <= s.capacity, "scheduled beyond the slot's capacity"
             assert s.finish_reason is None, "a finished request holds a slot"
 

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
+from collections.abc import Sequence as Values
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from scheduler.sequence import Sequence
 from shared import metric_names as names
 from shared.messages import Role
 
 MAX_DRAFT_POSITIONS = 32
+
+
+class WeightedHistogram(Collector):
+    """A histogram that takes a value many times at once.
+
+    All rows of a decode step share one gap since their last token; observing it row by row would cost more than
+    planning the step.
+    """
+
+    def __init__(
+        self, name: str, text: str, bounds: Values[float], labels: dict[str, str], registry: CollectorRegistry
+    ) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._bounds = list(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        buckets, total = [], 0
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), buckets, self._sum)
+        return [family]
 
 
 class Metrics:
@@ -46,7 +82,9 @@ class Metrics:
         self.prefix_queries = counter(names.PREFIX_QUERIES, "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = counter(names.PREFIX_HITS, "Prompt tokens found in the prefix cache.")
         self.ttft = histogram(names.TTFT, "Arrival to first token.", names.TIME_BUCKETS)
-        self.itl = histogram(names.ITL, "Between two outputs of a request.", names.ITL_BUCKETS)
+        self.itl = WeightedHistogram(
+            names.ITL, "Between two outputs of a request.", names.ITL_BUCKETS, labels, self.registry
+        )
         self.tpot = histogram(names.TPOT, "Decode time per output token.", names.ITL_BUCKETS)
         self.e2e = histogram(names.E2E, "Arrival to end.", names.LATENCY_BUCKETS)
         self.queue_time = histogram(names.QUEUE_TIME, "Arrival to first step.", names.LATENCY_BUCKETS)
@@ -61,25 +99,31 @@ class Metrics:
         self.iteration_tokens = histogram(names.ITERATION_TOKENS, "Tokens of one step.", names.COUNT_BUCKETS)
         self.batch_occupancy = histogram(names.BATCH_OCCUPANCY, "Decode rows of one step.", names.OCCUPANCY_BUCKETS)
 
-        def labelled(kind: type[Counter] | type[Gauge], name: str, text: str, *more: str) -> Counter | Gauge:
-            return kind(name, text, [*plain, *more], registry=self.registry)
+        def counters(name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Counter]:
+            family = Counter(name, text, [*plain, label], registry=self.registry)
+            return {value: family.labels(**labels, **{label: value}) for value in values}
 
-        def fill(metric: Counter | Gauge, label: str, values: tuple[str, ...]) -> dict[str, Counter | Gauge]:
-            return {value: metric.labels(**labels, **{label: value}) for value in values}
-
-        success = labelled(Counter, names.REQUEST_SUCCESS, "Finished requests by reason.", "finished_reason")
-        self.request_success = fill(success, "finished_reason", ("stop", "length", "abort", "error"))
-        up = labelled(Gauge, names.WORKER_UP, "1 while this worker is ready.", "role")
-        self.worker_up = fill(up, "role", ("target", "drafter"))
-        restarts = labelled(Counter, names.WORKER_RESTARTS, "New processes of this role after the first.", "role")
-        self.worker_restarts = fill(restarts, "role", ("target", "drafter", "frontend"))
-        self._cancelled = labelled(Counter, names.CANCELLED, "Cancelled requests by state.", "state")
-        self.cancelled = fill(self._cancelled, "state", ("waiting", "prefilling", "decoding"))
-        rejected = labelled(Counter, names.REJECTED, "Requests not accepted.", "reason")
-        self.rejected = fill(rejected, "reason", ("queue_full", "no_target", "too_long", "bad_request"))
-        dropped = labelled(Counter, names.DROPPED_MESSAGES, "Messages that were bad, truncated or stale.", "reason")
-        self.dropped = fill(dropped, "reason", ("bad", "unknown_peer", "old_epoch", "unexpected"))
-        self._memory = labelled(Gauge, names.MEMORY_BYTES, "Memory of a process.", "process", "kind")
+        self.request_success = counters(
+            names.REQUEST_SUCCESS, "Finished requests.", "finished_reason", ("stop", "length", "abort", "error")
+        )
+        self.worker_restarts = counters(
+            names.WORKER_RESTARTS, "New processes of this role after the first.", "role", ("target", "drafter", "image")
+        )
+        self.cancelled = counters(
+            names.CANCELLED, "Cancelled requests.", "state", ("waiting", "prefilling", "decoding")
+        )
+        self.rejected = counters(
+            names.REJECTED, "Requests not accepted.", "reason", ("queue_full", "no_target", "too_long", "bad_request")
+        )
+        self.dropped = counters(
+            names.DROPPED_MESSAGES, "Bad, truncated or stale messages.", "reason",
+            ("bad", "unknown_peer", "old_epoch", "unexpected"),
+        )  # fmt: skip
+        up = Gauge(names.WORKER_UP, "1 while this worker is ready.", [*plain, "role"], registry=self.registry)
+        self.worker_up = {role: up.labels(**labels, role=role) for role in ("target", "drafter")}
+        self._memory = Gauge(
+            names.MEMORY_BYTES, "Memory of a process.", [*plain, "process", "kind"], registry=self.registry
+        )
         self._labels = labels
         self._phases = Histogram(
             names.STEP_PHASE, "Phases of a step in the target.", [*plain, "phase"], registry=self.registry,
@@ -101,8 +145,9 @@ class Metrics:
         )  # fmt: skip
         self.chosen_k = gauge(names.SPEC_CHOSEN_K, "Drafted tokens per row that the policy chooses now.")
         self._draft_s = histogram(names.DRAFT_SECONDS, "From asking for drafts to having them.", names.PHASE_BUCKETS)
-        fallthrough = labelled(Counter, names.SPEC_FALLTHROUGH, "Rounds or rows without drafts, by reason.", "reason")
-        self.fallthrough = fill(fallthrough, "reason", ("timeout", "stale", "no_draft"))
+        self.fallthrough = counters(
+            names.SPEC_FALLTHROUGH, "Rounds or rows without drafts.", "reason", ("timeout", "stale", "no_draft")
+        )
         self.add_drafter("none")
 
     def add_drafter(self, drafter: str) -> None:

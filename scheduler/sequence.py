@@ -22,6 +22,8 @@ class Sequence:
     order: tuple[float, int]  # smaller runs first
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    max_length: int = field(init=False)  # prompt and output tokens at the end
+    stop_token_ids: frozenset[int] = field(init=False)  # those that end the output right away
     slot: int | None = None
     capacity: int = 0
     num_scheduled: int = 0
@@ -41,6 +43,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.submit.prompt_token_ids)
         self.token_ids = [*self.submit.prompt_token_ids, *self.submit.output_token_ids]
+        self.max_length = self.num_prompt_tokens + self.submit.max_tokens
+        self.stop_token_ids = frozenset(self.submit.stop_token_ids)
 
     @property
     def is_running(self) -> bool:
@@ -58,7 +62,7 @@ class Sequence:
     @property
     def wants_more(self) -> bool:
         """Another sampled token is wanted once those in flight have come."""
-        return self.finish_reason is None and self.num_output_tokens + self.num_pending < self.submit.max_tokens
+        return self.finish_reason is None and len(self.token_ids) + self.num_pending < self.max_length
 
     def rewind(self) -> None:
         """Give up everything computed: preemption, or a new target."""

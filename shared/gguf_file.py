@@ -60,7 +60,7 @@ class _Cursor:
 
 
 class GgufTensor(msgspec.Struct, frozen=True):
-    """`shape` is row-major (GGUF stores it reversed), `kind` ggml's number of the type, `offset` from the file's start."""
+    """`shape` is row-major, `kind` ggml's number of the type, `offset` counts from the file's first byte."""
 
     name: str
     shape: tuple[int, ...]

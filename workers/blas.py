@@ -46,7 +46,7 @@ def prepare(settings: Settings) -> str:
         raise RuntimeError("workers.blas.prepare must run before mlx.core is imported")
     if sys.platform != "linux":
         return "BLAS: the system's own"
-    if _is_cuda_used():
+    if is_cuda_used():
         return "BLAS: not used, MLX computes on CUDA"
     # MLX would call g++ at run time for each fused kernel, 0.7 s apiece and no faster on the CPU.
     os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
@@ -90,7 +90,7 @@ def _mkl_libraries() -> Iterator[str]:
             yield os.path.realpath(str(file.locate()))
 
 
-def _is_cuda_used() -> bool:
+def is_cuda_used() -> bool:
     """Whether MLX's CUDA backend is installed and finds a device."""
     names = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
     if not any(name.startswith("mlx-cuda") for name in names):

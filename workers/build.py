@@ -32,7 +32,8 @@ CLASS_RATIO = 4
 MEMORY_SHARE_CPU = 0.25  # of the machine's memory, for keys and values
 MEMORY_SHARE_GPU = 0.85  # of what the weights leave free of the device's memory
 CPU_CACHE_BYTES = GIB // 2  # freed buffers that MLX keeps for reuse
-MAX_DRAFT_WIDTH = 32  # slack behind each slot for padded verify rows
+MAX_DRAFT_WIDTH = 32  # widest verify row
+SLACK = 64  # positions behind each slot for the padding of verify rows and of prefill chunks
 
 
 def capacity_classes(max_model_len: int) -> list[int]:
@@ -71,7 +72,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     num_slots = settings.max_num_seqs or (CPU_SLOTS if is_cpu() else GPU_SLOTS)
     step_tokens = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if is_cpu() else GPU_STEP_TOKENS)
     classes = capacity_classes(max_model_len)
-    store = CacheStore(specs, classes, max(step_tokens, MAX_DRAFT_WIDTH), dtype, is_cpu(), MAX_DRAFT_WIDTH)
+    store = CacheStore(specs, classes, max(step_tokens, MAX_DRAFT_WIDTH), dtype, is_cpu(), SLACK)
     engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size)
     info = WorkerInfo(
         model=loaded.name,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from shared.messages import Draft, DraftRow, FeatureRows, RequestId
+from workers.arrays import to_list
 from workers.drafters.base import ContextState, Drafter
 
 MAX_SEQUENCES = 1024  # beyond what the scheduler ends; the least recently used goes first
@@ -108,7 +109,7 @@ class DraftEngine:
         if ready:
             num_tokens = min(max(row.num_tokens for row, _, _ in ready), self.drafter.max_draft_tokens)
             result = self.drafter.draft([s for _, _, s in ready], [anchor for _, anchor, _ in ready], num_tokens)
-            for (row, _, _), token_ids in zip(ready, result.token_ids.tolist(), strict=True):
+            for (row, _, _), token_ids in zip(ready, to_list(result.token_ids), strict=True):
                 proposed[row.request_id] = token_ids[: row.num_tokens]
         return [
             Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=proposed.get(row.request_id, []))

@@ -15,10 +15,13 @@ import msgspec
 
 from shared.messages import FeatureRows, RequestId, RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
 from workers.accept import count_accepted
+from workers.arrays import start_evaluating, to_list
+from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
+WIDTH_STEP = 64
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
 
 
@@ -49,6 +52,7 @@ class Engine:
     def __init__(self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int) -> None:
         self.model = model
         self.store = store
+        self.count_accepted = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
@@ -101,7 +105,7 @@ class Engine:
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
-        mx.async_eval(pending)
+        start_evaluating(pending)
         ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
         elapsed = time.perf_counter() - started
         return PendingStep(step, rows, spans, sampled_rows, sampled, pending, self._features, ids, elapsed)
@@ -136,7 +140,9 @@ class Engine:
                 assert row.token_ids is not None, "a row after a rejection brings its tokens"
                 start = row.start - len(replay)
                 if len(replay) + _width(row) > MAX_REPLAY_WIDTH:
-                    yield [StepRow(slot=row.slot, start=start, capacity=row.capacity, token_ids=replay, is_sampled=False)]
+                    yield [
+                        StepRow(slot=row.slot, start=start, capacity=row.capacity, token_ids=replay, is_sampled=False)
+                    ]
                 else:
                     row = msgspec.structs.replace(row, start=start, token_ids=[*replay, *row.token_ids])
             if row.num_drafts:
@@ -146,7 +152,7 @@ class Engine:
 
     def _forward(self, group: list[StepRow]) -> list[tuple[StepRow, mx.array]]:
         """Run one forward; for each sampled row the hidden rows (n, H) whose logits are wanted."""
-        width = max(_width(row) for row in group)
+        width = self._padded(max(_width(row) for row in group))
         batch = self.store.open([r.slot for r in group], [r.start for r in group], width)
         ordered = [group[i] for i in batch.order]
         hidden = self.model.hidden_rows(self._inputs(ordered, width), batch.layers, self._wanted(ordered))
@@ -162,6 +168,14 @@ class Engine:
                 at += n
         return result
 
+    def _padded(self, width: int) -> int:
+        """Steps on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""
+        if self.store.is_exact or self.store.is_recurrent:
+            return width
+        if width <= MAX_VERIFY_WIDTH:
+            return 1 << (width - 1).bit_length()
+        return min(-(-width // WIDTH_STEP) * WIDTH_STEP, self.store.max_width)
+
     def _inputs(self, rows: list[StepRow], width: int) -> mx.array:
         """Token ids (B, width): from the message, or the slot's last sampled token, which only the device knows."""
         on_device = [row.token_ids is None for row in rows]
@@ -176,9 +190,7 @@ class Engine:
     @staticmethod
     def _wanted(rows: list[StepRow]) -> list[tuple[int, int, int]]:
         """(batch row, first, end) of the positions whose hidden rows are needed."""
-        return [
-            (i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if row.is_sampled
-        ]
+        return [(i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if row.is_sampled]
 
     def _sampled_positions(self, row: StepRow) -> list[SampledRow]:
         state, tokens = self._slots[row.slot], row.token_ids or []
@@ -207,7 +219,7 @@ class Engine:
         waited = time.perf_counter()
         results: list[RowResult] = []
         if pending.sampled is not None:
-            tokens, is_finite = pending.sampled.tokens.tolist(), pending.sampled.is_finite.tolist()
+            tokens, is_finite = to_list(pending.sampled.tokens), to_list(pending.sampled.is_finite)
             logprobs = pending.sampled.read_logprobs(pending.sampled_rows)
             for row, (first, end) in zip(pending.rows, pending.spans, strict=True):
                 results.append(self._row_result(row, tokens[first:end], is_finite[first:end], first, logprobs))
@@ -238,7 +250,7 @@ class Engine:
         self, row: StepRow, tokens: list[int], is_finite: list[bool], first: int, logprobs: dict[int, TokenLogprob]
     ) -> RowResult:
         drafts = (row.token_ids or [])[-row.num_drafts :] if row.num_drafts else []
-        num_accepted = count_accepted(drafts, tokens)
+        num_accepted = self.count_accepted(drafts, tokens)
         n = num_accepted + 1
         if not all(is_finite[:n]):
             return RowResult(slot=row.slot, token_ids=[], error="the model put out NaN or infinite logits")

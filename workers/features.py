@@ -132,7 +132,10 @@ class FeatureReceiver:
         check_tensor_frames([(spec.dtype, spec.shape)], frames[1:])
         if spec.dtype not in _VIEWS or len(spec.shape) != 2:
             raise BadMessage(f"features of {spec.dtype}{spec.shape}")
-        if any(r.num_rows < 1 or r.start < 0 for r in message.rows) or sum(r.num_rows for r in message.rows) != spec.shape[0]:
+        if (
+            any(r.num_rows < 1 or r.start < 0 for r in message.rows)
+            or sum(r.num_rows for r in message.rows) != spec.shape[0]
+        ):
             raise BadMessage("feature rows do not add up")
         array = mx.array(np.frombuffer(frames[1], _VIEWS[spec.dtype][1]).reshape(spec.shape))
         if spec.dtype != "float32":

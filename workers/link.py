@@ -30,7 +30,11 @@ class Link:
     """
 
     def __init__(
-        self, settings: Settings, role: Role, messages: Any, memory: Callable[[], dict[str, int]]  # noqa: ANN401
+        self,
+        settings: Settings,
+        role: Role,
+        messages: Any,
+        memory: Callable[[], dict[str, int]],
     ) -> None:
         self.instance_id = uuid.uuid4().hex
         self.num_dropped = 0

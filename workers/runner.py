@@ -38,7 +38,9 @@ class ModelRunner:
             BadModel: this architecture does not let them be seen.
         """
         if not taps and not self._is_split:
-            raise BadModel(f"{type(self.model).__module__} does not show its final hidden rows; this drafter needs them")
+            raise BadModel(
+                f"{type(self.model).__module__} does not show its final hidden rows; this drafter needs them"
+            )
         if taps:
             self._captured = install_taps(self.model, taps)
         self._taps, self._fusion = taps, fusion
@@ -67,7 +69,7 @@ class ModelRunner:
         Returns:
             (n, H): the wanted positions' rows, in order.
         """
-        out = self.model.hidden(inputs, cache=cache) if self._is_split else self.model(inputs, cache=cache)
+        out: mx.array = self.model.hidden(inputs, cache=cache) if self._is_split else self.model(inputs, cache=cache)
         self._final = out
         if not wanted:
             return out.reshape(-1, out.shape[-1])[:0]
@@ -80,4 +82,7 @@ class ModelRunner:
 
     def head(self, rows: mx.array) -> mx.array:
         """Logits (n, V) of hidden rows (n, H)."""
-        return self.model.logits(rows) if self._is_split else rows
+        if not self._is_split:
+            return rows
+        logits: mx.array = self.model.logits(rows)
+        return logits

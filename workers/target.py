@@ -151,5 +151,3 @@ if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
     os._exit(code)  # MLX's device threads need no orderly end, and may take seconds for one
-
-

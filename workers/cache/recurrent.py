@@ -7,6 +7,7 @@ rolled back.
 from __future__ import annotations
 
 import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
 
 from workers.cache.spec import RecurrentSpec
 
@@ -62,13 +63,18 @@ class RecurrentLayer:
         return sum(a.nbytes for a in self.pending())
 
 
-class RecurrentView:
+class RecurrentView(ArraysCache):  # type: ignore[misc] # mlx-lm has no types
     """One recurrent layer as the rows of one forward see it, in mlx-lm's ArraysCache protocol.
+
+    A subclass, since mlx-lm's mamba writes its state back only where it finds an ArraysCache.
 
     `lengths` (B,) are the real tokens of each row in a padded step, None where nothing is padded.
     """
 
-    def __init__(self, layer: RecurrentLayer, slots: list[int], lengths: mx.array | None, offset: int | mx.array) -> None:
+    def __init__(
+        self, layer: RecurrentLayer, slots: list[int], lengths: mx.array | None, offset: int | mx.array
+    ) -> None:
+        super().__init__(layer.spec.num_arrays)
         self._layer = layer
         self._slots = slots
         self._state = layer.stacked(slots)

@@ -102,7 +102,9 @@ class CacheStore:
         for layer, state in zip(self.recurrent_layers, snapshot, strict=True):
             layer.restore(slot, state)
 
-    def open(self, slots: Sequence[int], starts: Sequence[int], width: int, lengths: Sequence[int] | None = None) -> Batch:
+    def open(
+        self, slots: Sequence[int], starts: Sequence[int], width: int, lengths: Sequence[int] | None = None
+    ) -> Batch:
         """Views for one forward of `width` tokens per row, written at positions starts[i] .. starts[i]+width-1.
 
         Args:
@@ -122,11 +124,11 @@ class CacheStore:
         real = None if lengths is None else mx.array([lengths[i] for i in order])
         recurrent: list[RecurrentView] = []
         flat: list[View] = []
-        for layer in self._layers:
-            if isinstance(layer, KVLayer):
-                flat.append(KVView(layer, shape))
+        for each in self._layers:
+            if isinstance(each, KVLayer):
+                flat.append(KVView(each, shape))
             else:
-                view = RecurrentView(layer, order_slots, real, shape.offset)
+                view = RecurrentView(each, order_slots, real, shape.offset)
                 recurrent.append(view)
                 flat.append(view)
         return Batch(order, self._nest(flat), recurrent)

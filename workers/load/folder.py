@@ -137,6 +137,8 @@ def mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any]:
         raise BadModel(f"unknown model_type {model_type!r}")
     try:
         model, args = _get_classes(config)
+    except SystemExit as error:  # mlx-lm's olmo leaves the interpreter where its package is missing
+        raise BadModel(f"{model_type}: mlx-lm needs another package for it, see its message above") from error
     except (ValueError, AttributeError) as error:
         raise BadModel(f"unknown model_type {model_type!r}: neither Tandem nor mlx-lm defines it") from error
     return model, args

@@ -16,8 +16,19 @@ from mlx_lm.models import cache as mlx_cache
 
 from shared.errors import BadModel
 from workers.cache.spec import AttentionSpec, LayerSpec, LeafSpec, ListSpec, RecurrentSpec
+from workers.cache.store import CacheStore
 
 PROBE_TOKENS = 2  # wider than one token, which some models treat apart
+
+# They add the mask to scores (B, num_kv_heads, heads per kv head, L, n): a mask with one row per sequence,
+# (B, 1, L, n), has to be (B, 1, 1, L, n) for them.
+GROUPED_SCORES = frozenset({"gemma2"})
+
+# Whose output for rows of different lengths would be wrong without an error.
+REFUSED = {
+    "afm7": "its layers that reuse keys take positions from the number of keys, one for all rows of a batch",
+    "phi3small": "its block-sparse attention assumes that all rows of a batch have one length",
+}
 
 
 class MlxLmModel:
@@ -27,8 +38,12 @@ class MlxLmModel:
         """Raises:
         BadModel: a layer keeps something that our caches do not hold.
         """
+        if architecture in REFUSED:
+            raise BadModel(f"{architecture}: {REFUSED[architecture]}; that is not supported")
         self.model = model
+        self._has_grouped_scores = architecture in GROUPED_SCORES
         self._specs, self.vocab_size = probe(model, architecture)
+        self._try_ragged_batch(architecture)
 
     def layer_specs(self) -> list[LayerSpec]:
         return self._specs
@@ -36,9 +51,45 @@ class MlxLmModel:
     def __call__(
         self, inputs: mx.array, cache: Sequence[object] | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
+        if cache is not None and self._has_grouped_scores:
+            cache = [GroupedMask(view) for view in cache]
         extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
         logits: mx.array = self.model(inputs, cache=cache, **extra)
         return logits
+
+    def _try_ragged_batch(self, architecture: str) -> None:
+        """Build, without evaluating it, a decode step of two rows of different lengths.
+
+        Raises:
+            BadModel: the model takes positions or masks for one length only.
+        """
+        store = CacheStore(self._specs, [64], PROBE_TOKENS, mx.float32, is_exact=True)
+        for slot, length in enumerate((1, 2)):
+            store.ensure(slot, 64)
+            batch = store.open([slot], [0], length)
+            self._build(architecture, mx.zeros((1, length), dtype=mx.int32), batch.layers)
+            batch.close()
+        self._build(architecture, mx.zeros((2, 1), dtype=mx.int32), store.open([0, 1], [1, 2], 1).layers)
+
+    def _build(self, architecture: str, inputs: mx.array, cache: Sequence[object]) -> None:
+        try:
+            self(inputs, cache)
+        except Exception as error:  # any fault of a model that we did not write
+            raise BadModel(f"{architecture}: cannot run rows of different lengths together: {error}") from error
+
+
+class GroupedMask:
+    """A cache view whose mask arrays have an axis more, for the heads that share a key-value head."""
+
+    def __init__(self, view: Any) -> None:  # noqa: ANN401 - any view of workers/cache
+        self._view = view
+
+    def make_mask(self, n: int, **options: Any) -> Any:  # noqa: ANN401 - mlx-lm's protocol: an array, a name or None
+        mask = self._view.make_mask(n, **options)
+        return mask[:, :, None] if isinstance(mask, mx.array) else mask
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - everything else is the view's
+        return getattr(self._view, name)
 
 
 def probe(model: nn.Module, architecture: str) -> tuple[list[LayerSpec], int]:

@@ -1,8 +1,8 @@
 """From logits to tokens, for any mix of requests in one call.
 
 Order of operations: logit bias, penalties, temperature, top-k, top-p, min-p; then one draw by inverse transform.
-`distribution` is the only place that builds a row's probabilities: plain decode, verification and rejection sampling all
-use it, so the distribution that is tested is the one that is drawn from.
+`distribution` is the only place that builds a row's probabilities: plain decode, verification and rejection sampling
+all use it, so the distribution that is tested is the one that is drawn from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from shared.messages import SamplingParams, TokenLogprob, TopLogprob
+from workers.arrays import to_list
 from workers.sampling.uniform import DRAW, uniform
 
 MAX_TOP_LOGPROBS = 20
@@ -84,7 +85,7 @@ class Sampled:
         """By row index. Waits for the device."""
         if self.chosen is None or self.top is None or self.top_ids is None:
             return {}
-        chosen, ids, top = self.chosen.tolist(), self.top_ids.tolist(), self.top.tolist()
+        chosen, ids, top = to_list(self.chosen), to_list(self.top_ids), to_list(self.top)
         result = {}
         for i, row in enumerate(self.logprob_rows):
             wanted = rows[row].state.params.num_logprobs or 0

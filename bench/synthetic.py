@@ -1,0 +1,227 @@
+"""Speculation with a given acceptance rate on a random model: what the engine makes of it, against what costs allow.
+
+`python -m bench.synthetic --shape 8b --batches 1,4,8,16,32 --acceptance 0.8`
+
+The real scheduler core and the real engine run in this process; drafts are random tokens that arrive after a given time
+(a busy wait, as a drafter on the same machine would take), and each drafted token is accepted with the given chance, by a
+keyed draw. Arms: plain decoding, the policy's own choice, and each fixed k. The speed-up that the costs allow is the best
+over k of E(k) * plain / (verify(k) + draft(k)), from the measured verify times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from bench.report import print_last_line, provenance, write_json
+from scheduler.core import Core
+from scheduler.metrics import Metrics
+from shared.config import Settings
+from shared.messages import (
+    Draft,
+    DraftReply,
+    DraftRequest,
+    Hello,
+    Message,
+    Outputs,
+    Ready,
+    Release,
+    RequestId,
+    SamplingParams,
+    Step,
+    Submit,
+    Welcome,
+    WorkerInfo,
+)
+from workers.build import make_engine
+from workers.calibrate import measure
+from workers.engine import Engine, PendingStep
+from workers.load import LoadedModel
+from workers.models.decoder import DecoderConfig, Model
+from workers.sampling.uniform import uniform
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+MAX_K = 7
+
+
+def random_model(shape: str, dtype: str) -> LoadedModel:
+    """A model of this shape with random weights of the given type, on the device."""
+    config = SHAPES[shape]
+    model = Model(DecoderConfig.from_hf(config, int(config["max_position_embeddings"])))
+    kind = getattr(mx, dtype)
+    model.update(tree_map(lambda a: (mx.random.normal(a.shape) * 0.02).astype(kind), model.parameters()))
+    model.fuse()
+    mx.eval(model.parameters())
+    return LoadedModel(
+        model=model, config=config, name=f"random-{shape}", architecture="llama", fingerprint=f"random-{shape}",
+        eos_token_ids=[], max_model_len=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"]),
+        dtype=dtype,
+    )  # fmt: skip
+
+
+class Loop:
+    """Core and engine in one process, as the target process pipelines them."""
+
+    def __init__(self, engine: Engine, info: WorkerInfo, draft_s: float, k: int | None) -> None:
+        """`k`: 0 without a drafter, a number for a fixed k, None for the policy."""
+        self.engine, self.draft_s = engine, draft_s
+        self.core = Core(Settings(max_queue=4096), Metrics())
+        self.steps: list[Step | Release] = []
+        self.requests: list[DraftRequest] = []
+        self.num_tokens = 0
+        self.num_running = 0
+        self.send("front", Hello(role="frontend", instance_id="front", pid=1))
+        self.send("target", Hello(role="target", instance_id="target", pid=2))
+        self.send("target", Ready(epoch=self.epoch, info=info))
+        if k != 0:
+            self.send("drafter", Hello(role="drafter", instance_id="drafter", pid=3))
+            draft_info = {**_struct(info), "draft_kind": "synthetic", "max_draft_tokens": MAX_K}
+            self.send("drafter", Ready(epoch=self.epoch, info=WorkerInfo(**draft_info)))
+            self.core.speculator.forced_k = k
+
+    def send(self, sender: str, message: Message) -> None:
+        for _, out in self.core.handle(sender, message, time.perf_counter()):
+            match out:
+                case Welcome():
+                    self.epoch = out.epoch
+                case Step() | Release():
+                    self.steps.append(out)
+                case DraftRequest():
+                    self.requests.append(out)
+                case Outputs():
+                    self.num_tokens += sum(len(o.token_ids) for o in out.outputs)
+                    self.num_running -= sum(o.finish_reason is not None for o in out.outputs)
+
+    def run(self, batch: int, num_tokens: int, prompt: int) -> float:
+        """Decode tokens per second with `batch` rows that start together, after their prefill."""
+        for i in range(batch):
+            name = RequestId(f"{self.num_tokens}-{i}")
+            self.num_running += 1
+            greedy = SamplingParams(temperature=0.0)
+            self.send(
+                "front", Submit(request_id=name, prompt_token_ids=[7] * prompt, sampling=greedy, max_tokens=num_tokens)
+            )
+        running: list[PendingStep] = []
+        started, at_start = 0.0, 0
+        while self.num_running > 0:
+            while self.steps and len(running) < 2:
+                message = self.steps.pop(0)
+                if isinstance(message, Release):
+                    self.engine.release(message.slots)
+                else:
+                    running.append(self.engine.begin(message))
+            if running:
+                self.send("target", self.engine.finish(running.pop(0)))
+            while self.requests:
+                self._draft(self.requests.pop(0))
+            if not started and all(s.first_token for s in self.core.running) and not len(self.core.waiting):
+                started, at_start = time.perf_counter(), self.num_tokens
+        return (self.num_tokens - at_start) / (time.perf_counter() - started)
+
+    def _draft(self, request: DraftRequest) -> None:
+        until = time.perf_counter() + self.draft_s
+        drafts = [
+            Draft(request_id=r.request_id, anchor=r.start + len(r.token_ids) - 1, token_ids=[11] * r.num_tokens)
+            for r in request.rows
+        ]
+        while time.perf_counter() < until:
+            pass
+        self.send("drafter", DraftReply(epoch=request.epoch, draft_id=request.draft_id, drafts=drafts, seconds=0.0))
+
+
+def _struct(info: WorkerInfo) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in info.__struct_fields__}
+
+
+class Coin:
+    """Accepts each drafted token with the given chance; the same draws in every arm."""
+
+    def __init__(self, chance: float) -> None:
+        self.chance = chance
+        self.count = 0
+
+    def __call__(self, drafts: Sequence[int], _drawn: Sequence[int]) -> int:
+        self.count += 1
+        n = 0
+        while n < len(drafts) and uniform(self.count, n) < self.chance:
+            n += 1
+        return n
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batches", default="1,4,8,16,32")
+    parser.add_argument("--acceptance", type=float, default=0.8)
+    parser.add_argument("--draft-ms", type=float, default=1.0, help="from request to reply")
+    parser.add_argument("--output-tokens", type=int, default=160)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    loaded = random_model(options.shape, options.dtype)
+    engine, info = make_engine(loaded, Settings(max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=1024))
+    engine.count_accepted = Coin(options.acceptance)
+    costs = measure(engine, info)
+    info = WorkerInfo(**{**_struct(info), "step_costs": costs})
+    by_shape = {(c.batch, c.width): c.seconds for c in costs}
+    draft_s = options.draft_ms / 1000
+    rows = []
+    for batch in map(int, options.batches.split(",")):
+        Loop(engine, info, draft_s, None).run(batch, 48, options.prompt_tokens)  # warm-up
+        plain = [Loop(engine, info, draft_s, 0).run(batch, options.output_tokens, options.prompt_tokens) for _ in "ab"]
+        chosen = [
+            Loop(engine, info, draft_s, None).run(batch, 2 * options.output_tokens, options.prompt_tokens) for _ in "ab"
+        ]
+        widths = [w for b, w in by_shape if b == batch]
+        allowed = max(
+            _expected(options.acceptance, w - 1) * (batch / max(plain)) / (by_shape[batch, w] + draft_s)
+            for w in widths
+            if w > 1
+        )
+        row = {
+            "batch": batch, "plain_tokens_per_s": max(plain), "policy_tokens_per_s": max(chosen),
+            "speed_up": max(chosen) / max(plain), "allowed": max(1.0, allowed),
+            "share_of_allowed": max(chosen) / max(plain) / max(1.0, allowed),
+        }  # fmt: skip
+        rows.append(row)
+        print({k: round(v, 3) for k, v in row.items()}, file=sys.stderr, flush=True)
+        engine.reset()
+    result = {
+        **provenance("synthetic"), "acceptance": options.acceptance, "draft_ms": options.draft_ms, "rows": rows,
+        "step_costs": [_struct_cost(c) for c in costs],
+    }  # fmt: skip
+    if options.json:
+        write_json(options.json, result)
+    print_last_line(result)
+    return 0
+
+
+def _expected(chance: float, k: int) -> float:
+    return sum(chance**j for j in range(k + 1))
+
+
+def _struct_cost(cost: Any) -> dict[str, Any]:  # noqa: ANN401 - a StepCost
+    return {"batch": cost.batch, "width": cost.width, "ms": round(cost.seconds * 1000, 3)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
