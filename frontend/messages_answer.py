@@ -76,7 +76,7 @@ class MessagesAnswer:
                 shown = text if self._shows_thinking else ""
                 return {"type": "thinking", "thinking": shown, "signature": _signature(text)}
             case Call(call_id, name, arguments):
-                return {"type": "tool_use", "id": call_id, "name": name, "input": msgspec.json.decode(arguments)}
+                return {"type": "tool_use", "id": call_id, "name": name, "input": msgspec.Raw(arguments.encode())}
 
     def _end(self) -> dict[str, Any]:
         output = self._output

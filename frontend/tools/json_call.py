@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from frontend.tools.cursor import Cursor, Malformed, Steps
-from frontend.tools.json_value import copy_value, read_value
+from frontend.tools.json_value import copy_value, read_value, write_json
 from frontend.tools.sink import Sink
 
 ARGUMENT_KEYS = ("arguments", "parameters")
@@ -77,7 +77,7 @@ def _as_object(value: object) -> str:
         value = {}
     if not isinstance(value, dict):
         raise Malformed("the arguments are not an object")
-    return json.dumps(value, ensure_ascii=False)
+    return write_json(value)
 
 
 def read_arguments(cursor: Cursor, sink: Sink) -> Steps[None]:

@@ -45,7 +45,23 @@ def read_value(cursor: Cursor) -> Steps[Any]:
     """One whole JSON value, decoded."""
     parts: list[str] = []
     yield from copy_value(cursor, parts.append)
-    return json.loads("".join(parts))
+    try:
+        return json.loads("".join(parts))
+    except ValueError as error:  # a number of more digits than Python reads
+        raise Malformed("a value that cannot be read") from error
+
+
+def write_json(value: object) -> str:
+    """The JSON text of a value. Raises Malformed for infinities, which JSON does not have."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise Malformed("a value that JSON does not have") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return json.dumps(value)
+    return text
 
 
 def _copy_members(cursor: Cursor, write: Write, end: str, depth: int) -> Steps[None]:

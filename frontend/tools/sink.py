@@ -82,6 +82,7 @@ class Sink:
     def begin(self, name: str) -> None:
         self.open_index = self._num_begun
         self._num_begun += 1
+        name = name.encode("utf-8", "replace").decode()  # half a surrogate pair could not be sent
         self.events.append(CallStart(self.open_index, f"call_{uuid.uuid4().hex[:24]}", name))
 
     def arguments(self, json: str) -> None:

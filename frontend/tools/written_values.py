@@ -6,6 +6,7 @@ import ast
 import json
 from typing import Any
 
+from frontend.tools.json_value import write_json
 from frontend.tools.sink import Sink
 
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
@@ -27,9 +28,10 @@ class Arguments:
         self.add(key, typed(text, self._schemas.get(key)))
 
     def add(self, key: str, value: object) -> None:
+        member = f"{write_json(key)}: {write_json(value)}"
         before = ", " if self._has_members else "{"
         self._has_members = True
-        self._sink.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}")
+        self._sink.arguments(before + member)
 
     def end(self) -> None:
         self._sink.arguments("}" if self._has_members else "{}")

@@ -119,6 +119,34 @@ def test_control_characters_in_strings_are_escaped() -> None:
     assert json.loads(parsed.blocks[0][2]) == {"path": "a\nb\tc"}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"id": %s, "name": "stop"}</tool_call>' % ("9" * 5000)),
+        ("hermes", '<tool_call>{"name": "stop", "arguments": %s}</tool_call>' % ('{"a": ' * 70)),
+        ("glm4", "<tool_call>read<arg_key>huge</arg_key><arg_value>1e999</arg_value></tool_call>"),
+        ("lfm2", "<|tool_call_start|>[read(limit=1e999)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[read(limit=%s)]<|tool_call_end|>" % ("(" * 500)),
+    ],
+)
+def test_values_that_cannot_be_read_fail_like_any_other(name: str, text: str) -> None:
+    parsed = Parsed(name, [text])
+    assert parsed.blocks == [("text", text)]
+    assert parsed.num_failed == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "a\\ud800", "arguments": {"path": "\\ud800"}}</tool_call>'),
+        ("glm4", '<tool_call>read<arg_key>lines</arg_key><arg_value>["\\ud800"]</arg_value></tool_call>'),
+    ],
+)
+def test_half_a_surrogate_pair_can_still_be_sent(name: str, text: str) -> None:
+    _, _, arguments = Parsed(name, [text]).blocks[0]
+    assert "\\ud800" in arguments.encode().decode()
+
+
 def test_llama_answers_in_json_stay_text() -> None:
     parsed = Parsed("llama3", ['{"answer": ', "42}"])
     assert parsed.blocks == [("text", '{"answer": 42}')]

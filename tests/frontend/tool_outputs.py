@@ -25,8 +25,9 @@ _JSON = '{"path": "a <b>\\n{c}.py", "limit": 5, "whole": true, "lines": [1, 2]}'
 OUTPUTS: dict[str, str] = {
     "hermes": 'Hi\n<tool_call>\n{"name": "read", "arguments": $ARGS}\n</tool_call>\n'
     '<tool_call>\n{"arguments": {}, "name": "stop"}\n</tool_call>',
-    "qwen3_coder": "Hi\n<tool_call>\n<function=read>\n<parameter=path>\na <b>\n{c}.py\n</parameter>\n<parameter=limit>\n"
-    "5\n</parameter>\n<parameter=whole>\nTrue\n</parameter>\n<parameter=lines>\n[1, 2]\n</parameter>\n</function>\n"
+    "qwen3_coder": "Hi\n<tool_call>\n<function=read>\n<parameter=path>\na <b>\n{c}.py\n</parameter>\n"
+    "<parameter=limit>\n5\n</parameter>\n<parameter=whole>\nTrue\n</parameter>\n<parameter=lines>\n[1, 2]\n</parameter>\n"
+    "</function>\n"
     "</tool_call>\n<tool_call>\n<function=stop>\n</function>\n</tool_call>",
     "llama3": 'Hi<|python_tag|>{"name": "read", "parameters": $ARGS}; {"name": "stop", "parameters": {}}',
     "mistral": 'Hi[TOOL_CALLS]read[ARGS]$ARGS[TOOL_CALLS][{"name": "stop", "arguments": {}, "id": "abcdefghi"}]',
