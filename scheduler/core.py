@@ -1,7 +1,7 @@
 """The scheduler as a pure core: `handle(sender, message, now)` returns what to send. No socket, no clock, no MLX.
 
-Senders and receivers are instance ids of peers. The core is driven by three calls: `handle` for each message, `tick` now
-and then (time-outs, lost peers), `shutdown` at the end. Each returns envelopes for the process shell to send.
+Senders and receivers are instance ids of peers. The core is driven by three calls: `handle` for each message, `tick`
+now and then (time-outs, lost peers), `shutdown` at the end. Each returns envelopes for the process shell to send.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class Core:
         """Time-outs: silent peers, requests past their deadline. Sends heartbeats and the status."""
         for peer in self.peers.lost(now):
             self._lose(peer, now)
+        self.speculator.expire(now)
         for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
             self._end(sequence, "error", now, error="the request's time limit passed")
         for peer in self.peers.all():
@@ -547,8 +548,10 @@ class Core:
         held = [s.slot for s in self.running]
         assert len(held) == len(set(held)), "two sequences write to one slot"
         assert len(held) + self.slots.num_free_slots == self.slots.num_slots, "free + used != total"
+        drafted = {id(s): n for step in self._in_flight for s, i, n in step.rows.values() if i == s.incarnation}
         for s in self.running:
-            assert s.num_remaining >= 0, "scheduled beyond the sequence's end"
+            # A row with k drafts is scheduled k positions beyond the one token that is certain to come.
+            assert s.num_remaining >= -max(0, drafted.get(id(s), 0) - 1), "scheduled beyond the sequence's end"
             assert s.num_scheduled <= s.capacity, "scheduled beyond the slot's capacity"
             assert s.finish_reason is None, "a finished request holds a slot"
 

@@ -19,6 +19,7 @@ PROBE_ROUNDS = 3  # a probe lasts so many rounds: one tells too little
 DRAFT_PATIENCE = 4.0  # a reply may take so many times its usual time
 MIN_PATIENCE_S = 0.03
 FIRST_PATIENCE_S = 2.0  # before anything was measured: kernels are compiled for the first draft
+LOST_REPLY_S = 10.0  # after a time-out nothing more is asked until the reply comes after all, or for so long
 ACCEPT_WEIGHT = 0.03  # of one observation in the moving average of acceptance
 PRIOR = 0.6  # assumed acceptance before anything was seen
 MIN_GAIN = 1.02  # speculation must promise this much over plain decoding
@@ -87,7 +88,7 @@ class Speculator:
         self._draft_s: dict[int, float] = {}  # k -> seconds from request to reply
         self._num_drafts = 0
         self._waiting: tuple[int, float, float, int] | None = None  # draft id, sent, deadline, k
-        self._is_asked = False  # drafts for the present state were asked for
+        self._late: tuple[int, float, int] | None = None  # draft id, sent, k: the reply did not come in time
         self._available = PRIOR  # share of rows for which the n-gram index has a proposal
         self._max_neural = 0
         self._max_verified = max_draft_tokens
@@ -107,7 +108,8 @@ class Speculator:
 
     @property
     def is_neural(self) -> bool:
-        return self.drafter_id is not None
+        """A drafter is there and answers. One that owes a reply is not asked again: it costs one time-out."""
+        return self.drafter_id is not None and self._late is None
 
     def set_target(self, max_draft_tokens: int, step_costs: Iterable[StepCost]) -> None:
         """A target is ready: what it can verify in one row, and what its steps cost."""
@@ -124,8 +126,7 @@ class Speculator:
 
     def lose_drafter(self) -> None:
         self.drafter_id = None
-        self._waiting = None
-        self._is_asked = False
+        self._waiting = self._late = None
         self._ended.clear()
         for state in self._states.values():
             state.num_sent = 0
@@ -133,7 +134,7 @@ class Speculator:
                 state.drafts = []
 
     def end(self, request_id: RequestId) -> None:
-        if self._states.pop(request_id, None) is not None and self.is_neural:
+        if self._states.pop(request_id, None) is not None and self.drafter_id is not None:
             self._ended.append(request_id)
 
     def _state(self, sequence: Request) -> Speculated:
@@ -155,9 +156,12 @@ class Speculator:
         return None if self._waiting is None else self._waiting[2]
 
     def expire(self, now: float) -> None:
-        """Stop waiting for a late reply."""
+        """Stop waiting for a late reply; ask again where one was lost."""
+        if self._late is not None and now - self._late[1] >= LOST_REPLY_S:
+            self._late = None
         if self._waiting is not None and now >= self._waiting[2]:
-            self._waiting = None
+            draft_id, sent, _, k = self._waiting
+            self._waiting, self._late = None, (draft_id, sent, k)
             self.metrics.count_fallthrough("timeout")
 
     def choose_k(self, batch: int) -> int:
@@ -251,25 +255,36 @@ class Speculator:
 
     def reply(self, message: DraftReply, now: float) -> None:
         """Take drafts in; a late or stale reply is dropped."""
-        if message.epoch != self.drafter_epoch or self._waiting is None or self._waiting[0] != message.draft_id:
+        if message.epoch != self.drafter_epoch:
+            self.metrics.count_fallthrough("stale")
+            return
+        if self._late is not None and self._late[0] == message.draft_id:  # too late to be used, but it tells the cost
+            _, sent, k = self._late
+            self._late = None
+            self._measured(k, now - sent)
+            self.metrics.count_fallthrough("stale")
+            return
+        if self._waiting is None or self._waiting[0] != message.draft_id:
             self.metrics.count_fallthrough("stale")
             return
         _, sent, _, k = self._waiting
         self._waiting = None
-        seconds = now - sent
+        self._measured(k, now - sent)
+        for draft in message.drafts:
+            self._take(draft, k)
+
+    def _measured(self, k: int, seconds: float) -> None:
         self.metrics.draft_seconds(seconds)
         old = self._draft_s.get(k)
         self._draft_s[k] = seconds if old is None else follow(old, seconds)
-        for draft in message.drafts:
-            self._take(draft)
 
-    def _take(self, draft: Draft) -> None:
+    def _take(self, draft: Draft, k: int) -> None:
         state = self._states.get(draft.request_id)
         if state is None or state.anchor != draft.anchor:
             return
         if not draft.token_ids:
             self.metrics.count_fallthrough("no_draft")
-        state.drafts, state.source = list(draft.token_ids), self.drafter_kind
+        state.drafts, state.source = draft.token_ids[:k], self.drafter_kind
 
     def drafts_for(self, sequence: Request) -> list[int]:
         """The drafts to verify behind this sequence's last token."""

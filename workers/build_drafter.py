@@ -21,7 +21,6 @@ from workers.load import LoadedModel, load
 from workers.machine import DTYPES, device_name, is_cpu
 from workers.runner import ModelRunner
 
-
 WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32)
 
 

@@ -119,12 +119,17 @@ class DraftEngine:
     def _advance(
         self, sequence: DraftedSequence, anchor: int, behind: list[tuple[ContextState, mx.array, list[int]]]
     ) -> ContextState | None:
-        """The sequence's state, with what it lacks before the anchor added to `behind`; None if that is gone."""
+        """The sequence's state, with what it lacks before the anchor added to `behind`; None where it cannot be had."""
+        if self.needs_features:
+            # After lost rows the context may begin behind the anchor of an older request: it is left as it is.
+            first = sequence.start if sequence.state is None else sequence.state.length
+            if first > anchor:
+                return None
         if sequence.state is None:
             sequence.state = self.drafter.new_state(sequence.start if self.needs_features else 0)
         state = sequence.state
-        if state.length > anchor and self.drafter.truncate(state, anchor) < anchor and self.needs_features:
-            return None  # the feature that would be needed again is gone
+        if state.length > anchor:
+            self.drafter.truncate(state, anchor)
         n = anchor - state.length
         if n > 0:
             rows = mx.zeros((n, 0))

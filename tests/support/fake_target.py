@@ -87,6 +87,7 @@ class FakeTarget:
         slot = self.slots[row.slot]
         assert row.start <= len(slot.tokens), "a gap in the cache"
         assert row.capacity >= slot.capacity, "a slot shrank"
+        assert row.num_drafts <= self.info.max_draft_tokens, "more drafts than the caches take"
         slot.capacity = row.capacity
         inputs = row.token_ids
         if inputs is None:

@@ -1,6 +1,7 @@
 """Keys and values of one attention layer: a pool per capacity class, and the views that a forward attends through.
 
-A pool is (rows, num_kv_heads, capacity, dim). Position p of a sequence lies at index p % capacity: a full-attention pool
+A pool is (rows, num_kv_heads, capacity, dim). Position p of a sequence lies at index p % capacity: a full-attention
+pool
 has the class's capacity and never wraps; a sliding-window pool is a ring that holds the window and the widest step, so
 that rolling back rejected tokens is only setting a number: what they overwrote had left every window already.
 """
@@ -204,7 +205,7 @@ class KVView:
             pools[c] = pool
 
     def _mask(self, run: Run, length: int, capacity: int, window: int | None) -> mx.array | str | None:
-        """Which of the pool's first `length` indices each query sees; None for all of them, "causal" where MLX knows."""
+        """Which of the pool's first `length` indices each query sees; None: all of them, "causal": as MLX does."""
         shape = self._shape
         ends = shape.ends(run)
         is_windowed = window is not None and max(ends) > window

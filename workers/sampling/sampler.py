@@ -135,23 +135,33 @@ def adjust(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
     if biased:
         at_row, at_token, bias = (mx.array(list(column)) for column in zip(*biased, strict=True))
         logits = logits.at[at_row, at_token].add(bias.astype(mx.float32))
-    if any(row.state.has_penalties for row in rows):
-        logits = mx.stack([_penalise(logits[i], row) for i, row in enumerate(rows)])
+    penalised = [i for i, row in enumerate(rows) if row.state.has_penalties]
+    if len(penalised) == len(rows):
+        return _penalise(logits, rows)
+    if penalised:
+        index = mx.array(penalised)
+        changed = _penalise(logits[index], [rows[i] for i in penalised])
+        logits = mx.array(logits)  # the caller keeps its own
+        logits[index] = changed
     return logits
 
 
-def _penalise(logits: mx.array, row: SampledRow) -> mx.array:
-    """Penalties of one row (V,): repetition over prompt and output, presence and frequency over the output."""
-    state, params = row.state, row.state.params
-    if state.output_counts is None or state.prompt_mask is None:
-        return logits
-    counts = state.output_counts
-    if row.drafts:
-        counts = counts.at[mx.array(list(row.drafts), dtype=mx.int32)].add(1.0)
-    if params.repetition_penalty != 1.0:
-        r = params.repetition_penalty
-        logits = mx.where(state.prompt_mask | (counts > 0), mx.where(logits > 0, logits / r, logits * r), logits)
-    return logits - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+def _penalise(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
+    """Penalties of rows (n, V): repetition over prompt and output, presence and frequency over the output."""
+    held = [(row.state.output_counts, row.state.prompt_mask) for row in rows]
+    counts = mx.stack([c for c, _ in held if c is not None])
+    in_prompt = mx.stack([m for _, m in held if m is not None])
+    drafted = [(i, token) for i, row in enumerate(rows) for token in row.drafts]
+    if drafted:
+        at_row, at_token = (mx.array(list(column)) for column in zip(*drafted, strict=True))
+        counts = counts.at[at_row, at_token].add(1.0)
+    params = [row.state.params for row in rows]
+    repetition = mx.array([p.repetition_penalty for p in params])[:, None]
+    presence = mx.array([p.presence_penalty for p in params])[:, None]
+    frequency = mx.array([p.frequency_penalty for p in params])[:, None]
+    repeated = mx.where(logits > 0, logits / repetition, logits * repetition)
+    logits = mx.where(in_prompt | (counts > 0), repeated, logits)
+    return logits - presence * (counts > 0) - frequency * counts
 
 
 def probabilities(adjusted: mx.array, rows: Sequence[SampledRow]) -> mx.array:

@@ -1,0 +1,366 @@
+"""The policy, and the core with a drafter that answers well, late, never, wrongly or for other anchors."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler import speculation
+from scheduler.core import Envelope
+from scheduler.metrics import Metrics
+from scheduler.speculation import PROBE_INTERVAL, PROBE_ROUNDS, AcceptanceRates, Speculator
+from shared.messages import (
+    Cancel,
+    Draft,
+    DraftReply,
+    DraftRequest,
+    DraftRow,
+    Hello,
+    Ready,
+    RequestId,
+    Step,
+    StepCost,
+    WorkerInfo,
+)
+from tests.scheduler.test_core import EVENT, Rig
+from tests.support.fake_target import VOCAB, greedy, worker_info
+
+K = 4
+
+
+class DraftRig(Rig):
+    """A rig with a drafter; its requests wait in `asked` until `answer` takes one."""
+
+    def __init__(self, info: WorkerInfo | None = None, k: int | None = K, **changes: object) -> None:
+        self.asked: deque[DraftRequest] = deque()
+        self.texts: dict[str, list[int]] = {}
+        self.num_drafters = 0
+        super().__init__(info or worker_info(max_draft_tokens=K), draft_block_size=K, **changes)
+        self.core.speculator.forced_k = k
+
+    def deliver(self, envelopes: list[Envelope]) -> None:
+        for receiver, message in envelopes:
+            if isinstance(message, DraftRequest):
+                assert receiver == self.drafter_id, "a request for a drafter that is gone"
+                self.asked.append(message)
+            elif receiver == self.drafter_id and type(message).__name__ == "Welcome":
+                self.drafter_epoch = message.epoch  # type: ignore[attr-defined] # a Welcome
+        super().deliver(envelopes)
+
+    @property
+    def drafter_id(self) -> str:
+        return f"drafter{self.num_drafters}"
+
+    def start_drafter(self) -> None:
+        self.num_drafters += 1
+        self.asked.clear()
+        self.texts.clear()
+        self.send(self.drafter_id, Hello(role="drafter", instance_id=self.drafter_id, pid=3))
+        info = worker_info(draft_kind="model", max_draft_tokens=K)
+        self.send(self.drafter_id, Ready(epoch=self.drafter_epoch, info=info))
+
+    def right(self, row: DraftRow) -> list[int]:
+        text = self.texts.setdefault(row.request_id, [])
+        assert row.start <= len(text), "the drafter was not sent a part of the text"
+        text[row.start :] = row.token_ids
+        return greedy(text, row.num_tokens)
+
+    def answer(self, how: str = "right", request: DraftRequest | None = None) -> bool:
+        """Answer the oldest request: right, half right, wrong, too long, for other anchors, partly; or lose it."""
+        if request is None:
+            if not self.asked:
+                return False
+            request = self.asked.popleft()
+        drafts = []
+        for i, row in enumerate(request.rows):
+            tokens, anchor = self.right(row), row.start + len(row.token_ids) - 1
+            match how:
+                case "half":
+                    tokens = [*tokens[:1], *[(t + 1) % VOCAB for t in tokens[1:]]]
+                case "wrong":
+                    tokens = [(t + 1) % VOCAB for t in tokens]
+                case "long":
+                    tokens = tokens + [0] * 100
+                case "anchor":
+                    anchor += 1
+                case "partly" if i % 2:
+                    continue
+                case "empty":
+                    tokens = []
+            drafts.append(Draft(request_id=row.request_id, anchor=anchor, token_ids=tokens))
+        if how != "never":
+            reply = DraftReply(epoch=self.drafter_epoch, draft_id=request.draft_id, drafts=drafts, seconds=0.001)
+            self.send(self.drafter_id, reply)
+        return True
+
+    def wake(self) -> bool:
+        """Let the drafter's time run out."""
+        deadline = self.core.deadline
+        if deadline is None:
+            return False
+        self.now = max(self.now, deadline)
+        self.deliver(self.core.wake(self.now))
+        self.core.check_integrity()
+        return True
+
+    def drain(self, how: str = "right") -> None:
+        for _ in range(100_000):
+            if not (self.work() or self.answer(how) or self.wake()):
+                return
+        raise AssertionError("the schedule does not end")
+
+
+HOW = st.sampled_from(["right", "half", "wrong", "long", "anchor", "partly", "empty", "never"])
+DRAFT_EVENT = st.one_of(
+    EVENT,
+    st.tuples(st.just("answer"), HOW),
+    st.tuples(st.just("wake")),
+    st.tuples(st.just("restart drafter")),
+    st.tuples(st.just("lose drafter")),
+    st.tuples(st.just("answer again")),
+)
+
+
+@given(
+    events=st.lists(DRAFT_EVENT, max_size=60),
+    slots=st.integers(1, 5),
+    kv=st.sampled_from([64, 72, 128, 1000]),
+    ngram=st.booleans(),
+    k=st.sampled_from([1, K, None]),
+)
+@settings(max_examples=400, deadline=None)
+def test_random_schedules_with_any_drafter_give_each_request_its_own_greedy_tokens(
+    events: list[tuple[object, ...]], slots: int, kv: int, ngram: bool, k: int | None
+) -> None:
+    rig = DraftRig(worker_info(num_slots=slots, kv_capacity_tokens=kv, max_draft_tokens=K), k, ngram=ngram)
+    rig.start_target()
+    rig.start_drafter()
+    submitted: dict[str, tuple[list[int], int]] = {}
+    cancelled: set[str] = set()
+    last: DraftRequest | None = None
+    for event in events:
+        match event:
+            case ("submit", list() as prompt, int() as max_tokens, int() as priority):
+                name = f"r{len(submitted)}"
+                submitted[name] = (prompt, max_tokens)
+                rig.submit(name, prompt, max_tokens, priority=priority)
+            case ("cancel", int() as index) if index < len(submitted):
+                cancelled.add(f"r{index}")
+                rig.send("front", Cancel(request_id=RequestId(f"r{index}")))
+            case ("work", int() as n):
+                for _ in range(n):
+                    rig.work()
+            case ("restart",):
+                rig.start_target()
+            case ("tick",):
+                rig.deliver(rig.core.tick(rig.now))
+            case ("answer", str() as how):
+                last = rig.asked[0] if rig.asked else None
+                rig.answer(how)
+            case ("answer again",) if last is not None and rig.core.speculator.drafter_id:
+                reply = DraftReply(epoch=rig.drafter_epoch, draft_id=last.draft_id, drafts=[], seconds=0.1)
+                rig.send(rig.drafter_id, reply)
+            case ("wake",):
+                rig.wake()
+            case ("restart drafter",):
+                last = None
+                rig.start_drafter()
+            case ("lose drafter",) if rig.core.speculator.drafter_id:
+                last = None
+                rig.asked.clear()
+                rig.deliver(rig.core.lose(rig.drafter_id, rig.now))
+    rig.assert_idle()
+    for name, (prompt, max_tokens) in submitted.items():
+        expected = greedy(prompt, max_tokens)
+        if name in rig.rejected:
+            continue
+        (reason,) = rig.finish_reasons(name)
+        assert reason == "length" or (reason == "abort" and name in cancelled)
+        assert rig.tokens(name) == (expected if reason == "length" else expected[: len(rig.tokens(name))])
+
+
+def started(**changes: object) -> DraftRig:
+    rig = DraftRig(**changes)  # type: ignore[arg-type]
+    rig.start_target()
+    rig.start_drafter()
+    return rig
+
+
+def test_right_drafts_save_steps_and_wrong_ones_cost_none() -> None:
+    num_steps = {}
+    for how in ("right", "wrong"):
+        rig = started()
+        rig.submit("a", [1, 2], 41)
+        rig.drain(how)
+        assert rig.tokens("a") == greedy([1, 2], 41)
+        num_steps[how] = rig.core._num_steps
+    assert num_steps == {"right": 1 + 40 // (K + 1), "wrong": 41}
+
+
+def test_a_hung_drafter_costs_one_time_out_and_is_asked_again_only_after_long() -> None:
+    rig = started(heartbeat_timeout_s=1000.0)
+    rig.submit("a", [1, 2], 40)
+    rig.work()
+    assert len(rig.asked) == 1 and not rig.queue
+    assert rig.wake()
+    assert isinstance(rig.queue[0], Step), "plain decode did not go on at once"
+    for _ in range(8):
+        rig.work()
+    assert len(rig.asked) == 1 and rig.core.deadline is None
+    rig.now += speculation.LOST_REPLY_S
+    rig.deliver(rig.core.tick(rig.now))
+    while rig.work():
+        pass
+    assert len(rig.asked) == 2
+    rig.right(rig.asked.popleft().rows[0])  # it has read the request that it never answers
+    rig.drain()
+    assert rig.tokens("a") == greedy([1, 2], 40)
+
+
+def test_a_late_reply_is_dropped_and_tells_what_drafting_costs() -> None:
+    rig = started()
+    rig.submit("a", [1, 2], 40)
+    rig.work()
+    rig.wake()
+    asked_at = rig.core.speculator._late
+    assert asked_at is not None
+    rig.now += 1.0
+    rig.answer()
+    assert rig.core.speculator._draft_s[K] == pytest.approx(rig.now - asked_at[1])
+    rig.drain()
+    assert rig.tokens("a") == greedy([1, 2], 40)
+
+
+def test_a_lost_drafter_is_not_waited_for_and_a_new_one_gets_the_whole_text() -> None:
+    rig = started()
+    rig.submit("a", [1, 2], 40)
+    rig.work()
+    assert rig.core.speculator.is_waiting
+    rig.asked.clear()
+    rig.deliver(rig.core.lose(rig.drafter_id, rig.now))
+    assert isinstance(rig.queue[0], Step) and not rig.core.speculator.is_waiting
+    for _ in range(4):
+        rig.work()
+    rig.start_drafter()
+    while not rig.asked:
+        assert rig.work()
+    (row,) = rig.asked[0].rows
+    assert row.start == 0 and row.token_ids == [1, 2, *rig.tokens("a")]
+    rig.drain()
+    assert rig.tokens("a") == greedy([1, 2], 40)
+
+
+def test_a_draft_longer_than_what_was_asked_for_is_cut() -> None:
+    rig = started()
+    rig.submit("a", [1, 2], 40)
+    rig.drain("long")
+    assert rig.tokens("a") == greedy([1, 2], 40)
+
+
+def test_ended_requests_are_told_to_the_drafter() -> None:
+    rig = started()
+    rig.submit("a", [1, 2], 3)
+    rig.drain()
+    rig.submit("b", [1], 6)
+    rig.work()
+    assert rig.asked[0].ended == ["a"]
+
+
+# ------------------------------------------------ the policy
+
+PLAIN_S = 0.010
+
+
+def speculator(wide_s: float, draft_s: float, rate: float, max_draft: int = 8) -> Speculator:
+    """With a drafter whose every draft is accepted with chance `rate`, and these costs.
+
+    Args:
+        wide_s: of a step of width max_draft + 1; those between are interpolated.
+    """
+    made = Speculator(False, max_draft, Metrics())
+    costs = [StepCost(batch=b, width=w, seconds=s) for b in (1, 8) for w, s in ((1, PLAIN_S), (max_draft + 1, wide_s))]
+    made.set_target(max_draft, costs)
+    made.set_drafter("d", "model", 1, max_draft)
+    made._draft_s = dict.fromkeys(range(1, max_draft + 1), draft_s)
+    made._neural._rates = [rate] * max_draft
+    return made
+
+
+def test_without_drafter_or_rows_nothing_is_drafted() -> None:
+    made = speculator(0.011, 0.001, 0.9)
+    assert made.choose_k(0) == 0
+    made.lose_drafter()
+    assert not made.is_on and made.choose_k(4) == 0
+
+
+@pytest.mark.parametrize(("wide_s", "draft_s", "rate"), [(0.1, 0.001, 0.5), (0.011, 0.05, 0.6), (0.011, 0.001, 0.01)])
+def test_expensive_verify_expensive_draft_or_bad_drafts_park_the_drafter(
+    wide_s: float, draft_s: float, rate: float
+) -> None:
+    assert speculator(wide_s, draft_s, rate).choose_k(1) == 0
+
+
+def test_k_grows_with_acceptance() -> None:
+    chosen = [speculator(0.016, 0.001, rate).choose_k(1) for rate in (0.05, 0.3, 0.6, 0.8, 0.95)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] == 0 and chosen[-1] == 8
+
+
+@given(
+    wide_s=st.floats(0.01, 0.2), draft_s=st.floats(0.0, 0.1), rate=st.floats(0.0, 1.0), batch=st.integers(1, 32)
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_the_chosen_k_is_never_slower_than_plain_and_the_best_there_is(
+    wide_s: float, draft_s: float, rate: float, batch: int
+) -> None:
+    made = speculator(wide_s, draft_s, rate)
+
+    def tokens_per_s(k: int) -> float:
+        if k == 0:
+            return 1 / PLAIN_S
+        expected = 1 + sum(rate**j for j in range(1, k + 1))
+        step_s = PLAIN_S + (wide_s - PLAIN_S) * k / 8
+        return expected / (step_s + draft_s + speculation.OVERHEAD_S)
+
+    k = made.choose_k(batch)
+    assert tokens_per_s(k) >= tokens_per_s(0) * (1 if k == 0 else 1.019)
+    assert tokens_per_s(k) >= max(tokens_per_s(j) for j in range(9)) / 1.0201
+
+
+def test_a_parked_drafter_is_probed_now_and_then_and_comes_back_when_it_is_worth_it() -> None:
+    made = speculator(0.012, 0.001, 0.01)
+    chosen = []
+    for _ in range(3 * PROBE_INTERVAL):
+        k = made.choose_k(1)
+        chosen.append(k)
+        made.stepped(1, k + 1, PLAIN_S, k)
+    assert 0 < sum(k > 0 for k in chosen) <= 3 * PROBE_ROUNDS
+    assert chosen[:PROBE_INTERVAL] == [0] * PROBE_INTERVAL
+    for _ in range(60):
+        made._neural.add(8, 8)
+    assert made.choose_k(1) > 0
+
+
+def test_a_slow_first_draft_does_not_park_the_drafter_for_long() -> None:
+    made = speculator(0.012, 0.0, 0.8)
+    made._draft_s = {}
+    made._measured(4, 1.9)
+    assert made.choose_k(1) == 0
+    made._measured(4, 0.002)
+    assert made.choose_k(1) > 0
+
+
+@given(outcomes=st.lists(st.integers(0, 4), min_size=200, max_size=300))
+@settings(max_examples=50, deadline=None)
+def test_acceptance_estimates_stay_chances_and_only_count_what_was_tested(outcomes: list[int]) -> None:
+    rates = AcceptanceRates(6)
+    for accepted in outcomes:
+        rates.add(4, accepted)
+    assert all(0.0 <= r <= 1.0 for r in rates._rates)
+    assert rates._seen[0] == len(outcomes)
+    assert rates._seen[3] == sum(a >= 3 for a in outcomes)
+    assert rates._seen[4] == 0
+    assert 1.0 <= rates.expected_tokens(4) <= 5.0

@@ -1,0 +1,384 @@
+"""Speculation through the real core, engine and drafters: the text is that of plain decoding, whatever is drafted."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+import itertools
+import random
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+import pytest
+from scipy import stats
+
+from shared.messages import SamplingParams, SequenceStart, Step, StepRow
+from tests.support.engine_rig import (
+    GREEDY,
+    VOCAB,
+    WINDOW,
+    EngineRig,
+    ForcedDrafts,
+    decoder_target,
+    make_engine,
+    make_prompts,
+    mlx_lm_target,
+)
+from tests.workers.drafters import tiny_checkpoints as tiny
+from workers.accept import count_accepted
+from workers.cache.spec import AttentionSpec
+from workers.draft_engine import DraftEngine
+from workers.drafters.causal_lm import CausalLMDrafter
+from workers.drafters.checkpoint import detect
+from workers.drafters.registry import load_drafter, load_fusion
+from workers.sampling.uniform import uniform
+
+pytestmark = pytest.mark.mlx
+
+NUM_TOKENS = 24  # past the window of the sliding layers for every prompt
+HYBRIDS = ("qwen3_next", "lfm2", "mamba2", "falcon_h1")
+TARGETS = {
+    "plain": decoder_target,
+    "sliding": lambda: decoder_target(window=WINDOW),
+    **{name: lambda name=name: mlx_lm_target(name) for name in HYBRIDS},
+}
+PROMPTS = make_prompts(16)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Target name -> (engine, greedy tokens of PROMPTS without speculation), computed on first use."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            engine = make_engine(TARGETS[name]())
+            made[name] = engine, EngineRig(engine).run(PROMPTS, NUM_TOKENS)
+            assert len({t for tokens in made[name][1].values() for t in tokens}) > 5, "a text that tells nothing"
+        return made[name]
+
+    return get
+
+
+def truth(tokens):
+    """Prompt and output; strangers of a random schedule are drafted for with whatever is there."""
+    known = {name: PROMPTS[name] + output for name, output in tokens.items()}
+    return known | {f"stranger{i}": PROMPTS[f"r{i}"][::-1] + tokens[f"r{i}"] for i in range(len(tokens))}
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_forced_acceptances_that_differ_by_row_leave_the_greedy_text_as_it_is(plain, target, batch):
+    engine, expected = plain(target)
+    prompts = dict(list(PROMPTS.items())[:batch])
+    chances = {name: (0.0, 0.4, 0.8, 1.0)[i % 4] for i, name in enumerate(prompts)}
+    chances |= {f"stranger{i}": 0.5 for i in range(batch)}
+    rig = EngineRig(engine, ForcedDrafts(truth(expected), chances), k=5)
+    got = rig.run(prompts, NUM_TOKENS, schedule=random.Random(batch))
+    assert got == {name: expected[name] for name in prompts}
+    for name in prompts:
+        drafted, accepted = rig.counts([name])
+        assert drafted > 0
+        assert accepted == {0.0: 0, 1.0: drafted}.get(chances[name], accepted)
+
+
+def feature_drafter(kind, folder, engine):
+    """A tiny random checkpoint of this kind, its fusion installed in the target."""
+    model = engine.model.model
+    folder, _ = getattr(tiny, kind)(folder)
+    config = detect(folder)
+    engine.model.capture(config.taps, load_fusion(config, mx.float32))
+    return DraftEngine(load_drafter(config, mx.float32, model.embed, model.logits), needs_features=True)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "mtp"])
+@pytest.mark.parametrize("target", ["plain", "sliding"])
+def test_feature_drafters_leave_the_greedy_text_as_it_is(plain, tmp_path, target, kind, batch):
+    _, expected = plain(target)
+    engine = make_engine(TARGETS[target]())
+    drafter = feature_drafter(kind, tmp_path / kind, engine)
+    prompts = dict(list(PROMPTS.items())[:batch])
+    rig = EngineRig(engine, drafter, k=3)
+    assert rig.run(prompts, NUM_TOKENS, schedule=random.Random(2)) == {name: expected[name] for name in prompts}
+    assert rig.counts(list(prompts))[0] >= batch * NUM_TOKENS / 4, "hardly anything was drafted"
+
+
+def random_model(seed):
+    return CausalLMDrafter(decoder_lm(seed), VOCAB)
+
+
+def decoder_lm(seed):
+    """mlx-lm's own llama, since the independent draft model keeps mlx-lm's caches."""
+    from mlx_lm.models import llama
+
+    from tests.support.engine_rig import shuffle_weights
+
+    mx.random.seed(seed)
+    made = llama.Model(
+        llama.ModelArgs(
+            model_type="llama", hidden_size=24, num_hidden_layers=2, intermediate_size=40, num_attention_heads=4,
+            num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=VOCAB,
+        )
+    )  # fmt: skip
+    shuffle_weights(made)
+    return made
+
+
+FEW = SamplingParams(temperature=0.0, logit_bias={3: 100.0, 7: 100.0, 11: 100.0})  # three tokens: n-grams recur
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("model", "plain"), ("model", "sliding"), ("model", "lfm2"), ("ngram", "plain"), ("ngram", "sliding"),
+     ("ngram", "qwen3_next"), ("ngram then model", "plain")],
+)  # fmt: skip
+def test_token_drafters_leave_the_greedy_text_as_it_is(plain, target, kind, batch):
+    engine, _ = plain(target)
+    drafter = DraftEngine(random_model(9), needs_features=False) if "model" in kind else None
+    rig = EngineRig(engine, drafter, k=4, ngram="ngram" in kind)
+    prompts = dict(list(PROMPTS.items())[:batch])
+    sampling = FEW if "ngram" in kind else GREEDY
+    reference = EngineRig(engine).run(prompts, NUM_TOKENS, sampling)
+    assert rig.run(prompts, NUM_TOKENS, sampling, schedule=random.Random(3)) == reference
+    drafted, accepted = rig.counts(list(prompts))
+    assert drafted > 0
+    assert accepted > 0 or "ngram" not in kind
+
+
+def test_the_target_as_its_own_drafter_has_every_draft_accepted_and_a_random_one_hardly_any():
+    model = decoder_lm(4)
+    model.layer_specs = lambda: [AttentionSpec(2, 6, 6)] * 2
+    model.vocab_size = VOCAB
+    engine = make_engine(model)
+    prompts = make_prompts(6, seed=8)
+    expected = EngineRig(engine).run(prompts, NUM_TOKENS)
+    for drafter, low, high in ((CausalLMDrafter(model, VOCAB), 1.0, 1.0), (random_model(9), 0.0, 0.15)):
+        rig = EngineRig(engine, DraftEngine(drafter, needs_features=False), k=4)
+        assert rig.run(prompts, NUM_TOKENS) == expected
+        drafted, accepted = rig.counts(list(prompts))
+        assert drafted > 100
+        assert low <= accepted / drafted <= high
+
+
+def test_eagle3_with_a_reduced_vocabulary_commits_only_what_the_full_vocabulary_has_on_top(plain, tmp_path):
+    _, expected = plain("plain")
+    engine = make_engine(decoder_target())
+    model = engine.model.model
+    folder, arrays = tiny.eagle3(tmp_path / "e", draft_vocab_size=20, own_head=True)
+    config = detect(folder)
+    engine.model.capture(config.taps, load_fusion(config, mx.float32))
+    drafter = DraftEngine(load_drafter(config, mx.float32, model.embed, model.logits), needs_features=True)
+    proposed = []
+    original = drafter.draft
+    drafter.draft = lambda rows: [proposed.append(d) or d for d in original(rows)]
+    rig = EngineRig(engine, drafter, k=3)
+    assert rig.run(PROMPTS, NUM_TOKENS) == expected
+    known = {int(i + d) for i, d in enumerate(arrays["d2t"])}
+    tokens = {t for draft in proposed for t in draft.token_ids}
+    assert tokens and tokens <= known, "a draft outside the reduced vocabulary"
+    accepted = rig.counts(list(PROMPTS))[1]
+    right = sum(
+        sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(d.token_ids, after, strict=False)))
+        for d in proposed
+        for after in [(PROMPTS[d.request_id] + expected[d.request_id])[d.anchor + 1 :]]
+    )
+    assert accepted == right, "accepted something else than the greedy text"
+
+
+RICH = {
+    "seed": SamplingParams(temperature=0.9, seed=11, is_seeded=True),
+    "greedy with logprobs": SamplingParams(temperature=0.0, num_logprobs=4),
+    "filters": SamplingParams(temperature=1.1, seed=12, top_k=9, top_p=0.8, min_p=0.02, num_logprobs=2),
+    "penalties": SamplingParams(
+        temperature=0.8, seed=13, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, num_logprobs=0
+    ),
+    "greedy with penalties and bias": SamplingParams(
+        temperature=0.0, frequency_penalty=1.5, logit_bias={5: 3.0, 6: -100.0}, num_logprobs=1
+    ),
+}
+
+
+@pytest.mark.parametrize("target", ["plain", "sliding", "lfm2"])
+def test_seed_logprobs_stop_tokens_penalties_and_bias_give_the_same_answer_with_a_drafter(plain, target):
+    engine, _ = plain(target)
+    prompts = {name: PROMPTS[f"r{i}"] for i, name in enumerate(RICH)}
+    reference = EngineRig(engine)
+    expected = reference.run(prompts, NUM_TOKENS, RICH, stop_token_ids=[17, 30], min_tokens=4)
+    full = EngineRig(engine).run(prompts, NUM_TOKENS, RICH)
+    known = {name: prompts[name] + full[name] for name in prompts}
+    for chance in (0.3, 0.9, 1.0):
+        drafter = ForcedDrafts(known, dict.fromkeys(prompts, chance))
+        rig = EngineRig(engine, drafter, k=5)
+        assert rig.run(prompts, NUM_TOKENS, RICH, stop_token_ids=[17, 30], min_tokens=4) == expected
+        assert rig.counts(list(prompts))[1] > 0
+        for name, sampling in RICH.items():
+            got, want = rig.logprobs(name), reference.logprobs(name)
+            assert len(got) == len(want) == (0 if sampling.num_logprobs is None else len(expected[name]))
+            for a, b in zip(got, want, strict=True):
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
+                assert [t.token_id for t in a.top] == [t.token_id for t in b.top]
+                assert [t.logprob for t in a.top] == pytest.approx([t.logprob for t in b.top], abs=1e-5)
+
+
+# ------------------------------------------------ the distribution at temperature 1
+
+TINY = 5
+NUM_DRAWS = 20_480
+SLOTS = 256
+TABLE = np.random.default_rng(2).normal(size=(TINY, TINY)) * 1.2
+
+
+class Bigram:
+    """A target whose next token depends on the last one only, so that its joint distribution is known."""
+
+    vocab_size = TINY
+
+    def layer_specs(self):
+        return []
+
+    def __call__(self, inputs, cache=None, input_embeddings=None):
+        return mx.array(TABLE, dtype=mx.float32)[inputs]
+
+
+CASES = {
+    "plain": SamplingParams(),
+    "temperature": SamplingParams(temperature=1.7),
+    "top-k": SamplingParams(top_k=3),
+    "top-p": SamplingParams(top_p=0.7),
+    "min-p": SamplingParams(min_p=0.2),
+    "bias": SamplingParams(logit_bias={0: 1.5, 4: -2.0}),
+    "penalties": SamplingParams(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.7),
+}
+
+
+def next_distribution(params, history):
+    """(TINY,) probabilities after `history`, whose first token is the prompt; written from the definitions alone."""
+    x = TABLE[history[-1]].copy()
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    counts = np.bincount(history[1:], minlength=TINY)
+    seen = np.bincount(history, minlength=TINY) > 0
+    r = params.repetition_penalty
+    x = np.where(seen, np.where(x > 0, x / r, x * r), x)
+    x = x - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+    p = np.exp(x / params.temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    if params.top_k:
+        p[order[params.top_k :]] = 0
+        p /= p.sum()
+    if params.top_p < 1:
+        cut = int(np.searchsorted(np.cumsum(p[order]), params.top_p)) + 1
+        p[order[cut:]] = 0
+    p[p < params.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+def joint(params):
+    """Probabilities of the first three tokens, (TINY**3,)."""
+    result = np.zeros((TINY, TINY, TINY))
+    for a, b, c in itertools.product(range(TINY), repeat=3):
+        result[a, b, c] = (
+            next_distribution(params, [0])[a]
+            * next_distribution(params, [0, a])[b]
+            * next_distribution(params, [0, a, b])[c]
+        )
+    return result.reshape(-1)
+
+
+def good(params, seed, first):
+    a = int(np.argmax(next_distribution(params, [0, first])))
+    return [a, int(np.argmax(next_distribution(params, [0, first, a])))]
+
+
+def bad(params, seed, first):
+    a = int(np.argmin(TABLE[first]))
+    return [a, int(np.argmin(TABLE[a]))]
+
+
+def adversarial(params, seed, first):
+    """Knows the random numbers: proposes what will be drawn where that is token 1, to have more of it, else a lie."""
+    p = np.cumsum(next_distribution(params, [0, first]))
+    drawn = int(np.searchsorted(p, uniform(seed, 2), side="right"))
+    return [1, 1] if drawn == 1 else [(drawn + 1) % TINY, 1]
+
+
+def counts_of_joint(params, propose, first_seed, count=None):
+    """Histogram of the first three tokens (TINY**3,) over NUM_DRAWS seeds, and the share of accepted drafts."""
+    engine = make_engine(Bigram(), num_slots=SLOTS, classes=[16])
+    if count is not None:
+        engine.count_accepted = count
+    histogram, num_accepted = np.zeros((TINY, TINY, TINY)), 0
+    for first in range(first_seed, first_seed + NUM_DRAWS, SLOTS):
+        seeds = [first + slot for slot in range(SLOTS)]
+        starts = [
+            SequenceStart(
+                slot=slot, request_id=str(slot), sampling=msgspec.structs.replace(params, seed=seed * 7919),
+                num_prompt_tokens=1, token_ids=[0],
+            )
+            for slot, seed in enumerate(seeds)
+        ]  # fmt: skip
+        texts = [[0] for _ in seeds]
+        rows = [StepRow(slot=slot, start=0, capacity=8, token_ids=[0]) for slot in range(SLOTS)]
+        while rows:
+            step = Step(epoch=1, step_id=1, starts=starts, decodes=rows, prefills=[])
+            starts = []
+            for row in engine.finish(engine.begin(step)).rows:
+                num_accepted += len(row.token_ids) - 1
+                texts[row.slot] += row.token_ids
+            rows = []
+            for slot, text in enumerate(texts):
+                drafts = propose(params, seeds[slot] * 7919, text[1]) if len(text) == 2 else []
+                if len(text) < 4:
+                    rows.append(
+                        StepRow(
+                            slot=slot, start=len(text) - 1, capacity=8, token_ids=[text[-1], *drafts],
+                            num_drafts=len(drafts),
+                        )
+                    )  # fmt: skip
+        for text in texts:
+            histogram[text[1], text[2], text[3]] += 1
+    return histogram.reshape(-1), num_accepted / (2 * NUM_DRAWS)
+
+
+def p_value(histogram, expected):
+    """Of Pearson's test; cells with fewer than five expected draws are one cell."""
+    assert histogram[expected == 0].sum() == 0, "a token was drawn that the filters exclude"
+    wanted = expected * histogram.sum()
+    small = wanted < 5
+    observed = np.append(histogram[~small], histogram[small].sum())
+    wanted = np.append(wanted[~small], wanted[small].sum())
+    keep = wanted > 0
+    return float(stats.chisquare(observed[keep], wanted[keep]).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("case", "propose"),
+    [("plain", good), ("plain", bad), *((case, adversarial) for case in CASES)],
+    ids=lambda p: getattr(p, "__name__", p),
+)
+def test_the_first_tokens_are_distributed_as_by_plain_sampling(case, propose):
+    histogram, accepted = counts_of_joint(CASES[case], propose, first_seed=1)
+    assert histogram.sum() == NUM_DRAWS
+    assert p_value(histogram, joint(CASES[case])) > 1e-3
+    assert accepted > 0.2 or propose is not good
+
+
+def accept_all(drafts, drawn):
+    return len(drafts)
+
+
+def accept_first(drafts, drawn):
+    return max(1, count_accepted(drafts, drawn)) if drafts else 0
+
+
+@pytest.mark.parametrize("count", [accept_all, accept_first], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("propose", [good, bad, adversarial], ids=lambda f: f.__name__)
+def test_a_biased_acceptance_is_seen_by_the_chi_square_test(propose, count):
+    histogram, _ = counts_of_joint(CASES["plain"], propose, 1, count)
+    assert p_value(histogram, joint(CASES["plain"])) < 1e-6
