@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from frontend import gguf_metadata, gguf_tokenizer
+from frontend import gguf_tokenizer
 from frontend.tokenizer import ModelText, encode, load
+from shared import gguf_file
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
 from tests.frontend.conftest import TOKENIZER, ids
@@ -114,11 +115,11 @@ def test_metadata_is_read_and_every_truncation_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "m.gguf"
     whole = gguf_bytes()
     path.write_bytes(whole)
-    assert gguf_metadata.read_metadata(path) == {"name": "x", "ids": [1, 2, 3]}
+    assert gguf_file.read_metadata(path) == {"name": "x", "ids": [1, 2, 3]}
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(BadModel):
-            gguf_metadata.read_metadata(path)
+            gguf_file.read_metadata(path)
 
 
 def write_folder(folder: Path, **files: object) -> Path:

@@ -26,8 +26,8 @@ OUTPUTS: dict[str, str] = {
     "hermes": 'Hi\n<tool_call>\n{"name": "read", "arguments": $ARGS}\n</tool_call>\n'
     '<tool_call>\n{"arguments": {}, "name": "stop"}\n</tool_call>',
     "qwen3_coder": "Hi\n<tool_call>\n<function=read>\n<parameter=path>\na <b>\n{c}.py\n</parameter>\n"
-    "<parameter=limit>\n5\n</parameter>\n<parameter=whole>\nTrue\n</parameter>\n<parameter=lines>\n[1, 2]\n</parameter>\n"
-    "</function>\n"
+    "<parameter=limit>\n5\n</parameter>\n<parameter=whole>\nTrue\n</parameter>\n"
+    "<parameter=lines>\n[1, 2]\n</parameter>\n</function>\n"
     "</tool_call>\n<tool_call>\n<function=stop>\n</function>\n</tool_call>",
     "llama3": 'Hi<|python_tag|>{"name": "read", "parameters": $ARGS}; {"name": "stop", "parameters": {}}',
     "mistral": 'Hi[TOOL_CALLS]read[ARGS]$ARGS[TOOL_CALLS][{"name": "stop", "arguments": {}, "id": "abcdefghi"}]',
