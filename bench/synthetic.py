@@ -3,9 +3,10 @@
 `python -m bench.synthetic --shape 8b --batches 1,4,8,16,32 --acceptance 0.8`
 
 The real scheduler core and the real engine run in this process; drafts are random tokens that arrive after a given time
-(a busy wait, as a drafter on the same machine would take), and each drafted token is accepted with the given chance, by a
-keyed draw. Arms: plain decoding, the policy's own choice, and each fixed k. The speed-up that the costs allow is the best
-over k of E(k) * plain / (verify(k) + draft(k)), from the measured verify times.
+(a busy wait, as a drafter on the same machine would take), and each drafted token is accepted with the given chance,
+by a
+keyed draw. Arms: plain decoding, the policy's own choice, and each fixed k. The speed-up that the costs allow is the
+best over k of E(k) * plain / (verify(k) + draft(k)), from the measured verify times.
 """
 
 from __future__ import annotations
@@ -156,12 +157,14 @@ class Coin:
 
     def __init__(self, chance: float) -> None:
         self.chance = chance
-        self.count = 0
+        self.num_rows = 0
 
-    def __call__(self, drafts: Sequence[int], _drawn: Sequence[int]) -> int:
-        self.count += 1
+    def count(self, draft_token_ids: Sequence[int], target_token_ids: Sequence[int]) -> int:
+        """How many of a row's drafts are accepted; stands in for `workers.accept.count_accepted`."""
+        drafts = draft_token_ids
+        self.num_rows += 1
         n = 0
-        while n < len(drafts) and uniform(self.count, n) < self.chance:
+        while n < len(drafts) and uniform(self.num_rows, n) < self.chance:
             n += 1
         return n
 
@@ -179,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     loaded = random_model(options.shape, options.dtype)
     engine, info = make_engine(loaded, Settings(max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=1024))
-    engine.count_accepted = Coin(options.acceptance)
+    engine.count_accepted = Coin(options.acceptance).count
     costs = measure(engine, info)
     info = WorkerInfo(**{**_struct(info), "step_costs": costs})
     by_shape = {(c.batch, c.width): c.seconds for c in costs}

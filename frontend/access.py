@@ -9,7 +9,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from frontend.errors import CLIENT_CLOSED_REQUEST
+from frontend.errors import CLIENT_CLOSED_REQUEST, is_messages_path
 from frontend.metrics import HttpMetrics
 
 log = logging.getLogger("frontend")
@@ -30,13 +30,16 @@ class Access:
             return await self._app(scope, receive, send)
         started = time.perf_counter()
         status = CLIENT_CLOSED_REQUEST  # unless an answer begins
-        request_id = _request_id(scope)
+        request_id = scope["request_id"] = _request_id(scope)
+        added = [(b"x-request-id", request_id)]
+        if is_messages_path(scope["path"]):
+            added.append((b"request-id", request_id))  # Anthropic's name
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         try:

@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -14,21 +14,35 @@ from starlette.responses import Response
 
 from frontend import errors
 from frontend.generation import ClientWatcher, Delta, Generation, TokenText
+from frontend.output_events import Event, Text
 from frontend.pieces import Pieces
 from frontend.schemas import GenerationBody
 from frontend.service import Service
-from frontend.sse import EventStream, event
+from frontend.sse import DONE, EventStream, event
 from frontend.usage import timings, usage
-from shared.errors import InvalidRequest
-from shared.messages import FinishReason
+from shared.errors import InvalidRequest, TandemError
 
 ACCEPT_WAIT_S = 0.5  # a refusal comes at once; after this long the request is queued and the stream may begin
 
 _json = msgspec.json.encode
 
 
+class Writer(Protocol):
+    """An answer in some API's shapes."""
+
+    ending: bytes  # after the last event
+
+    async def whole(self) -> bytes: ...
+
+    def events(self) -> AsyncIterator[bytes]: ...
+
+    def error_event(self, error: TandemError) -> bytes: ...
+
+
 class Answer(ABC):
-    """Writes one request's deltas, as chunks or as a whole."""
+    """Writes one request's deltas in OpenAI's shapes, as chunks or as a whole."""
+
+    ending = DONE
 
     id_prefix: str
     whole_object: str
@@ -49,7 +63,7 @@ class Answer(ABC):
         }
 
     @abstractmethod
-    def whole_choice(self, text: str, tokens: list[TokenText]) -> dict[str, Any]:
+    def whole_choice(self, events: list[Event], tokens: list[TokenText]) -> dict[str, Any]:
         """A choice of the answer that is not streamed, without index and finish_reason."""
 
     @abstractmethod
@@ -60,23 +74,34 @@ class Answer(ABC):
     def text_template(self) -> tuple[bytes, bytes]:
         """JSON members of a chunk's choice before and after its text, for chunks without logprobs."""
 
+    def event_choice(self, event: Event, tokens: list[TokenText]) -> dict[str, Any] | None:
+        """A choice of a chunk for what is not text; None where it shows nothing."""
+        raise AssertionError(f"{type(self).__name__} has text only, got {event}")
+
+    def finish_reason(self, index: int) -> str | None:
+        """What clients are told, which may say more than the engine's word."""
+        return self._generation.outputs[index].finish_reason
+
     def first_choice(self) -> dict[str, Any] | None:
         """A choice to open each sequence with, before any text."""
         return None
+
+    def error_event(self, error: TandemError) -> bytes:
+        return event(errors.body_of(error))
 
     # ------------------------------------------------------------ not streamed
 
     async def whole(self) -> bytes:
         outputs = self._generation.outputs
-        texts: list[list[str]] = [[] for _ in outputs]
+        events: list[list[Event]] = [[] for _ in outputs]
         tokens: list[list[TokenText]] = [[] for _ in outputs]
         async for deltas in self._generation.deltas():
             for delta in deltas:
-                texts[delta.index].append(delta.text)
+                events[delta.index] += delta.events or [Text(delta.text)]
                 tokens[delta.index].extend(delta.tokens)
         choices = [
-            {"index": i, **self.whole_choice("".join(texts[i]), tokens[i]), "finish_reason": output.finish_reason}
-            for i, output in enumerate(outputs)
+            {"index": i, **self.whole_choice(events[i], tokens[i]), "finish_reason": self.finish_reason(i)}
+            for i in range(len(outputs))
         ]
         answer = {**self._head, "choices": choices, "usage": usage(self._generation)}
         return _json(answer | {"timings": timings(self._generation)})
@@ -98,7 +123,11 @@ class Answer(ABC):
         async for deltas in self._generation.deltas():
             parts: list[bytes] = []
             for delta in deltas:
-                if delta.text and not self._has_logprobs:
+                if delta.events:
+                    pending[delta.index].extend(delta.tokens)
+                    parts += self._special_events(delta, pending[delta.index])
+                    pending[delta.index] = []
+                elif delta.text and not self._has_logprobs:
                     parts += (befores[delta.index], _json(delta.text), after)
                 elif self._has_logprobs:
                     pending[delta.index].extend(delta.tokens)
@@ -113,15 +142,28 @@ class Answer(ABC):
         if self._includes_usage:
             yield event(_json({**self._head, "choices": [], "usage": usage(self._generation)}))
 
-    def _chunk(self, index: int, choice: dict[str, Any], finish_reason: FinishReason | None = None) -> dict[str, Any]:
+    def _chunk(self, index: int, choice: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         chunk = {**self._head, "choices": [{"index": index, **choice, "finish_reason": finish_reason}]}
         return chunk | {"usage": None} if self._includes_usage else chunk
 
     def _text_event(self, delta: Delta, tokens: list[TokenText]) -> bytes:
         return event(_json(self._chunk(delta.index, self.chunk_choice(delta.text, tokens))))
 
+    def _special_events(self, delta: Delta, tokens: list[TokenText]) -> list[bytes]:
+        """One chunk for each event; log-probabilities go with the first."""
+        parts: list[bytes] = []
+        for item in delta.events:
+            if isinstance(item, Text):
+                choice: dict[str, Any] | None = self.chunk_choice(item.text, tokens)
+            else:
+                choice = self.event_choice(item, tokens)
+            if choice is not None:
+                parts.append(event(_json(self._chunk(delta.index, choice))))
+                tokens = []
+        return parts
+
     def _finish_event(self, delta: Delta, tokens: list[TokenText], *, is_last: bool) -> bytes:
-        chunk = self._chunk(delta.index, self.chunk_choice("", tokens), delta.finish_reason)
+        chunk = self._chunk(delta.index, self.chunk_choice("", tokens), self.finish_reason(delta.index))
         return event(_json(chunk | {"timings": timings(self._generation)} if is_last else chunk))
 
 
@@ -130,7 +172,7 @@ def check_stream_options(body: GenerationBody) -> None:
         raise InvalidRequest("stream_options: needs stream to be true", param="stream_options")
 
 
-async def respond(request: Request, body: GenerationBody, generation: Generation, answer: Answer) -> Response:
+async def respond(request: Request, body: GenerationBody, generation: Generation, answer: Writer) -> Response:
     """Run a prepared request and answer it, streaming or not.
 
     Raises:
@@ -141,7 +183,7 @@ async def respond(request: Request, body: GenerationBody, generation: Generation
     try:
         if body.stream:
             await generation.wait_accepted(ACCEPT_WAIT_S)
-            return EventStream(answer.events(), watcher)
+            return EventStream(answer.events(), watcher, answer.error_event, answer.ending)
         content = await answer.whole()
     except BaseException:
         watcher.close()

@@ -8,13 +8,16 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from frontend import chat, completions, errors, health, metrics, models_api, tokenize_api
+from frontend import chat, completions, errors, health, messages_api, metrics, models_api, tokenize_api
 from frontend.access import Access
 from frontend.auth import ApiKeys, parse_keys
+from frontend.messages_schemas import CountTokensBody, MessagesBody
 from frontend.metrics import HttpMetrics
-from frontend.schemas import openapi_components
+from frontend.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, openapi_components
 from frontend.service import Service
 from shared.errors import TandemError
+
+_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountTokensBody)
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -31,13 +34,13 @@ def create_app(service: Service) -> ASGIApp:
     )
     app.state.service = service
     app.state.metrics = HttpMetrics()
-    for module in (chat, completions, models_api, tokenize_api, health, metrics):
+    for module in (chat, completions, messages_api, models_api, tokenize_api, health, metrics):
         app.include_router(module.router)
     plain_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
         page = plain_openapi()
-        page.setdefault("components", {}).setdefault("schemas", {}).update(openapi_components())
+        page.setdefault("components", {}).setdefault("schemas", {}).update(openapi_components(_BODIES))
         return page
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the page

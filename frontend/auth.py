@@ -1,4 +1,4 @@
-"""Bearer API keys."""
+"""API keys, as `Authorization: Bearer` or, as Anthropic's clients send them, as `x-api-key`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from frontend.errors import body, json_response
+from frontend.errors import body, is_messages_path, json_response, messages_body, request_id_of
 
 OPEN_PATHS = frozenset({"/health"})
 
@@ -26,22 +26,26 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
-        given = _bearer(scope)
+        given = _given(scope)
         tenant = None
         for key, salt in self._keys:  # every key is compared, so that time tells nothing
             if hmac.compare_digest(given, key):
                 tenant = salt
         if tenant is None:
             message = "a valid API key is needed: send the header 'Authorization: Bearer <key>'"
-            response = json_response(body(message, 401, code="invalid_api_key"), 401, {"www-authenticate": "Bearer"})
+            content = body(message, 401, code="invalid_api_key")
+            if is_messages_path(scope["path"]):
+                content = messages_body(message, 401, request_id_of(scope))
+            response = json_response(content, 401, {"www-authenticate": "Bearer"})
             return await response(scope, receive, send)
         scope["tenant"] = tenant
         return await self._app(scope, receive, send)
 
 
-def _bearer(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, key = bytes(value).partition(b" ")
-            return key.strip() if scheme.lower() == b"bearer" else b""
-    return b""
+def _given(scope: Scope) -> bytes:
+    """The bearer token, or x-api-key where there is none."""
+    headers = dict(reversed(scope["headers"]))  # the first of each name counts
+    scheme, _, key = bytes(headers.get(b"authorization", b"")).partition(b" ")
+    if scheme.lower() == b"bearer":
+        return key.strip()
+    return bytes(headers.get(b"x-api-key", b"")).strip()

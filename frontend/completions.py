@@ -11,6 +11,7 @@ from starlette.responses import Response
 from frontend import logprobs
 from frontend.answer import Answer, check_stream_options, respond
 from frontend.generation import TokenText, prepare
+from frontend.output_events import Event, joined_text
 from frontend.prompts import MAX_PROMPTS, encode_prompts
 from frontend.schemas import CompletionBody, openapi_body, parse
 from frontend.service import read_body, service_of
@@ -40,7 +41,6 @@ async def completions(request: Request) -> Response:
         max_tokens=body.max_tokens,
         max_tokens_param="max_tokens",
         num_logprobs=body.logprobs,
-        is_chat=False,
     )
     return await respond(request, body, generation, CompletionAnswer(service, body, generation))
 
@@ -50,11 +50,11 @@ class CompletionAnswer(Answer):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole_choice(self, text: str, tokens: list[TokenText]) -> dict[str, Any]:
-        return {"text": text, "logprobs": logprobs.completion_block(tokens, self.pieces) if tokens else None}
+    def whole_choice(self, events: list[Event], tokens: list[TokenText]) -> dict[str, Any]:
+        return self.chunk_choice(joined_text(events), tokens)
 
     def chunk_choice(self, text: str, tokens: list[TokenText]) -> dict[str, Any]:
-        return self.whole_choice(text, tokens)
+        return {"text": text, "logprobs": logprobs.completion_block(tokens, self.pieces) if tokens else None}
 
     def text_template(self) -> tuple[bytes, bytes]:
         return b'"text":', b',"logprobs":null'

@@ -20,23 +20,30 @@ class Detokenizer:
 
     Args:
         skip_special_tokens: special tokens show nothing.
+        shown_ids: special tokens that show all the same, because a parser looks for them.
         is_text_start: the output begins a text of its own (an assistant's turn), so a SentencePiece vocabulary's
             leading space is not shown; a completion goes on with the prompt's text and keeps it.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, pieces: Pieces, *, skip_special_tokens: bool = True, is_text_start: bool = False
+        self,
+        tokenizer: Tokenizer,
+        pieces: Pieces,
+        *,
+        skip_special_tokens: bool = True,
+        is_text_start: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._pieces = pieces
-        self._hidden = pieces.special_ids if skip_special_tokens else frozenset()
+        self._hidden = pieces.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._decoder = _new_decoder("replace")
         self._skips_space = is_text_start and pieces.strips_first_space
-        self._window = None if pieces.is_joinable else _Window(tokenizer, skip_special_tokens)
+        self._window = None if pieces.is_joinable else _Window(tokenizer)
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The characters that these tokens complete."""
         if self._window is not None:
-            return self._window.feed(token_ids)
+            return self._window.feed([i for i in token_ids if i not in self._hidden])
         bytes_of, hidden = self._pieces.bytes_of, self._hidden
         text = self._decoder.decode(b"".join([bytes_of(i) for i in token_ids if i not in hidden]))
         return self._without_first_space(text) if self._skips_space else text
@@ -56,15 +63,14 @@ class Detokenizer:
 class _Window:
     """For decoders that look at neighbours: decode a window twice and emit the difference."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
         self._context: list[int] = []  # tokens already shown, enough for the decoder to see a neighbour
         self._pending: list[int] = []
 
     def _difference(self) -> str:
-        before: str = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        after: str = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._skip)
+        before: str = self._tokenizer.decode(self._context, skip_special_tokens=False)
+        after: str = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=False)
         return after[len(before) :]
 
     def feed(self, token_ids: Sequence[int]) -> str:

@@ -269,9 +269,19 @@ class EngineClient:
             return
         if self.status is None or (status.target, status.drafter) != (self.status.target, self.status.drafter):
             log.info("engine: target %s, drafter %s", status.target, status.drafter)
+        if status.target == "ready" and self._target() != "ready" and status.target_info is not None:
+            self._announce(status.target_info)
         if status.target_info is None and self.status is not None:
             status = msgspec.structs.replace(status, target_info=self.status.target_info)
         self.status = status
+
+    def _announce(self, info: WorkerInfo) -> None:
+        """The line that a person waits for after starting the server."""
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        what = (
+            f"model {info.model}, {info.dtype} on {info.device}, context {info.max_model_len}, {info.num_slots} slots"
+        )
+        print(f"Tandem is ready on http://{host}:{self._settings.port} ({what})", flush=True)
 
     def _welcome(self, welcome: Welcome) -> None:
         is_new = welcome.scheduler_id != self._scheduler_id

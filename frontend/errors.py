@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, in OpenAI's shape. The status of each code is in shared.errors."""
+"""Errors as HTTP answers, in OpenAI's shape; under /v1/messages in Anthropic's. shared.errors has the statuses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from frontend.streams import ClientGone
 from shared.errors import HTTP_STATUS, ContextLength, NotFound, TandemError
@@ -25,6 +26,36 @@ def body(message: str, status: int, *, param: str | None = None, code: str | Non
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
+_MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def is_messages_path(path: str) -> bool:
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def request_id_of(scope: Scope) -> str:
+    """As the response's header has it; frontend.access set it."""
+    request_id = scope.get("request_id", b"")
+    assert isinstance(request_id, bytes), "as frontend.access sets it"
+    return request_id.decode("ascii")
+
+
+def messages_body(message: str, status: int, request_id: str) -> bytes:
+    error = {"type": _MESSAGES_TYPES.get(status, "api_error"), "message": message}
+    return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
+
+
+def messages_body_of(error: TandemError, request_id: str) -> bytes:
+    return messages_body(error.message, status_of(error), request_id)
+
+
 def status_of(error: TandemError) -> int:
     return CLIENT_CLOSED_REQUEST if isinstance(error, ClientGone) else HTTP_STATUS.get(error.code, 500)
 
@@ -38,29 +69,37 @@ def body_of(error: TandemError) -> bytes:
     return body(error.message, status_of(error), param=error.param, code=code)
 
 
-def response_of(error: TandemError) -> Response:
+def response_of(error: TandemError, scope: Scope) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    return json_response(body_of(error), status_of(error), headers)
+    is_messages = is_messages_path(scope["path"])
+    content = messages_body_of(error, request_id_of(scope)) if is_messages else body_of(error)
+    return json_response(content, status_of(error), headers)
 
 
 def json_response(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(content, status, headers, media_type="application/json")
 
 
-async def handle_tandem_error(_request: Request, error: Exception) -> Response:
+async def handle_tandem_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TandemError), "registered for TandemError only"
-    return response_of(error)
+    return response_of(error, request.scope)
 
 
 async def handle_http_exception(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException), "registered for HTTPException only"
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return json_response(body(message, error.status_code), error.status_code, dict(error.headers or {}))
+    content = body(message, error.status_code)
+    if is_messages_path(request.url.path):
+        content = messages_body(message, error.status_code, request_id_of(request.scope))
+    return json_response(content, error.status_code, dict(error.headers or {}))
 
 
-async def handle_unexpected(_request: Request, error: Exception) -> Response:
+async def handle_unexpected(request: Request, error: Exception) -> Response:
     """Our own bug: logged with its trace by uvicorn, told to the client without details."""
-    return json_response(body(f"internal error ({type(error).__name__})", 500, code="internal_error"), 500)
+    message = f"internal error ({type(error).__name__})"
+    if is_messages_path(request.url.path):
+        return json_response(messages_body(message, 500, request_id_of(request.scope)), 500)
+    return json_response(body(message, 500, code="internal_error"), 500)

@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 from starlette.requests import Request
 
+from frontend.output_events import Event, Text, joined_text
+from frontend.output_parser import OutputParser
+from frontend.output_parser import Request as ParserRequest
 from frontend.sampling import check_token_ids, for_sequences, output_limit
 from frontend.schemas import GenerationBody
 from frontend.service import Service
@@ -30,18 +33,21 @@ class TokenText(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct):
-    """What one Output adds to one sequence, ready to be shown."""
+    """What one Output adds to one sequence, ready to be shown. `events` replaces `text` where it is not all text."""
 
     index: int
     text: str
+    events: Sequence[Event] = ()
     tokens: Sequence[TokenText] = ()  # only where log-probabilities were asked for
     finish_reason: FinishReason | None = None
 
 
 class OutputText:
-    """The text side of one sequence: detokenizing, stop strings, log-probabilities, counts."""
+    """The text side of one sequence: detokenizing, stop strings, parsing, log-probabilities, counts."""
 
-    def __init__(self, service: Service, submit: Submit, index: int, body: GenerationBody, *, is_chat: bool) -> None:
+    def __init__(
+        self, service: Service, submit: Submit, index: int, body: GenerationBody, parsing: ParserRequest | None
+    ) -> None:
         self.submit = submit
         self.index = index
         self.num_tokens = 0
@@ -49,10 +55,25 @@ class OutputText:
         self.timings: Timings | None = None
         self.stop_deadline: float | None = None  # set once a stop string was found, until the engine has answered
         self._stop_token_ids = frozenset(submit.stop_token_ids)
-        self._detokenizer = service.detokenizer(skip_special_tokens=body.skip_special_tokens, is_text_start=is_chat)
+        self._parser = OutputParser(parsing) if parsing is not None and not parsing.is_plain else None
+        self._detokenizer = service.detokenizer(
+            skip_special_tokens=body.skip_special_tokens,
+            is_text_start=parsing is not None,
+            markers=parsing.markers if parsing is not None else frozenset(),
+        )
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self._matcher = StopMatcher(stops) if stops else None
         self._num_chars = 0
+
+    @property
+    def num_calls(self) -> int:
+        """Complete tool calls so far."""
+        return self._parser.num_calls if self._parser is not None else 0
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended this sequence."""
+        return self._matcher.matched if self._matcher is not None else None
 
     def feed(self, output: Output) -> Delta:
         """Advance by one Output.
@@ -60,6 +81,23 @@ class OutputText:
         Raises:
             EngineFailure: the engine could not finish this sequence.
         """
+        return self._parsed(self._read(output))
+
+    def _parsed(self, delta: Delta) -> Delta:
+        if self._parser is None:
+            return delta
+        events = self._parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            events += self._parser.close()
+        elif self._parser.is_done and self.stop_deadline is None:  # the one call that was wanted: the rest is of no use
+            self.stop_deadline = asyncio.get_running_loop().time() + STOP_WAIT_S
+        if all(isinstance(event, Text) for event in events):
+            delta.text = joined_text(events)
+        else:
+            delta.text, delta.events = "", events
+        return delta
+
+    def _read(self, output: Output) -> Delta:
         if self.stop_deadline is not None:  # text after the stop string is not shown
             return Delta(
                 self.index, "", finish_reason=self._end("stop", output.timings) if output.finish_reason else None
@@ -75,13 +113,13 @@ class OutputText:
             text = self._feed_singly(output, len(shown), tokens)
         if self.stop_deadline is not None:
             reason = self._end("stop", output.timings) if output.finish_reason else None
-            return Delta(self.index, text, tokens, reason)
+            return Delta(self.index, text, tokens=tokens, finish_reason=reason)
         if output.finish_reason is None:
-            return Delta(self.index, text, tokens)
+            return Delta(self.index, text, tokens=tokens)
         if output.finish_reason in ("error", "abort"):
             raise EngineFailure(output.error or "the engine ended this request before it was complete")
         text += self._rest()
-        return Delta(self.index, text, tokens, self._end(output.finish_reason, output.timings))
+        return Delta(self.index, text, tokens=tokens, finish_reason=self._end(output.finish_reason, output.timings))
 
     def _feed_singly(self, output: Output, num_shown: int, tokens: list[TokenText]) -> str:
         """Token by token, so that each has its offset and none is counted after a stop string."""
@@ -118,7 +156,7 @@ class OutputText:
 
     def give_up_waiting(self) -> Delta:
         """The engine did not confirm a stop in time: end without timings."""
-        return Delta(self.index, "", finish_reason=self._end("stop", None))
+        return self._parsed(Delta(self.index, "", finish_reason=self._end("stop", None)))
 
 
 class Generation:
@@ -157,8 +195,8 @@ class Generation:
         """
         self._held = await self._next(timeout_s)
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What has arrived, in lots, until every sequence has ended.
+    async def deltas(self, idle_s: float | None = None) -> AsyncIterator[list[Delta]]:
+        """What has arrived, in lots, until every sequence has ended. An empty lot: nothing came for `idle_s`.
 
         Raises:
             TandemError: the engine failed, or the client left (ClientGone).
@@ -167,7 +205,7 @@ class Generation:
             yield self._held
             self._held = []
         while self._num_open:
-            yield await self._next()
+            yield await self._next(idle_s)
 
     async def _next(self, timeout_s: float | None = None) -> list[Delta]:
         assert self._stream is not None, "started"
@@ -213,9 +251,12 @@ def prepare(
     max_tokens: int | None,
     max_tokens_param: str,
     num_logprobs: int | None,
-    is_chat: bool,
+    parsing: ParserRequest | None = None,
 ) -> Generation:
     """Check a request against the model and build its sequences.
+
+    Args:
+        parsing: None where outputs go on with the prompt's text instead of being turns of their own.
 
     Raises:
         InvalidRequest: a token id, length or limit does not fit the model.
@@ -245,7 +286,7 @@ def prepare(
                 priority=body.priority,
                 tenant=request.scope.get("tenant", ""),
             )
-            outputs.append(OutputText(service, submit, index, body, is_chat=is_chat))
+            outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)
 
 

@@ -33,6 +33,11 @@ class HttpMetrics:
             buckets=_BUCKETS,
             registry=self.registry,
         )
+        self._call_failures = Counter(
+            "tandem:tool_call_parse_failures_total",
+            "Tool calls that were malformed or cut off and were given as text.",
+            registry=self.registry,
+        )
         self._dropped = Gauge(
             "tandem:frontend_dropped_messages",
             "Malformed or stale messages on the frontend's engine socket since its start.",
@@ -42,6 +47,9 @@ class HttpMetrics:
     def observe(self, method: str, path: str, status: int, seconds: float) -> None:
         self._requests.labels(method, path, str(status)).inc()
         self._duration.labels(method, path).observe(seconds)
+
+    def count_failed_call(self) -> None:
+        self._call_failures.inc()
 
     def page(self, num_dropped_messages: int) -> bytes:
         self._dropped.set(num_dropped_messages)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from frontend.sampling import check_token_ids
-from frontend.schemas import ChatMessage
+from frontend.schemas import ChatMessage, Tool
 from frontend.service import INLINE_CHARS, Service
 from shared.errors import InvalidRequest
 
@@ -20,12 +20,11 @@ async def render_chat(
     service: Service,
     messages: Sequence[ChatMessage],
     *,
-    tools: list[dict[str, Any]] | None,
+    tools: Sequence[Tool] | None,
     kwargs: dict[str, Any] | None,
     add_generation_prompt: bool = True,
-    add_special_tokens: bool = False,
-) -> list[int]:
-    """The tokens of a conversation. The template writes the special tokens, so none are added by default.
+) -> str:
+    """A conversation as the template writes it, special tokens included.
 
     Raises:
         InvalidRequest: a content part is not text, or the template refuses the messages.
@@ -34,13 +33,36 @@ async def render_chat(
     if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
     plain = [_plain(m, i, knows_developer=template.knows_developer) for i, m in enumerate(messages)]
+    _rename_calls(plain, service)
     num_chars = sum(len(str(m["content"])) for m in plain)
+    plain_tools = [plain_tool(tool) for tool in tools] if tools else None
 
     def render() -> str:
-        return template.render(plain, tools=tools, kwargs=kwargs, add_generation_prompt=add_generation_prompt)
+        return template.render(plain, tools=plain_tools, kwargs=kwargs, add_generation_prompt=add_generation_prompt)
 
-    text = render() if num_chars <= INLINE_CHARS else await asyncio.to_thread(render)
-    return await service.encode(text, add_special_tokens=add_special_tokens, param="messages")
+    return render() if num_chars <= INLINE_CHARS else await asyncio.to_thread(render)
+
+
+def plain_tool(tool: Tool) -> dict[str, Any]:
+    """As templates expect it: most read the description and the parameters without asking whether they are there."""
+    function = tool.function
+    parameters = function.parameters or {"type": "object", "properties": {}}
+    plain = {"name": function.name, "description": function.description or "", "parameters": parameters}
+    return {"type": "function", "function": plain}
+
+
+def _rename_calls(plain: list[dict[str, Any]], service: Service) -> None:
+    """Some templates insist on ids of a certain form, which a client's history need not have."""
+    form = service.output_format.tools
+    if form is None or form.history_id is None:
+        return
+    renamed: dict[str, str] = {}
+    for message in plain:
+        for call in message.get("tool_calls", ()):
+            call_id = call["id"]
+            renamed[call_id] = call["id"] = form.history_id(call_id, call["function"]["name"], len(renamed))
+        if message.get("tool_call_id") in renamed:
+            message["tool_call_id"] = renamed[message["tool_call_id"]]
 
 
 def _plain(message: ChatMessage, index: int, *, knows_developer: bool) -> dict[str, Any]:

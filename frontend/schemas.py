@@ -6,6 +6,7 @@ A null counts as absent. Values that need to know the model (token ids, lengths)
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -14,6 +15,7 @@ from msgspec import Meta, Struct
 from shared.errors import InvalidRequest
 
 MAX_STOPS = 16
+MAX_TOOLS = 512
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -73,6 +75,18 @@ class ToolCall(Body, frozen=True, kw_only=True):
     type: Literal["function"] = "function"
 
 
+class Function(Body, frozen=True, kw_only=True):
+    name: Annotated[str, Meta(pattern=r"^[\w.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Body, frozen=True, kw_only=True):
+    function: Function
+    type: Literal["function"]
+
+
 class ChatMessage(Body, frozen=True, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
@@ -92,9 +106,10 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: bool | None = None  # without tool calls it changes nothing
+    enable_thinking: bool | None = None  # goes to the chat template
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool = True  # False: the output ends after its first call
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -119,7 +134,7 @@ class TokenizeBody(Body, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None  # default: for a prompt yes, for messages no (the template writes them)
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     return_token_strs: bool = False
 
 
@@ -146,7 +161,7 @@ _LITERALS = {
     "echo": "echo is not supported",
     "store": "responses are not stored",
     "response_format.type": "only {'type': 'text'} is supported",
-    "tool_choice": "tool calls are not supported yet; only 'none' is",
+    "tool_choice": "only 'auto' and 'none': forcing a call needs grammar support, which is not there yet",
 }
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 _NAMED = re.compile(r"(?:unknown|required) field `(.+)`")
@@ -173,7 +188,7 @@ def parse(raw: bytes, kind: type[SomeBody]) -> SomeBody:
 def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
     """Drop nulls from the body and from the structs in it; free-form values (schemas, kwargs) are left alone."""
     kept = {key: value for key, value in content.items() if value is not None}
-    for key in ("stream_options", "response_format"):
+    for key in ("stream_options", "response_format", "thinking", "metadata", "tool_choice"):
         if isinstance(kept.get(key), dict):
             kept[key] = _without_nulls(kept[key])
     if isinstance(kept.get("messages"), list):
@@ -185,6 +200,9 @@ def _explain(text: str) -> InvalidRequest:
     path = _PATH.search(text)
     place = path.group(1) if path else ""
     reason = text[: path.start()] if path else text
+    if place.startswith("messages[") and place.endswith(".type"):
+        block = re.match(r"Invalid value '(.+)'", reason)
+        reason = f"blocks of type {block.group(1)!r} are not supported here" if block else reason
     named = _NAMED.search(reason)
     if named:
         place = f"{place}.{named.group(1)}" if place else named.group(1)
@@ -193,14 +211,15 @@ def _explain(text: str) -> InvalidRequest:
         reason = _UNSUPPORTED.get(named.group(1), "unknown or unsupported field")
     elif named:
         reason = "required field is missing"
+    elif place == "tool_choice.type":
+        reason = "only 'auto' and 'none': forcing a call needs grammar support, which is not there yet"
+    elif place.startswith("tools[") and place.endswith(".strict"):
+        reason = "strict needs grammar support, which is not there yet"
     elif place in _LITERALS:
         reason = _LITERALS[place]
     else:
         reason = reason[:1].lower() + reason[1:]
     return InvalidRequest(f"{place}: {reason}" if place else reason, param=place or None)
-
-
-_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
 
 
 def openapi_body(kind: type[Body]) -> dict[str, Any]:
@@ -209,6 +228,6 @@ def openapi_body(kind: type[Body]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def openapi_components() -> dict[str, Any]:
-    _, components = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
+def openapi_components(bodies: Iterable[type[Body]]) -> dict[str, Any]:
+    _, components = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     return components

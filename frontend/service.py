@@ -7,7 +7,7 @@ import time
 
 from starlette.requests import ClientDisconnect, Request
 
-from frontend import tokenizer
+from frontend import output_parser, tokenizer
 from frontend.chat_template import ChatTemplate
 from frontend.detokenize import Detokenizer
 from frontend.engine import EngineClient
@@ -25,7 +25,12 @@ MAX_CHARS_PER_TOKEN = 256
 
 
 class Service:
-    """Shared by all requests; immutable but for the engine's state."""
+    """Shared by all requests; immutable but for the engine's state.
+
+    Raises:
+        BadConfig: a setting names a parser that does not exist.
+        BadModel: the chat template does not parse.
+    """
 
     def __init__(self, settings: Settings, model_name: str, text: ModelText, engine: EngineClient) -> None:
         self.settings = settings
@@ -35,6 +40,7 @@ class Service:
         self.pieces = Pieces(text.tokenizer)
         self.template = ChatTemplate(text.chat_template, text.special_texts) if text.chat_template else None
         self.started_at = int(time.time())
+        self.output_format = output_parser.choose(settings, text.chat_template, text.tokenizer)
         self._model_ids = {"", "default", model_name, settings.model, settings.model_name}
 
     @property
@@ -54,9 +60,17 @@ class Service:
         if model not in self._model_ids:
             raise NotFound(f"no model {model!r} here; {self.model_name!r} (or 'default') is served", param="model")
 
-    def detokenizer(self, *, skip_special_tokens: bool, is_text_start: bool) -> Detokenizer:
+    def detokenizer(
+        self, *, skip_special_tokens: bool, is_text_start: bool, markers: frozenset[str] = frozenset()
+    ) -> Detokenizer:
+        """`markers` are shown even if they are special tokens."""
+        ids = (self.text.tokenizer.token_to_id(marker) for marker in markers)
         return Detokenizer(
-            self.text.tokenizer, self.pieces, skip_special_tokens=skip_special_tokens, is_text_start=is_text_start
+            self.text.tokenizer,
+            self.pieces,
+            skip_special_tokens=skip_special_tokens,
+            is_text_start=is_text_start,
+            shown_ids=frozenset(i for i in ids if i is not None),
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from frontend import errors
 from frontend.generation import ClientWatcher
 from frontend.streams import ClientGone
 from shared.errors import TandemError
@@ -24,18 +23,26 @@ def event(data: bytes) -> bytes:
 
 
 class EventStream(Response):
-    """Sends `events` as they come. An engine error becomes an error event, then [DONE].
+    """Sends `events` as they come. An engine error becomes an error event, then comes `ending`.
 
     Starlette's StreamingResponse starts two tasks and polls for a disconnect; the watcher already does that.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], watcher: ClientWatcher) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        watcher: ClientWatcher,
+        error_event: Callable[[TandemError], bytes],
+        ending: bytes,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._watcher = watcher
+        self._error_event = error_event
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -48,8 +55,8 @@ class EventStream(Response):
             except TandemError as error:
                 log.warning("a stream ended with an error: %s", error.message)
                 await send(
-                    {"type": "http.response.body", "body": event(errors.body_of(error)), "more_body": True},
+                    {"type": "http.response.body", "body": self._error_event(error), "more_body": True},
                 )
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._ending, "more_body": False})
         finally:
             self._watcher.close()

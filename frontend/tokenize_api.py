@@ -34,14 +34,15 @@ async def tokenize(request: Request) -> Response:
         adds = body.add_special_tokens is not False
         tokens = await service.encode(body.prompt, add_special_tokens=adds, param="prompt")
     else:
-        tokens = await render_chat(
+        text = await render_chat(
             service,
             body.messages or [],
             tools=body.tools,
             kwargs=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt,
-            add_special_tokens=body.add_special_tokens is True,
         )
+        adds = body.add_special_tokens is True  # the template writes them
+        tokens = await service.encode(text, add_special_tokens=adds, param="messages")
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
     names = [service.pieces.bytes_of(i).decode("utf-8", "replace") for i in tokens] if body.return_token_strs else None
     return json_response(msgspec.json.encode(answer | {"token_strs": names}))

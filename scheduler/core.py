@@ -1,7 +1,7 @@
 """The scheduler as a pure core: `handle(sender, message, now)` returns what to send. No socket, no clock, no MLX.
 
-Senders and receivers are instance ids of peers. The core is driven by three calls: `handle` for each message, `tick` now
-and then (time-outs, lost peers), `shutdown` at the end. Each returns envelopes for the process shell to send.
+Senders and receivers are instance ids of peers. The core is driven by three calls: `handle` for each message, `tick`
+now and then (time-outs, lost peers), `shutdown` at the end. Each returns envelopes for the process shell to send.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from shared.messages import StepCost
 
-WEIGHT = 0.15  # of a new measurement in the moving average
+SLOWER = 0.1  # weight of a measurement above the average: mostly a compilation, or another process's turn
+FASTER = 0.4  # weight of one below it: nothing makes a step faster than it can be
 DEFAULT_SLOPE = 0.08  # growth per extra token of width where nothing was measured
 
 
@@ -21,8 +22,7 @@ class StepCosts:
     def add(self, batch: int, width: int, seconds: float) -> None:
         key = _bucket(batch), width
         old = self._seconds.get(key)
-        # A step far out of the ordinary (another process had the machine) moves the average little.
-        self._seconds[key] = seconds if old is None else old + WEIGHT * (min(seconds, 3 * old) - old)
+        self._seconds[key] = seconds if old is None else follow(old, seconds)
 
     def estimate(self, batch: int, width: int) -> float:
         """Seconds; 0.0 only while nothing at all was measured."""
@@ -42,6 +42,12 @@ class StepCosts:
             slope = (s0 - first) / (w0 - first_width) if w0 > first_width else DEFAULT_SLOPE * s0
             return s0 + max(0.0, slope) * (width - w0)
         return points[0][1]
+
+
+def follow(average: float, measured: float) -> float:
+    """The moving average of a duration, which outliers upwards move little."""
+    measured = min(measured, 3 * average)
+    return average + (SLOWER if measured > average else FASTER) * (measured - average)
 
 
 def _bucket(batch: int) -> int:

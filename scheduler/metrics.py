@@ -1,4 +1,5 @@
-"""The engine's Prometheus page. Counters live here, in the scheduler, so that a worker's restart does not reset them."""
+"""The engine's Prometheus page. Counters live here, in the scheduler, so that a worker's restart does not reset
+them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the next step computes: decode rows first, then prefill chunks under the token budget.
 
-Order is by priority, then arrival, with ageing (see `waiting.py`). When KV capacity runs short the newest sequence of the
-lowest priority gives up its slot and is recomputed later.
+Order is by priority, then arrival, with ageing (see `waiting.py`). When KV capacity runs short the newest sequence of
+the lowest priority gives up its slot and is recomputed later.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from shared.messages import FinishReason, Submit, Timings
 class Sequence:
     """A request inside the scheduler.
 
-    Positions 0 .. num_scheduled-1 were sent to the target in this incarnation; `num_pending` sampled tokens are not read
+    Positions 0 .. num_scheduled-1 were sent to the target in this incarnation; `num_pending` sampled tokens are not
+    read
     yet, so the sequence's true length is len(token_ids) + num_pending. Prefill, prefix hits, preemption, recovery and
     decode are all the same: num_scheduled catches up with that length.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from scheduler.costs import StepCosts
+from scheduler.costs import StepCosts, follow
 from scheduler.metrics import Metrics
 from scheduler.ngram import NgramIndex
 from scheduler.sequence import Sequence as Request
@@ -23,7 +23,7 @@ LOST_REPLY_S = 10.0  # after a time-out nothing more is asked until the reply co
 ACCEPT_WEIGHT = 0.03  # of one observation in the moving average of acceptance
 PRIOR = 0.6  # assumed acceptance before anything was seen
 MIN_GAIN = 1.02  # speculation must promise this much over plain decoding
-PROBE_TOKENS = 4
+PROBE_TOKENS = 3
 OVERHEAD_S = 0.0005  # planning and transport of a synchronous round beside its step and draft
 NGRAM_CERTAIN = 5  # a match of so many tokens goes before the neural drafter
 MIN_MATCH = 2  # shorter matches are noise
@@ -180,11 +180,16 @@ class Speculator:
         if plain == 0.0:
             return min(self.max_draft_tokens, PROBE_TOKENS)
         best, best_rate = 0, batch / plain * MIN_GAIN
-        for k in range(1, self.max_draft_tokens + 1):
+        for k in self._candidates():
             rate = batch * self._expected_tokens(k) / self._round_s(batch, k)
             if rate > best_rate:
                 best, best_rate = k, rate
         return best
+
+    def _candidates(self) -> list[int]:
+        """One less than powers of two, which fill a padded verify row, and the longest draft."""
+        most = self.max_draft_tokens
+        return sorted({min(most, (1 << bits) - 1) for bits in range(1, most.bit_length() + 1)})
 
     def _expected_tokens(self, k: int) -> float:
         if self.is_neural:
@@ -271,10 +276,7 @@ class Speculator:
     def _measured(self, k: int, seconds: float) -> None:
         self.metrics.draft_seconds(seconds)
         old = self._draft_s.get(k)
-        if old is None or seconds < old / 3:  # the first draft compiles kernels: what comes after it is the true cost
-            self._draft_s[k] = seconds
-        else:
-            self._draft_s[k] = old + 0.15 * (min(seconds, 3 * old) - old)
+        self._draft_s[k] = seconds if old is None else follow(old, seconds)
 
     def _take(self, draft: Draft, k: int) -> None:
         state = self._states.get(draft.request_id)

@@ -31,6 +31,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ngram: bool = False  # propose from the text itself before asking the drafter
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    tool_parser: str = ""  # how the model writes tool calls; empty: by the chat template; "none": not at all
+    reasoning_parser: str = ""  # how it marks reasoning; empty: by template and vocabulary; "none": not at all
 
     # where
     host: str = "127.0.0.1"

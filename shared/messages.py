@@ -76,7 +76,8 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """Scheduler -> peer. `scheduler_id` changes when the scheduler restarts; `epoch` when this role's worker changes."""
+    """Scheduler -> peer. `scheduler_id` changes when the scheduler restarts; `epoch` when this role's worker
+    changes."""
 
     scheduler_id: str
     epoch: int
@@ -105,7 +106,8 @@ class SayHello(Message, frozen=True, kw_only=True):
 
 
 class SamplingParams(Part, frozen=True, kw_only=True):
-    """How one sequence's tokens are drawn. `seed` is always set (the frontend draws one), `is_seeded` if a client did."""
+    """How one sequence's tokens are drawn. `seed` is always set (the frontend draws one), `is_seeded` if a client
+    did."""
 
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
@@ -241,8 +243,8 @@ class StepRow(Part, frozen=True, kw_only=True):
     """One sequence's share of a step: input tokens at positions start .. start+n-1.
 
     `token_ids` None means one token: the last one sampled in this slot, still on the device (pipelined decode).
-    With `num_drafts` k > 0 the last k of token_ids are drafts to verify. `is_sampled` False: a prefill chunk that is not
-    the last one, whose logits nobody needs.
+    With `num_drafts` k > 0 the last k of token_ids are drafts to verify. `is_sampled` False: a prefill chunk that is
+    not the last one, whose logits nobody needs.
     """
 
     slot: int

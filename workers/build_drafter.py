@@ -18,8 +18,10 @@ from workers.drafters.checkpoint import detect
 from workers.drafters.config import DrafterConfig
 from workers.drafters.registry import load_drafter, load_fusion
 from workers.load import LoadedModel, load
-from workers.machine import DTYPES, device_name
+from workers.machine import DTYPES, device_name, is_cpu
 from workers.runner import ModelRunner
+
+WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 def draft_config(settings: Settings, target_config: dict[str, Any]) -> DrafterConfig | None:
@@ -60,6 +62,8 @@ def build_drafter(settings: Settings) -> tuple[DraftEngine, WorkerInfo]:
     else:
         embed, head = _tables(target, config)
         engine = DraftEngine(load_drafter(config, dtype, embed, head), config.feature != "none")
+    if not is_cpu():
+        warm_up(engine, config)
     limit = settings.draft_block_size or engine.drafter.max_draft_tokens
     info = WorkerInfo(
         model=Path(settings.draft_model).name,
@@ -79,6 +83,16 @@ def build_drafter(settings: Settings) -> tuple[DraftEngine, WorkerInfo]:
         max_draft_tokens=min(limit, engine.drafter.max_draft_tokens),
     )
     return engine, info
+
+
+def warm_up(engine: DraftEngine, config: DrafterConfig) -> None:
+    """Draft for a few batch sizes, so that kernels are compiled before the policy measures a draft."""
+    drafter, context = engine.drafter, 16
+    for batch in WARM_UP_BATCHES:
+        states = [drafter.new_state() for _ in range(batch)]
+        features = [mx.zeros((context, max(1, config.hidden_size)), mx.bfloat16)] * batch
+        drafter.extend(states, features, [[1] * context] * batch)
+        mx.eval(drafter.draft(states, [1] * batch, drafter.max_draft_tokens).token_ids)
 
 
 def _tables(target: LoadedModel, config: DrafterConfig) -> tuple[Any, Any]:

@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("drafter")
 
 IDLE_POLL_S = 1.0
+IDLE = WorkerInfo(
+    model="none",
+    architecture="none",
+    fingerprint="",
+    device="none",
+    dtype="none",
+    vocab_size=0,
+    max_model_len=0,
+    num_slots=0,
+    kv_capacity_tokens=0,
+    capacity_classes=[],
+    kv_bytes_per_token=0,
+    max_step_tokens=0,
+    eos_token_ids=[],
+)  # registered, and drafts nothing
 FEATURE_WAIT_S = 0.02  # the rows of a step leave the target right after its result: they are on their way
 
 
@@ -40,6 +55,7 @@ class DrafterProcess:
         self.epoch = 0
         self.is_draining = False
         if not settings.draft_model or settings.draft_model == "ngram":
+            self.info = IDLE
             self.link = Link(settings, "drafter", ToDrafter, dict)
             self.link.start()
             return
@@ -77,8 +93,9 @@ class DrafterProcess:
 
     def _welcome(self, message: Welcome) -> None:
         self.epoch = message.epoch
-        if self.engine is not None and self.info is not None:
+        if self.engine is not None:
             self.engine.reset()
+        if self.info is not None:
             self.link.send(Ready(epoch=self.epoch, info=self.info))
 
     def _take_features(self, timeout_s: float) -> None:

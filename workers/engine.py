@@ -1,13 +1,13 @@
 """Runs steps: forwards for decode and prefill rows, one head call, one sampling call, one wait.
 
-No socket and no clock of the scheduler's here. `begin` builds a step's graph and hands it to the device without waiting,
-`finish` waits and reads; calling `begin` for step n+1 before `finish` for step n keeps the device busy.
+No socket and no clock of the scheduler's here. `begin` builds a step's graph and hands it to the device without
+waiting, `finish` waits and reads; calling `begin` for step n+1 before `finish` for step n keeps the device busy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,13 +16,16 @@ import msgspec
 from shared.messages import FeatureRows, RequestId, RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
 from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
+from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
-MAX_UNPADDED_WIDTH = 32  # verify rows; wider ones are prefill chunks
 WIDTH_STEP = 64
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
+
+AcceptRule = Callable[[Sequence[int], Sequence[int]], int]
+"""(drafts (k,), the target's draws (k+1,)) -> how many drafts are accepted."""
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Engine:
     def __init__(self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int) -> None:
         self.model = model
         self.store = store
-        self.count_accepted = count_accepted  # a bench puts a given acceptance rate here
+        self.count_accepted: AcceptRule = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
@@ -134,8 +137,8 @@ class Engine:
     def _recurrent_groups(self, decodes: list[StepRow]) -> Iterator[list[StepRow]]:
         """Rows by width, so that nothing is padded: a padding token would go into a recurrent state.
 
-        After a partly rejected draft the accepted tokens are fed again: at the head of the slot's next row while that is
-        short, otherwise in a forward of their own.
+        After a partly rejected draft the accepted tokens are fed again: at the head of the slot's next row while that
+        is short, otherwise in a forward of their own.
         """
         by_width: dict[int, list[StepRow]] = {}
         for row in decodes:
@@ -173,9 +176,11 @@ class Engine:
         return result
 
     def _padded(self, width: int) -> int:
-        """Prefill chunks on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""
-        if self.store.is_exact or self.store.is_recurrent or width <= MAX_UNPADDED_WIDTH:
+        """Steps on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""
+        if self.store.is_exact or self.store.is_recurrent:
             return width
+        if width <= MAX_VERIFY_WIDTH:
+            return 1 << (width - 1).bit_length()
         return min(-(-width // WIDTH_STEP) * WIDTH_STEP, self.store.max_width)
 
     def _inputs(self, rows: list[StepRow], width: int) -> mx.array:

@@ -33,7 +33,7 @@ class Link:
         self,
         settings: Settings,
         role: Role,
-        messages: Any,
+        messages: Any,  # noqa: ANN401 - a union of Message classes has no narrower type
         memory: Callable[[], dict[str, int]],
     ) -> None:
         self.instance_id = uuid.uuid4().hex

@@ -30,6 +30,7 @@ def run(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
         ({"TANDEM_MODEL": "/no/such/folder"}, "/no/such/folder"),
         ({"TANDEM_PROT": "1"}, "TANDEM_PROT"),
         ({"TANDEM_PORT": "many"}, "port"),
+        ({"TANDEM_TOOL_PARSER": "herms"}, "hermes"),
     ],
 )
 def test_bad_settings_and_models_stop_start_up(environment: dict[str, str], named: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Keys and values of one attention layer: a pool per capacity class, and the views that a forward attends through.
 
-A pool is (rows, num_kv_heads, capacity, dim). Position p of a sequence lies at index p % capacity: a full-attention pool
+A pool is (rows, num_kv_heads, capacity, dim). Position p of a sequence lies at index p % capacity: a full-attention
+pool
 has the class's capacity and never wraps; a sliding-window pool is a ring that holds the window and the widest step, so
 that rolling back rejected tokens is only setting a number: what they overwrote had left every window already.
 """
@@ -14,6 +15,7 @@ import mlx.core as mx
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
 
+MAX_VERIFY_WIDTH = 32  # wider steps are prefill chunks
 GROW_ROWS = 4  # pools grow by this many rows, then by half
 
 
@@ -38,7 +40,9 @@ class BatchShape:
     def key_length(self, run: Run, capacity: int) -> int:
         """How many pool indices the run's rows attend to."""
         longest = max(self.ends(run))
-        if not self.is_exact and run.size > 1:  # one row needs no mask at its exact length
+        # On a GPU one decode row, or one prefill chunk, is attended at its exact length without a mask; verify rows and
+        # batches come in few shapes, since a new one is planned anew.
+        if not self.is_exact and (run.size > 1 or 1 < self.width <= MAX_VERIFY_WIDTH):
             longest = bucket_length(longest)
         return min(longest, capacity)
 
@@ -209,7 +213,7 @@ class KVView:
             pools[c] = pool
 
     def _mask(self, run: Run, length: int, capacity: int, window: int | None) -> mx.array | str | None:
-        """Which of the pool's first `length` indices each query sees; None for all of them, "causal" where MLX knows."""
+        """Which of the pool's first `length` indices each query sees; None: all of them, "causal": as MLX does."""
         shape = self._shape
         ends = shape.ends(run)
         is_windowed = window is not None and max(ends) > window
@@ -217,7 +221,10 @@ class KVView:
             return None if shape.width == 1 else "causal"
         key = (run.first, run.size, length * 2**32 + capacity, window if is_windowed else None)
         if key not in shape.masks:
-            shape.masks[key] = position_mask(shape, run, length, capacity, window if is_windowed else None)
+            mask = position_mask(shape, run, length, capacity, window if is_windowed else None)
+            if not shape.is_exact:  # a GPU adds a mask faster than it selects by one (H100, 8 rows: 58 against 78 us)
+                mask = mx.where(mask, mx.array(0.0, self._layer.dtype), mx.array(-mx.inf, self._layer.dtype))
+            shape.masks[key] = mask
         return shape.masks[key]
 
     # ------------------------------------------------ mlx-lm's cache protocol

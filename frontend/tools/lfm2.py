@@ -1,0 +1,92 @@
+"""LFM2: Python calls in a list, <|tool_call_start|>[name(key="value", other=2)]<|tool_call_end|>."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+from frontend.tools.cursor import Cursor, Malformed, Steps
+from frontend.tools.format import ToolFormat
+from frontend.tools.sink import Sink
+from frontend.tools.written_values import Arguments
+
+_START, _END = "<|tool_call_start|>", "<|tool_call_end|>"
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+
+
+def _read(cursor: Cursor, sink: Sink, _start: str) -> Steps[None]:
+    yield from cursor.skip_space()
+    yield from cursor.expect("[")
+    while True:
+        name = yield from _read_name(cursor, "(")
+        arguments = Arguments(sink, name)
+        while True:
+            yield from cursor.skip_space()
+            if (yield from cursor.sees(")")):
+                break
+            key = yield from _read_name(cursor, "=")
+            arguments.add(key, (yield from _read_literal(cursor)))
+            yield from cursor.sees(",")
+        arguments.end()
+        sink.end()
+        yield from cursor.skip_space()
+        if (yield from cursor.sees("]")):
+            break
+        yield from cursor.expect(",")
+    yield from cursor.skip_space()
+    yield from cursor.sees(_END)
+    cursor.mark = cursor.pos
+
+
+def _read_name(cursor: Cursor, end: str) -> Steps[str]:
+    name = (yield from cursor.take_until(end)).strip()
+    if not _NAME.fullmatch(name):
+        raise Malformed("no name")
+    return name
+
+
+def _read_literal(cursor: Cursor) -> Steps[Any]:
+    """A Python literal, up to a comma or parenthesis that does not belong to it."""
+    start = cursor.pos
+    expected: list[str] = []
+    quote = ""
+    while True:
+        char = yield from cursor.peek()
+        if not char:
+            raise Malformed("a value without an end")
+        if quote:
+            if char == "\\" and len((yield from cursor.peek(2))) == 2:
+                cursor.pos += 1
+            elif char == quote:
+                quote = ""
+        elif char in "\"'":
+            quote = char
+        elif char in _CLOSING:
+            expected.append(_CLOSING[char])
+        elif expected and char == expected[-1]:
+            expected.pop()
+        elif not expected and char in ",)":
+            break
+        cursor.pos += 1
+    text = cursor.text[start : cursor.pos].strip()
+    try:
+        tree = _JsonWords().visit(ast.parse(text, mode="eval"))
+        value = ast.literal_eval(tree)
+        json.dumps(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise Malformed("not a Python literal") from error
+    return value
+
+
+class _JsonWords(ast.NodeTransformer):
+    """Containers are rendered as JSON by the template, so models write true, false and null in them."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(_JSON_WORDS[node.id]) if node.id in _JSON_WORDS else node
+
+
+FORMAT = ToolFormat(name="lfm2", starts=(_START,), read=_read, inner=(_END,))

@@ -1,0 +1,30 @@
+"""Llama 3: {"name": ..., "parameters": {...}}, alone or after <|python_tag|>; several are divided by semicolons."""
+
+from __future__ import annotations
+
+from frontend.tools.cursor import Cursor, Malformed, Steps
+from frontend.tools.format import ToolFormat
+from frontend.tools.json_call import read_json_call
+from frontend.tools.sink import Sink
+
+_TAG = "<|python_tag|>"
+
+
+def _read(cursor: Cursor, sink: Sink, start: str) -> Steps[None]:
+    """Without the tag, an object that names no tool of the request is an answer in JSON."""
+    is_tagged = start == _TAG
+    while True:
+        try:
+            yield from read_json_call(cursor, sink, known_only=not is_tagged)
+        except Malformed as error:
+            if not is_tagged and sink.open_index is None:
+                raise Malformed(str(error), is_call=False) from error
+            raise
+        sink.end()
+        yield from cursor.skip_space()
+        if not (yield from cursor.sees(";")):
+            return
+        yield from cursor.skip_space()
+
+
+FORMAT = ToolFormat(name="llama3", starts=(_TAG,), read=_read, begins_bare=True)
