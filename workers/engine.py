@@ -61,6 +61,7 @@ class Engine:
         self._request_ids: dict[int, RequestId] = {}
         self._snapshots: dict[int, RecurrentSnapshot] = {}
         self._replay: dict[int, list[int]] = {}  # recurrent: accepted tokens that the slot's state lacks
+        self._failed: set[int] = set()  # slots whose keys and values may hold NaN
         self._features: list[tuple[list[StepRow], mx.array]] = []
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
@@ -75,7 +76,10 @@ class Engine:
                 self._snapshots.pop(slot, None)
                 self._replay.pop(slot, None)
                 if slot in self.store.placement:
+                    if slot in self._failed:
+                        self.store.clear(slot)
                     self.store.release(slot)
+                self._failed.discard(slot)
 
     # ------------------------------------------------ begin
 
@@ -256,6 +260,7 @@ class Engine:
         num_accepted = self.count_accepted(drafts, tokens)
         n = num_accepted + 1
         if not all(is_finite[:n]):
+            self._failed.add(row.slot)
             return RowResult(slot=row.slot, token_ids=[], error="the model put out NaN or infinite logits")
         kept = tokens[:n]
         if row.num_drafts and row.slot in self._slots:

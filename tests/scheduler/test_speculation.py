@@ -204,12 +204,14 @@ def test_a_hung_drafter_costs_one_time_out_and_is_asked_again_only_after_long() 
     rig = started(heartbeat_timeout_s=1000.0)
     rig.submit("a", [1, 2], 40)
     rig.work()
-    assert len(rig.asked) == 1 and not rig.queue
+    assert len(rig.asked) == 1
+    assert not rig.queue
     assert rig.wake()
     assert isinstance(rig.queue[0], Step), "plain decode did not go on at once"
     for _ in range(8):
         rig.work()
-    assert len(rig.asked) == 1 and rig.core.deadline is None
+    assert len(rig.asked) == 1
+    assert rig.core.deadline is None
     rig.now += speculation.LOST_REPLY_S
     rig.deliver(rig.core.tick(rig.now))
     while rig.work():
@@ -241,14 +243,16 @@ def test_a_lost_drafter_is_not_waited_for_and_a_new_one_gets_the_whole_text() ->
     assert rig.core.speculator.is_waiting
     rig.asked.clear()
     rig.deliver(rig.core.lose(rig.drafter_id, rig.now))
-    assert isinstance(rig.queue[0], Step) and not rig.core.speculator.is_waiting
+    assert isinstance(rig.queue[0], Step)
+    assert not rig.core.speculator.is_waiting
     for _ in range(4):
         rig.work()
     rig.start_drafter()
     while not rig.asked:
         assert rig.work()
     (row,) = rig.asked[0].rows
-    assert row.start == 0 and row.token_ids == [1, 2, *rig.tokens("a")]
+    assert row.start == 0
+    assert row.token_ids == [1, 2, *rig.tokens("a")]
     rig.drain()
     assert rig.tokens("a") == greedy([1, 2], 40)
 
@@ -293,7 +297,8 @@ def test_without_drafter_or_rows_nothing_is_drafted() -> None:
     made = speculator(0.011, 0.001, 0.9)
     assert made.choose_k(0) == 0
     made.lose_drafter()
-    assert not made.is_on and made.choose_k(4) == 0
+    assert not made.is_on
+    assert made.choose_k(4) == 0
 
 
 @pytest.mark.parametrize(("wide_s", "draft_s", "rate"), [(0.1, 0.001, 0.5), (0.011, 0.05, 0.6), (0.011, 0.001, 0.01)])
@@ -306,7 +311,8 @@ def test_expensive_verify_expensive_draft_or_bad_drafts_park_the_drafter(
 def test_k_grows_with_acceptance() -> None:
     chosen = [speculator(0.016, 0.001, rate).choose_k(1) for rate in (0.05, 0.3, 0.6, 0.8, 0.95)]
     assert chosen == sorted(chosen)
-    assert chosen[0] == 0 and chosen[-1] == 8
+    assert chosen[0] == 0
+    assert chosen[-1] == 8
 
 
 @given(
@@ -327,7 +333,7 @@ def test_the_chosen_k_is_never_slower_than_plain_and_the_best_there_is(
 
     k = made.choose_k(batch)
     assert tokens_per_s(k) >= tokens_per_s(0) * (1 if k == 0 else 1.019)
-    assert tokens_per_s(k) >= max(tokens_per_s(j) for j in range(9)) / 1.0201
+    assert tokens_per_s(k) >= max(tokens_per_s(j) for j in (0, *made._candidates())) / 1.0201
 
 
 def test_a_parked_drafter_is_probed_now_and_then_and_comes_back_when_it_is_worth_it() -> None:
@@ -349,7 +355,8 @@ def test_a_slow_first_draft_does_not_park_the_drafter_for_long() -> None:
     made._draft_s = {}
     made._measured(4, 1.9)
     assert made.choose_k(1) == 0
-    made._measured(4, 0.002)
+    for _ in range(4 * PROBE_ROUNDS):
+        made._measured(4, 0.002)
     assert made.choose_k(1) > 0
 
 

@@ -244,7 +244,8 @@ class EngineRig:
     def drain(self) -> None:
         for _ in range(100_000):
             if not self.work():
-                assert not self.core.running and not len(self.core.waiting), "requests wait and nothing is to do"
+                assert not self.core.status().num_running, "requests run and nothing is to do"
+                assert not len(self.core.waiting), "requests wait and nothing is to do"
                 return
         raise AssertionError("the schedule does not end")
 
@@ -267,7 +268,7 @@ class EngineRig:
         schedule: random.Random | None = None,
         **more: object,
     ) -> dict[str, list[int]]:
-        """Tokens of each request. With a `schedule` they join one by one between steps, and strangers come and leave."""
+        """Tokens of each request. With a `schedule` they join between steps, and strangers come and leave."""
         for i, (name, prompt) in enumerate(prompts.items()):
             chosen = sampling if isinstance(sampling, SamplingParams) else sampling[name]
             self.submit(name, prompt, max_tokens, chosen, **more)

@@ -86,4 +86,5 @@ def test_every_row_attends_to_its_own_committed_positions(window, is_exact, prot
             num_rows += 1
             num_wrapped += kept > 64
         store.placement.check_integrity()
-    assert num_rows > 200 and num_wrapped > 20
+    assert num_rows > 200
+    assert num_wrapped > 20

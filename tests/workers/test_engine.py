@@ -132,9 +132,31 @@ def test_random_schedules_give_what_a_forward_over_the_whole_text_gives(referenc
         if not play.waiting and not play.owner:
             break
         play.step()
-    assert not play.waiting and not play.owner, "the schedule does not end"
+    assert not play.waiting, "the schedule does not end"
+    assert not play.owner, "the schedule does not end"
     assert play.classes_seen == {0, 1, 2}, "no sequence moved up"
     assert not engine.store._lengths, "a slot is still held"
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_request_that_ends_in_nan_fails_alone_and_leaves_nothing_to_the_next_owner_of_its_slot(is_exact):
+    model = decoder_target(num_layers=2)
+    prompts = {f"r{i}": [1 + i, 2, 3] for i in range(3)}
+    expected = EngineRig(make_engine(model, 4, is_exact)).run(prompts, 6)
+    weight = model.model.embed_tokens.weight
+    weight[49] = float("nan")
+    assert all(49 not in tokens for tokens in expected.values())
+    engine = make_engine(model, 4, is_exact)
+    rig = EngineRig(engine)
+    rig.submit("bad", [49] * 8, 6)
+    assert rig.run({"good": prompts["r0"]}, 6) == {"good": expected["r0"]}
+    (last,) = rig.outputs["bad"]
+    assert last.finish_reason == "error"
+    assert "NaN" in (last.error or "")
+    for name, prompt in prompts.items():
+        rig.submit(name, prompt, 6)
+    rig.drain()
+    assert {name: rig.tokens(name) for name in prompts} == expected
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_next", "lfm2", "mamba2"])

@@ -100,6 +100,14 @@ class KVLayer:
                 target[move.to_row, :, :used] = source[move.from_row, :, :used]
             pools[move.to_class] = target
 
+    def clear(self, capacity_class: int, row: int) -> None:
+        """Zero a row: a masked NaN would still reach the next owner's output, as 0 * NaN."""
+        for pools in (self.keys, self.values):
+            pool = pools[capacity_class]
+            if pool is not None:
+                pool[row] = mx.zeros(pool.shape[1:], pool.dtype)
+                pools[capacity_class] = pool
+
     def nbytes(self) -> int:
         return sum(p.nbytes for pools in (self.keys, self.values) for p in pools if p is not None)
 

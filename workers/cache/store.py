@@ -94,6 +94,11 @@ class CacheStore:
         for layer in self.recurrent_layers:
             layer.release(slot)
 
+    def clear(self, slot: int) -> None:
+        """Zero a slot's keys and values, which hold NaN."""
+        for layer in self.kv_layers:
+            layer.clear(*self.placement.where(slot))
+
     def snapshot(self, slot: int) -> RecurrentSnapshot:
         return [layer.snapshot(slot) for layer in self.recurrent_layers]
 
