@@ -33,7 +33,13 @@ class Server:
         self.run_dir = folder / f"run-{self.port}"
         self.log = folder / f"server-{self.port}.log"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("TANDEM_")}
-        values = {"model": str(model), "port": self.port, "run_dir": self.run_dir, "heartbeat_interval_s": 0.3, **settings}
+        values = {
+            "model": str(model),
+            "port": self.port,
+            "run_dir": self.run_dir,
+            "heartbeat_interval_s": 0.3,
+            **settings,
+        }
         self.environment = {
             **inherited,
             **{f"TANDEM_{k.upper()}": str(v) for k, v in values.items()},

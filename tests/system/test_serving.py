@@ -18,7 +18,9 @@ from tests.support.tiny_model import MAX_POSITIONS
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
-PROMPTS = [list(range(40 + i, 40 + i + n)) for i, n in enumerate([1, 3, 7, 20, 60, 150, 2, 90, 5, 33, 128, 11, 64, 250, 17, 4])]
+PROMPTS = [
+    list(range(40 + i, 40 + i + n)) for i, n in enumerate([1, 3, 7, 20, 60, 150, 2, 90, 5, 33, 128, 11, 64, 250, 17, 4])
+]
 
 
 def complete(server: Server, prompt: list[int] | str, **options: Any) -> dict[str, Any]:
@@ -142,7 +144,9 @@ def test_a_full_queue_is_a_429_with_retry_after_and_the_accepted_ones_finish(mod
         async def flood() -> list[httpx.Response]:
             async with httpx.AsyncClient(timeout=120) as client:
                 body = {"model": "default", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
-                return await asyncio.gather(*(client.post(f"{server.url}/v1/completions", json=body) for _ in range(10)))
+                return await asyncio.gather(
+                    *(client.post(f"{server.url}/v1/completions", json=body) for _ in range(10))
+                )
 
         answers = asyncio.run(flood())
         refused = [a for a in answers if a.status_code == 429]
