@@ -453,7 +453,7 @@ class Core:
             return
         step = self._in_flight.popleft()
         self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
-        seconds, elapsed = now - max(step.sent, self._last_result), now - self._last_result
+        step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
         self._last_result = now
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
@@ -476,7 +476,9 @@ class Core:
             num_tokens += self._row_result(sequence, row, num_drafts, now)
         if step.is_decode_only:
             is_steady = self._last_kind == (step.k, step.batch)
-            self.speculator.stepped(step.batch, step.width, seconds, step.k, num_tokens, elapsed if is_steady else None)
+            self.speculator.stepped(
+                step.batch, step.width, step_s, step.k, num_tokens, elapsed_s if is_steady else None
+            )
         self._last_kind = (step.k, step.batch) if step.is_decode_only else None
         self.metrics.generation_tokens.inc(num_tokens)
         for last_token, count in gaps.items():
