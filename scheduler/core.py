@@ -194,6 +194,8 @@ class Core:
         peer = self.peers.get(sender)
         if peer is not None:
             self.metrics.set_memory(peer.role, message.memory_bytes)
+            self.metrics.dropped["by_peer"].inc(max(0, message.num_dropped_messages - peer.num_dropped_messages))
+            peer.num_dropped_messages = message.num_dropped_messages
 
     def _ready(self, sender: str, message: Ready) -> None:
         peer = self.peers.get(sender)

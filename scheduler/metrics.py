@@ -118,7 +118,7 @@ class Metrics:
         )
         self.dropped = counters(
             names.DROPPED_MESSAGES, "Bad, truncated or stale messages.", "reason",
-            ("bad", "unknown_peer", "old_epoch", "unexpected"),
+            ("bad", "unknown_peer", "old_epoch", "unexpected", "by_peer"),
         )  # fmt: skip
         up = Gauge(names.WORKER_UP, "1 while this worker is ready.", [*plain, "role"], registry=self.registry)
         self.worker_up = {role: up.labels(**labels, role=role) for role in ("target", "drafter")}

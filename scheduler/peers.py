@@ -15,6 +15,7 @@ class Peer:
     epoch: int
     last_seen: float
     info: WorkerInfo | None = None  # set once it is ready
+    num_dropped_messages: int = 0  # as its last heartbeat told
 
     @property
     def state(self) -> WorkerState:

@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -18,8 +17,6 @@ from shared import config
 from shared.errors import BadConfig, BadModel
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
-
-PROCFILE = Path(__file__).resolve().parent.parent / "Procfile"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(options: dict[str, str | None]) -> int:
-    """Check the settings, fetch the model, then become honcho, which starts every line of the Procfile.
+    """Check the settings, fetch the model, then become `tandem.processes`: a small process that starts all others.
 
     Raises:
         BadConfig, BadModel: nothing was started.
@@ -61,5 +58,4 @@ def serve(options: dict[str, str | None]) -> int:
     resolve(settings.model, settings)
     config.prepare_run_folder(settings)
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "honcho", "start", "-f", str(PROCFILE), "-d", str(PROCFILE.parent)]
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, [sys.executable, "-m", "tandem.processes"], environment)

@@ -100,8 +100,10 @@ class DrafterProcess:
 
     def _take_features(self, timeout_s: float) -> None:
         if self.features is not None and self.engine is not None:
+            before = self.features.num_dropped
             for rows, array in self.features.receive(timeout_s):
                 self.engine.take_features(rows, array)
+            self.link.num_dropped += self.features.num_dropped - before  # the heartbeat tells the scheduler
 
     def _draft(self, message: DraftRequest, engine: DraftEngine) -> DraftReply:
         started = time.perf_counter()

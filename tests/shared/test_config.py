@@ -1,0 +1,65 @@
+"""Settings come from the environment; anything misspelt or malformed stops start-up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from shared.config import PREFIX, Settings, load, prepare_run_folder
+from shared.errors import BadConfig
+
+
+def test_values_are_read_by_the_type_of_their_setting() -> None:
+    environ = {
+        "TANDEM_PORT": "9000",
+        "TANDEM_NGRAM": "yes",
+        "TANDEM_TTFT_BOUND_S": "0.5",
+        "TANDEM_MODEL": "7",
+        "TANDEM_DTYPE": "bfloat16",
+        "HOME": "/",
+    }
+    settings = load(environ)
+    assert (settings.port, settings.ngram, settings.ttft_bound_s) == (9000, True, 0.5)
+    assert (settings.model, settings.dtype) == ("7", "bfloat16")
+
+
+def test_empty_values_are_as_if_not_set() -> None:
+    environ = {PREFIX + f.name.upper(): "" for f in msgspec.structs.fields(Settings) if f.name != "model"}
+    changed = {f.name for f in msgspec.structs.fields(Settings) if f.type is str}
+    settings = load(environ)
+    for field in msgspec.structs.fields(Settings):
+        if field.name not in changed:
+            assert getattr(settings, field.name) == field.default, field.name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TANDEM_PROT", "1"),
+        ("TANDEM_port", "x"),
+        ("TANDEM_PORT", "many"),
+        ("TANDEM_PORT", "80.5"),
+        ("TANDEM_NGRAM", "perhaps"),
+        ("TANDEM_DTYPE", "float8"),
+        ("TANDEM_LOG_LEVEL", "loud"),
+        ("TANDEM_", "1"),
+    ],
+)
+def test_a_misspelt_or_malformed_variable_stops_start_up_and_is_named(name: str, value: str) -> None:
+    with pytest.raises(BadConfig) as raised:
+        load({name: value})
+    assert name.removeprefix(PREFIX).lower() in raised.value.message.lower()
+
+
+def test_the_run_folder_is_private(tmp_path: Path) -> None:
+    settings = Settings(run_dir=str(tmp_path / "a" / "run"))
+    folder = prepare_run_folder(settings)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    assert prepare_run_folder(settings).stat().st_mode & 0o777 == 0o700
+
+
+def test_two_ports_have_two_run_folders() -> None:
+    assert Settings(port=1).run_folder != Settings(port=2).run_folder

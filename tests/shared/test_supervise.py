@@ -1,0 +1,103 @@
+"""The supervisor restarts, backs off, gives up, and passes signals on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shared import supervise
+from shared.supervise import BACKOFF_S, EXIT_CONFIG, MAX_EARLY_DEATHS, Supervisor
+
+
+def python(program: str) -> list[str]:
+    return [sys.executable, "-S", "-c", program]
+
+
+def ending_with(codes: list[int], folder: Path) -> list[str]:
+    """A child that ends with the next of `codes` at each start, and with 0 after them."""
+    return python(
+        f"import os; n = len(os.listdir({str(folder)!r})); open({str(folder)!r} + f'/{{n}}', 'x'); "
+        f"codes = {codes}; os._exit(codes[n] if n < len(codes) else 0)"
+    )
+
+
+def test_a_child_that_dies_is_started_again_with_growing_pauses(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    supervisor = Supervisor("child", ending_with([1, 2, 3], tmp_path), sleep=pauses.append)
+    assert supervisor.run() == 0
+    assert pauses == list(BACKOFF_S[:3])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_it_gives_up_after_repeated_early_deaths(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pauses: list[float] = []
+    supervisor = Supervisor("child", ending_with([9] * 100, tmp_path), sleep=pauses.append)
+    assert supervisor.run() == 1
+    assert len(list(tmp_path.iterdir())) == MAX_EARLY_DEATHS
+    assert len(pauses) == MAX_EARLY_DEATHS - 1
+    assert "giving up" in capfd.readouterr().err
+
+
+def test_a_long_life_between_deaths_starts_the_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "EARLY_DEATH_S", 0.0)  # every life counts as long
+    pauses: list[float] = []
+    supervisor = Supervisor("child", ending_with([1] * 8, tmp_path), sleep=pauses.append)
+    assert supervisor.run() == 0
+    assert pauses == [BACKOFF_S[0]] * 8
+
+
+def test_a_bad_setting_or_model_is_final_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    supervisor = Supervisor("child", ending_with([EXIT_CONFIG], tmp_path), sleep=lambda _: pytest.fail("a restart"))
+    assert supervisor.run() == EXIT_CONFIG
+    assert "child refused to start" in capfd.readouterr().err
+
+
+def start(program: str, **options: object) -> subprocess.Popen[str]:
+    """The supervisor as a process; its child says "up" once it runs."""
+    command = [sys.executable, "-m", "shared.supervise", "child", "--", *python(program)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+WAITS = "import signal, sys; {handler}; print('up', flush=True); signal.pause(); signal.pause()"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_sigint_reach_the_child_as_sigterm(number: signal.Signals) -> None:
+    handler = "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), sys.exit(5)))"
+    process = start(WAITS.format(handler=handler))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "told\n", "")
+
+
+def test_a_child_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = start(WAITS.format(handler="signal.signal(signal.SIGTERM, signal.SIG_IGN)"))
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=supervise.STOP_GRACE_S + 20) == 0
+    assert not child.is_running()
+    process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_child_does_not_outlive_a_killed_supervisor() -> None:
+    process = start(WAITS.format(handler="None"))
+    (child,) = psutil.Process(process.pid).children()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    psutil.wait_procs([child], timeout=20)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert supervise.main(["child", "command"]) == 2
+    assert "usage" in capsys.readouterr().err
