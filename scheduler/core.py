@@ -90,6 +90,7 @@ class Core:
         self._outputs: dict[str, list[Output]] = {}
         self._freed: list[int] = []
         self._last_result = 0.0
+        self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
         is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
@@ -454,8 +455,7 @@ class Core:
             return
         step = self._in_flight.popleft()
         self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
-        if step.is_decode_only:
-            self.speculator.stepped(step.batch, step.width, now - max(step.sent, self._last_result), step.k)
+        step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
         self._last_result = now
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
@@ -476,6 +476,12 @@ class Core:
                     self._emit(sequence, row.token_ids, row.logprobs)
                     continue
             num_tokens += self._row_result(sequence, row, num_drafts, now)
+        if step.is_decode_only:
+            is_steady = self._last_kind == (step.k, step.batch)
+            self.speculator.stepped(
+                step.batch, step.width, step_s, step.k, num_tokens, elapsed_s if is_steady else None
+            )
+        self._last_kind = (step.k, step.batch) if step.is_decode_only else None
         self.metrics.generation_tokens.inc(num_tokens)
         for last_token, count in gaps.items():
             self.metrics.itl.observe(now - last_token, count)

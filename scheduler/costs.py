@@ -17,16 +17,16 @@ class StepCosts:
     def __init__(self, seed: Iterable[StepCost] = ()) -> None:
         self._seconds: dict[tuple[int, int], float] = {}
         for cost in seed:
-            self._seconds[_bucket(cost.batch), cost.width] = cost.seconds
+            self._seconds[batch_bucket(cost.batch), cost.width] = cost.seconds
 
     def add(self, batch: int, width: int, seconds: float) -> None:
-        key = _bucket(batch), width
+        key = batch_bucket(batch), width
         old = self._seconds.get(key)
         self._seconds[key] = seconds if old is None else follow(old, seconds)
 
     def estimate(self, batch: int, width: int) -> float:
         """Seconds; 0.0 only while nothing at all was measured."""
-        bucket = _bucket(batch)
+        bucket = batch_bucket(batch)
         points = sorted((w, s) for (b, w), s in self._seconds.items() if b == bucket)
         if not points:
             nearest = min({b for b, _ in self._seconds}, key=lambda b: abs(b - bucket), default=None)
@@ -55,5 +55,5 @@ def follow(average: float, measured: float) -> float:
     return average + (SLOWER if measured > average else FASTER) * (measured - average)
 
 
-def _bucket(batch: int) -> int:
+def batch_bucket(batch: int) -> int:
     return 1 << max(0, batch - 1).bit_length()

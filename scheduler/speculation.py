@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from scheduler.costs import StepCosts, follow
+from scheduler.costs import StepCosts, batch_bucket, follow
 from scheduler.metrics import Metrics
 from scheduler.ngram import NgramIndex
 from scheduler.sequence import Sequence as Request
@@ -21,13 +21,15 @@ MIN_PATIENCE_S = 0.03
 FIRST_PATIENCE_S = 2.0  # before anything was measured: kernels are compiled for the first draft
 LOST_REPLY_S = 10.0  # after a time-out nothing more is asked until the reply comes after all, or for so long
 ACCEPT_WEIGHT = 0.03  # of one observation in the moving average of acceptance
-PRIOR = 0.6  # assumed acceptance before anything was seen
+PRIOR = 0.8  # acceptance assumed before anything was seen: hopeful, so that it is measured at once
 MIN_GAIN = 1.02  # speculation must promise this much over plain decoding
 PROBE_TOKENS = 3
 OVERHEAD_S = 0.0005  # planning and transport of a synchronous round beside its step and draft
 NGRAM_CERTAIN = 5  # a match of so many tokens goes before the neural drafter
 MIN_MATCH = 2  # shorter matches are noise
 MIN_CONFIDENCE = 0.25
+EFFICIENCY_WEIGHT = 0.05
+MIN_EFFICIENCY, MAX_EFFICIENCY = 0.2, 1.5
 AVAILABLE_WEIGHT = 0.05
 
 
@@ -51,6 +53,25 @@ class AcceptanceRates:
             chance *= rate
             total += chance
         return total
+
+
+class Efficiency:
+    """What rounds really gave, as a share of what costs and acceptance promised, by batch size and kind of round.
+
+    It holds all that the model of costs leaves out: features on their way, planning, another process's turn.
+    """
+
+    def __init__(self) -> None:
+        self._shares: dict[tuple[int, bool], float] = {}
+
+    def add(self, batch: int, is_drafted: bool, share: float) -> None:
+        key = batch_bucket(batch), is_drafted
+        share = min(MAX_EFFICIENCY, max(MIN_EFFICIENCY, share))
+        old = self._shares.get(key, 1.0)
+        self._shares[key] = old + EFFICIENCY_WEIGHT * (share - old)
+
+    def of(self, batch: int, is_drafted: bool) -> float:
+        return self._shares.get((batch_bucket(batch), is_drafted), 1.0)
 
 
 @dataclass
@@ -77,6 +98,7 @@ class Speculator:
         self._max_ngram = max_draft_tokens if use_ngram else 0
         self.metrics = metrics
         self.costs = StepCosts()
+        self._efficiency = Efficiency()
         self.drafter_id: str | None = None
         self.drafter_kind = ""
         self.drafter_epoch = 0
@@ -115,6 +137,7 @@ class Speculator:
         """A target is ready: what it can verify in one row, and what its steps cost."""
         self._max_verified = max_draft_tokens
         self.costs = StepCosts(step_costs)
+        self._efficiency = Efficiency()
 
     def set_drafter(self, instance_id: str, kind: str, epoch: int, max_draft_tokens: int) -> None:
         """A drafter is ready; it knows of no sequence yet."""
@@ -179,12 +202,18 @@ class Speculator:
         plain = self.costs.estimate(batch, 1)
         if plain == 0.0:
             return min(self.max_draft_tokens, PROBE_TOKENS)
-        best, best_rate = 0, batch / plain * MIN_GAIN
+        best, best_rate = 0, self._modelled_rate(batch, 0) * self._efficiency.of(batch, False) * MIN_GAIN
         for k in self._candidates():
-            rate = batch * self._expected_tokens(k) / self._round_s(batch, k)
+            rate = self._modelled_rate(batch, k) * self._efficiency.of(batch, True)
             if rate > best_rate:
                 best, best_rate = k, rate
         return best
+
+    def _modelled_rate(self, batch: int, k: int) -> float:
+        """Tokens per second that costs and acceptance promise."""
+        if k == 0:
+            return batch / self.costs.estimate(batch, 1)
+        return batch * self._expected_tokens(k) / self._round_s(batch, k)
 
     def _candidates(self) -> list[int]:
         """One less than powers of two, which fill a padded verify row, and the longest draft."""
@@ -302,11 +331,20 @@ class Speculator:
         (self._ngram if source == "ngram" else self._neural).add(num_drafts, num_accepted)
         self.metrics.count_draft(source, num_drafts, num_accepted)
 
-    def stepped(self, batch: int, width: int, seconds: float, k: int) -> None:
-        """A decode-only step of this batch and width, planned with this k, took `seconds`."""
+    def stepped(
+        self, batch: int, width: int, seconds: float, k: int, num_tokens: int = 0, elapsed_s: float | None = None
+    ) -> None:
+        """A decode-only step of this batch and width, planned with this k, took `seconds`.
+
+        Args:
+            num_tokens: committed by it.
+            elapsed_s: since the result before, where that was a step of the same kind: drafting and all else included.
+        """
         self.costs.add(batch, width, seconds)
         if not self.is_on:
             return
+        if elapsed_s is not None and elapsed_s > 0 and num_tokens:
+            self._efficiency.add(batch, k > 0, num_tokens / elapsed_s / self._modelled_rate(batch, k))
         if k == 0:
             self._plain_steps += 1
         elif self._plain_steps >= PROBE_INTERVAL:

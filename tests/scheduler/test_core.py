@@ -378,3 +378,13 @@ def test_the_ttft_bound_lets_prefill_go_first() -> None:
     late_steps = [m for m in rig.queue if isinstance(m, Step)]
     assert late_steps and not late_steps[-1].decodes and late_steps[-1].prefills
     rig.assert_idle()
+
+
+def test_the_cost_of_a_step_is_the_time_from_the_result_before_it_to_its_own() -> None:
+    rig = Rig()
+    rig.start_target()
+    rig.submit("a", [1], 20)
+    for _ in range(12):
+        rig.now += 0.049  # and 0.001 with each message
+        rig.work()
+    assert rig.core.speculator.costs.estimate(1, 1) == pytest.approx(0.05)
