@@ -123,14 +123,19 @@ def test_an_impostor_of_the_target_delays_streams_and_changes_none(
     before = server.metric(DROPPED, reason="bad")
     stream = Stream(server)
     stream.wait_chunks(5)
-    socket = connect(server, zmq.DEALER, "engine", b"impostor")
-    socket.send(encode(Hello(role="target", instance_id="impostor", pid=1)))
-    welcome = receive(socket, Welcome)
-    assert isinstance(welcome, Welcome)
-    info: WorkerInfo = worker_info(**absurd)
-    socket.send(encode(Ready(epoch=welcome.epoch, info=info)))
-    socket.send(encode(WorkerFailed(epoch=welcome.epoch, reason="not at all")))
-    server.wait_for(lambda: server.metric(DROPPED, reason="bad") == before + 1, "absurd facts dropped")
+    target = server.worker("workers.target")
+    target.suspend()  # its next heartbeat would have it back before the impostor says all
+    try:
+        socket = connect(server, zmq.DEALER, "engine", b"impostor")
+        socket.send(encode(Hello(role="target", instance_id="impostor", pid=1)))
+        welcome = receive(socket, Welcome)
+        assert isinstance(welcome, Welcome)
+        info: WorkerInfo = worker_info(**absurd)
+        socket.send(encode(Ready(epoch=welcome.epoch, info=info)))
+        socket.send(encode(WorkerFailed(epoch=welcome.epoch, reason="not at all")))
+        server.wait_for(lambda: server.metric(DROPPED, reason="bad") == before + 1, "absurd facts dropped")
+    finally:
+        target.resume()
     assert stream.result() == expected  # the real one was asked to say hello again
     server.wait_ready()
 
