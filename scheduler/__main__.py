@@ -78,6 +78,8 @@ class Process:
                 message = self._decoder.decode(frames[0])
                 # A worker's heartbeats come through a socket of their own, so that a long step cannot delay them.
                 sender = message.instance_id if isinstance(message, Heartbeat) else identity.decode("ascii")
+                if not sender.isascii():  # answers go to this name
+                    raise BadMessage("an instance id that is not ASCII")
             except (BadMessage, UnicodeDecodeError) as error:
                 self.core.metrics.dropped["bad"].inc()
                 self.log.warning("dropped a bad message: %s", str(error)[:200])

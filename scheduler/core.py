@@ -45,10 +45,12 @@ from shared.messages import (
     TokenLogprob,
     Welcome,
     WorkerFailed,
+    WorkerInfo,
 )
 
 Envelope = tuple[str, Message]
 
+MAX_SLOTS = 1 << 16
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
 NGRAM_DRAFT_TOKENS = 7
 
@@ -201,6 +203,9 @@ class Core:
         peer = self.peers.get(sender)
         if peer is None or peer.epoch != message.epoch or peer.role not in ("target", "drafter"):
             self.metrics.dropped["old_epoch"].inc()
+            return
+        if peer.role == "target" and not _is_plausible(message.info):
+            self.metrics.dropped["bad"].inc()
             return
         peer.info = message.info
         self.metrics.set_worker(peer.role, True)
@@ -572,6 +577,20 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
     }
     width = max((row.num_drafts + 1 for row in plan.decodes), default=0)
     return InFlight(step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills)
+
+
+def _is_plausible(info: WorkerInfo) -> bool:
+    """Whether slots and capacities can be what a target has: planning relies on it."""
+    classes = info.capacity_classes
+    return (
+        1 <= info.num_slots <= MAX_SLOTS
+        and bool(classes)
+        and classes == sorted(set(classes))
+        and classes[0] >= 1
+        and info.kv_capacity_tokens >= classes[-1] >= info.max_model_len >= 1
+        and info.max_step_tokens >= 1
+        and info.vocab_size >= 1
+    )
 
 
 def _is_overdue(sequence: Sequence, now: float) -> bool:

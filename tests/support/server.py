@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -50,14 +51,24 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> Server:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tandem", "serve"],
-            cwd=REPOSITORY, env=self.environment, stdout=self.log.open("wb"), stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tandem", "serve"],
+                cwd=REPOSITORY, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         if wait:
-            self.wait_ready()
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.stop()
+                raise
         return self
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def health(self) -> int:
         try:
@@ -68,10 +79,11 @@ class Server:
     def wait_ready(self, timeout_s: float = READY_S) -> None:
         self.wait_for(lambda: self.health() == 200, "ready", timeout_s)
 
-    def wait_for(self, condition: object, what: str, timeout_s: float = 30.0) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+        """Ask until `condition` holds: a state of other processes, which only they can tell."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if condition():  # type: ignore[operator]
+            if condition():
                 return
             if self.process is not None and self.process.poll() is not None:
                 break

@@ -54,6 +54,28 @@ def write(folder: Path, seed: int = 0, sliding_window: int | None = None) -> Pat
     return folder
 
 
+def write_eagle3(folder: Path, target: Path, seed: int = 0) -> Path:
+    """Write an EAGLE-3 drafter for a model of `write`: one layer, fed with the output of all three blocks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    config |= {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "draft_vocab_size": config["vocab_size"],
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(seed)
+    weights = {
+        "fc.weight": _matrix(rng, HIDDEN, LAYERS * HIDDEN),
+        "norm.weight": _ones(),
+        "midlayer.hidden_norm.weight": _ones(),
+        **_layer(rng, "midlayer", inputs=2 * HIDDEN),
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def _tokenizer() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -65,25 +87,28 @@ def _tokenizer() -> Tokenizer:
 
 def _weights(rng: np.random.Generator, vocab_size: int) -> dict[str, np.ndarray]:
     """Large enough that greedy text wanders instead of repeating one token."""
-
-    def matrix(rows: int, columns: int, scale: float = 0.4) -> np.ndarray:
-        return (rng.standard_normal((rows, columns)) * scale).astype(np.float32)
-
-    weights = {"model.embed_tokens.weight": matrix(vocab_size, HIDDEN, 1.0), "model.norm.weight": _ones()}
+    weights = {"model.embed_tokens.weight": _matrix(rng, vocab_size, HIDDEN, 1.0), "model.norm.weight": _ones()}
     for i in range(LAYERS):
-        name = f"model.layers.{i}"
-        weights |= {
-            f"{name}.input_layernorm.weight": _ones(),
-            f"{name}.post_attention_layernorm.weight": _ones(),
-            f"{name}.self_attn.q_proj.weight": matrix(HEADS * HEAD_DIM, HIDDEN),
-            f"{name}.self_attn.k_proj.weight": matrix(KV_HEADS * HEAD_DIM, HIDDEN),
-            f"{name}.self_attn.v_proj.weight": matrix(KV_HEADS * HEAD_DIM, HIDDEN),
-            f"{name}.self_attn.o_proj.weight": matrix(HIDDEN, HEADS * HEAD_DIM),
-            f"{name}.mlp.gate_proj.weight": matrix(INNER, HIDDEN),
-            f"{name}.mlp.up_proj.weight": matrix(INNER, HIDDEN),
-            f"{name}.mlp.down_proj.weight": matrix(HIDDEN, INNER),
-        }
+        weights |= _layer(rng, f"model.layers.{i}")
     return weights
+
+
+def _layer(rng: np.random.Generator, name: str, inputs: int = HIDDEN) -> dict[str, np.ndarray]:
+    return {
+        f"{name}.input_layernorm.weight": _ones(),
+        f"{name}.post_attention_layernorm.weight": _ones(),
+        f"{name}.self_attn.q_proj.weight": _matrix(rng, HEADS * HEAD_DIM, inputs),
+        f"{name}.self_attn.k_proj.weight": _matrix(rng, KV_HEADS * HEAD_DIM, inputs),
+        f"{name}.self_attn.v_proj.weight": _matrix(rng, KV_HEADS * HEAD_DIM, inputs),
+        f"{name}.self_attn.o_proj.weight": _matrix(rng, HIDDEN, HEADS * HEAD_DIM),
+        f"{name}.mlp.gate_proj.weight": _matrix(rng, INNER, HIDDEN),
+        f"{name}.mlp.up_proj.weight": _matrix(rng, INNER, HIDDEN),
+        f"{name}.mlp.down_proj.weight": _matrix(rng, HIDDEN, INNER),
+    }
+
+
+def _matrix(rng: np.random.Generator, rows: int, columns: int, scale: float = 0.4) -> np.ndarray:
+    return (rng.standard_normal((rows, columns)) * scale).astype(np.float32)
 
 
 def _ones() -> np.ndarray:

@@ -1,0 +1,50 @@
+"""Streaming completions in threads, so that a test can do harm while they run."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import httpx
+
+from tests.support.server import Server
+
+BODY = {"model": "default", "prompt": "undisturbed", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+
+
+class Stream(threading.Thread):
+    """One streaming completion, read in a thread."""
+
+    def __init__(self, server: Server, **options: Any) -> None:
+        super().__init__(daemon=True)
+        self.server, self.body = server, {**BODY, "stream": True, **options}
+        self.text, self.error = "", ""
+        self.tokens: list[str] = []  # with `logprobs`
+        self.num_chunks = 0
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", f"{self.server.url}/v1/completions", json=self.body, timeout=120) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        chunk = json.loads(line[6:])
+                        if "error" in chunk:
+                            self.error = str(chunk["error"])
+                        else:
+                            (choice,) = chunk["choices"]
+                            self.text += choice["text"]
+                            self.tokens += (choice["logprobs"] or {"tokens": []})["tokens"]
+                            self.num_chunks += 1
+        except httpx.HTTPError as error:
+            self.error = repr(error)
+
+    def wait_chunks(self, n: int) -> None:
+        self.server.wait_for(lambda: self.num_chunks >= n or not self.is_alive(), f"{n} chunks")
+
+    def result(self) -> str:
+        self.join(timeout=120)
+        assert not self.is_alive(), "the stream does not end"
+        assert not self.error, self.error
+        return self.text
