@@ -20,7 +20,7 @@ from shared import config as settings  # noqa: E402 - after the check for MLX
 from workers.drafters.checkpoint import detect  # noqa: E402 - needs MLX
 from workers.drafters.registry import load_fusion  # noqa: E402 - needs MLX
 
-NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "10"))
+NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "4"))
 LOOSE = 0.03  # of the mean over few documents; 1.5 % from 20 documents on
 GGUF = settings.load().cache_folder / "models" / replay.GGUF
 
