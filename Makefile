@@ -29,7 +29,7 @@ ifdef DRAFT
 export TANDEM_DRAFT_MODEL := $(DRAFT)
 endif
 
-.PHONY: run test check format bench lock clean
+.PHONY: run test test-drafters check format bench lock clean
 run: $(VENV)/.run-$(BACKEND)
 	@exec $(PYTHON) -m tandem serve
 
@@ -47,6 +47,10 @@ $(VENV)/.dev-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
 
 test: $(VENV)/.dev-$(BACKEND)
 	$(PYTHON) -m pytest
+
+# The reference drafters against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
+test-drafters: $(VENV)/.dev-$(BACKEND)
+	DRAFTERS_DOCUMENTS=10 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py
 
 check: $(VENV)/.dev-$(BACKEND)
 	$(PYTHON) -m ruff format --check .

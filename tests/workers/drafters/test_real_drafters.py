@@ -11,14 +11,11 @@ import os
 from pathlib import Path
 
 import pytest
+import replay  # loads a BLAS, so it goes before anything that imports MLX
 
-mx = pytest.importorskip("mlx.core")
-
-import replay  # noqa: E402 - needs MLX
-
-from shared import config as settings  # noqa: E402 - after the check for MLX
-from workers.drafters.checkpoint import detect  # noqa: E402 - needs MLX
-from workers.drafters.registry import load_fusion  # noqa: E402 - needs MLX
+from shared import config as settings
+from workers.drafters.checkpoint import detect
+from workers.drafters.registry import load_fusion
 
 NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "4"))
 LOOSE = 0.03  # of the mean over few documents; 1.5 % from 20 documents on
@@ -27,6 +24,7 @@ GGUF = settings.load().cache_folder / "models" / replay.GGUF
 pytestmark = [
     pytest.mark.embedded,
     pytest.mark.timeout(1200),
+    pytest.mark.skipif("DRAFTERS_DOCUMENTS" not in os.environ, reason="takes minutes: make test-drafters"),
     pytest.mark.skipif(not (replay.FOLDER / "held_out.json").exists(), reason="no reference drafters"),
     pytest.mark.skipif(not Path(GGUF).exists(), reason="the embedded model was not fetched yet"),
 ]
