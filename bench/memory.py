@@ -100,7 +100,7 @@ async def _play(url: str, pid: int, points: list[int], options: argparse.Namespa
 
 
 def _body(rng: random.Random, max_tokens: int) -> dict[str, Any]:
-    """Common words: a tokenizer keeps each word it has seen, up to 10,000, which with random letters looks like a leak."""
+    """Common words: a tokenizer keeps the words it has seen, up to 10,000; random letters would look like a leak."""
     prompt = " ".join(rng.choices(WORDS, k=rng.randint(1, 16)))
     return {"model": "default", "prompt": prompt, "max_tokens": rng.randint(1, max_tokens), "ignore_eos": True}
 
