@@ -17,6 +17,8 @@ from shared import config as settings
 from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_fusion
 
+mx = replay.mx  # imported by it, after the BLAS
+
 NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "4"))
 LOOSE = 0.03  # of the mean over few documents; 1.5 % from 20 documents on
 GGUF = settings.load().cache_folder / "models" / replay.GGUF
