@@ -60,6 +60,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blas_threads: int = 0  # 0: chosen for the machine
     api_keys: str = ""  # comma separated; empty: no authentication
 
+    # media that requests point to (docs/operations.md)
+    allow_media_urls: bool = False  # fetch http and https URLs of public hosts
+    media_hosts: str = ""  # names, addresses and networks that may be fetched from even if private; comma separated
+    media_roots: str = ""  # folders whose files requests may name; comma separated
+    media_max_bytes: int = 64 * 1024 * 1024
+    media_timeout_s: float = 20.0
+
     @property
     def run_folder(self) -> Path:
         if self.run_dir:
