@@ -143,7 +143,7 @@ async def _get(target: _Target, address: str, max_bytes: int) -> bytes | _Redire
     headers = {"host": target.authority, "accept": "image/*, audio/*, video/*", "accept-encoding": "identity"}
     request = httpx.Request("GET", url, headers=headers, extensions={"sni_hostname": target.host})
     # A client of its own for each: no cookies, no proxies of the environment, no connection that others can use.
-    async with httpx.AsyncClient(verify=_tls(), trust_env=False, timeout=None) as client:
+    async with httpx.AsyncClient(verify=_tls(), trust_env=False, timeout=None) as client:  # noqa: S113 - fetch has one
         response = await client.send(request, stream=True)
         try:
             if response.has_redirect_location:

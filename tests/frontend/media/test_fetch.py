@@ -41,7 +41,7 @@ class Web(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web() -> Iterator[tuple[type[Web], int]]:
-    """A web server on every loopback address (127.0.0.1 is allowed by the tests, 127.0.0.2 is what must stay closed)."""
+    """A web server on every loopback address: 127.0.0.1 is allowed by the tests, 127.0.0.2 must stay closed."""
     handler = type("Handler", (Web,), {"seen": [], "answers": {}})
     server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler)
     server.daemon_threads = True
@@ -256,7 +256,7 @@ def test_redirects_are_followed_so_far_and_no_further(web: tuple[type[Web], int]
     [
         (200, {}, bytes(2001), "larger"),
         (200, {"content-length": "999999999"}, b"", "larger"),
-        (200, {"content-length": "", "transfer-encoding": "chunked"}, b"7d1\r\n" + bytes(2001) + b"\r\n0\r\n\r\n", "larger"),
+        (200, {"content-length": "", "transfer-encoding": "chunked"}, b"7d1\r\n" + bytes(2001) + b"\r\n", "larger"),
         (200, {"content-encoding": "gzip"}, b"\x1f\x8b", "compressed"),
         (404, {}, b"", "404"),
         (200, {"content-length": "nine"}, b"", "cannot be fetched"),
