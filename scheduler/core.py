@@ -17,9 +17,11 @@ from scheduler.planner import Plan, Planner
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.speculation import Speculator
+from scheduler.step_timeout import StepTimeout
+from scheduler.suspects import OUTER_DEATH, OWN_DEATH, POISON, RESTART, Suspects, strikes_of
 from scheduler.waiting import WaitingQueue
 from shared.config import Settings
-from shared.errors import Busy, ContextLength, InvalidRequest, Unavailable
+from shared.errors import Busy, ContextLength, DeadlineExceeded, InvalidRequest, PoisonRequest, Unavailable
 from shared.messages import (
     Cancel,
     DraftReply,
@@ -66,6 +68,8 @@ class InFlight:
     batch: int  # decode rows
     width: int  # of the widest decode row
     is_decode_only: bool
+    num_tokens: int
+    sequences: list[Sequence]  # of all rows
 
 
 class Core:
@@ -94,6 +98,9 @@ class Core:
         self._last_result = 0.0
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
+        self.suspects = Suspects()
+        self.step_timeout = StepTimeout(settings.step_timeout_s)
+        self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
         is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
         self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
@@ -133,9 +140,10 @@ class Core:
         """Time-outs: silent peers, requests past their deadline. Sends heartbeats and the status."""
         for peer in self.peers.lost(now):
             self._lose(peer, now)
+        self._check_step_time(now)
         self.speculator.expire(now)
         for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
-            self._end(sequence, "error", now, error="the request's time limit passed")
+            self._end(sequence, "error", now, error="the request's time limit passed", code=DeadlineExceeded.code)
         for peer in self.peers.all():
             self._out.append((peer.instance_id, Heartbeat(instance_id=self.scheduler_id)))
         self._broadcast_status()
@@ -179,12 +187,11 @@ class Core:
     def _hello(self, sender: str, hello: Hello, now: float) -> None:
         replaced = self.peers.replaced_by(hello.role, sender)
         if replaced is not None:
-            self._lose(replaced, now)
+            self._lose(replaced, now, strikes_of(hello.last_exit))
 
         elif sender in self.peers and hello.role != "frontend":
-            self._lose(
-                self.peers.by_id(sender), now
-            )  # the same process says hello again: it forgot, or missed messages
+            # The same process says hello again: it forgot, or missed messages.
+            self._lose(self.peers.by_id(sender), now, RESTART)
         if hello.role in self._roles_seen and sender not in self.peers and hello.role in self.metrics.worker_restarts:
             self.metrics.worker_restarts[hello.role].inc()
         self._roles_seen.add(hello.role)
@@ -204,6 +211,9 @@ class Core:
         if peer is None or peer.epoch != message.epoch or peer.role not in ("target", "drafter"):
             self.metrics.dropped["old_epoch"].inc()
             return
+        if peer.info is not None:  # a second one would make its slots free while they are used
+            self.metrics.dropped["unexpected"].inc()
+            return
         if peer.role == "target" and not _is_plausible(message.info):
             self.metrics.dropped["bad"].inc()
             return
@@ -212,6 +222,8 @@ class Core:
         if peer.role == "target":
             info = message.info
             self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
+            self._num_steps = 0
+            self.step_timeout.reset()
             budget = self.settings.max_num_batched_tokens or info.max_step_tokens
             self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens)
             self.speculator.set_target(info.max_draft_tokens, info.step_costs)
@@ -223,14 +235,14 @@ class Core:
     def _worker_failed(self, sender: str, now: float) -> None:
         peer = self.peers.get(sender)
         if peer is not None:
-            self._lose(peer, now)
+            self._lose(peer, now, OWN_DEATH)
 
-    def _lose(self, peer: Peer, now: float) -> None:
+    def _lose(self, peer: Peer, now: float, strikes: int = OUTER_DEATH) -> None:
         """A peer is gone. Requests of a lost target wait for the next one; those of a lost frontend end."""
         self.peers.remove(peer.instance_id)
         self.metrics.set_worker(peer.role, False)
         if peer.role == "target":
-            self._drop_target(now)
+            self._drop_target(now, strikes)
         elif peer.role == "drafter":
             self.speculator.lose_drafter()
         elif peer.role == "frontend":
@@ -238,9 +250,29 @@ class Core:
                 self._end(sequence, "abort", now)
         self._broadcast_status()
 
-    def _drop_target(self, now: float) -> None:
-        """Nothing is computed any more: every running sequence waits to be recomputed by the next target."""
+    def _check_step_time(self, now: float) -> None:
+        """A target whose step takes far longer than steps do hangs: it is replaced."""
+        target = self.target
+        if target is None or not self._in_flight:
+            return
+        step = self._in_flight[0]
+        if now - max(step.sent, self._last_result) > self.step_timeout.limit_s(step.num_tokens):
+            self.hung.append(target.pid)
+            self._lose(target, now, OWN_DEATH)
+
+    def _resynchronise(self, target: Peer, now: float) -> None:
+        """A message to or from the target was lost or came in the wrong place: begin again in a new epoch."""
+        self._lose(target, now, RESTART)
+        self._out.append((target.instance_id, SayHello()))
+
+    def _drop_target(self, now: float, strikes: int) -> None:
+        """Nothing is computed any more: every running sequence waits to be recomputed by the next target.
+
+        Args:
+            strikes: how much this says against what the target was working on.
+        """
         self.metrics.set_worker("target", False)
+        poison = self.suspects.blame((s for step in self._in_flight for s in step.sequences), strikes)
         self._in_flight.clear()
         self._freed.clear()
         for sequence in self.running:
@@ -249,6 +281,8 @@ class Core:
         self.running.clear()
         self.slots = SlotPool(0, 0, [1])
         self.planner = None
+        for sequence in poison:
+            self._end(sequence, "error", now, error=POISON, code=PoisonRequest.code)
 
     @property
     def target(self) -> Peer | None:
@@ -273,6 +307,10 @@ class Core:
     # ------------------------------------------------ requests
 
     def _submit(self, sender: str, submit: Submit, now: float) -> None:
+        known = self._requests.get(submit.request_id)
+        if known is not None and known.frontend == sender:
+            self._catch_up(known, submit)
+            return
         refusal = self._refusal(submit)
         if refusal is not None:
             reason, error = refusal
@@ -316,6 +354,19 @@ class Core:
             return "queue_full", Busy(text, retry_after_s=self._retry_after())
         return None
 
+    def _catch_up(self, sequence: Sequence, submit: Submit) -> None:
+        """A Submit of a live request: it was repeated on its way, or its frontend missed Outputs after these tokens."""
+        num_known = sequence.num_prompt_tokens + len(submit.output_token_ids)
+        missed = sequence.token_ids[num_known:]
+        if sequence.token_ids[:num_known] != [*submit.prompt_token_ids, *submit.output_token_ids] or not missed:
+            return
+        if submit.sampling.num_logprobs is None:
+            self._emit(sequence, missed, None)
+            return
+        del sequence.token_ids[num_known:]  # their log-probabilities are gone: compute them again
+        if sequence.is_running:
+            self._preempt(sequence)
+
     def _retry_after(self) -> float:
         """Seconds until the queue has probably moved: about one request's decode time, at least one second."""
         running = [s for s in self.running if s.finish_reason is None]
@@ -341,12 +392,14 @@ class Core:
         error: str | None = None,
         token_ids: Sequenced[int] = (),
         logprobs: list[TokenLogprob] | None = None,
+        code: str | None = None,
     ) -> None:
         """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves."""
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
         self.speculator.end(sequence.submit.request_id)
+        self.suspects.remove(sequence)
         if sequence.slot is not None:
             self._free_slot(sequence)
             self.running.remove(sequence)
@@ -360,6 +413,8 @@ class Core:
             finish_reason=reason,
             error=error,
             timings=sequence.timings(now),
+            start=sequence.num_output_tokens - len(token_ids),
+            error_code=code,
         )
         self._outputs_of(sequence.frontend).append(output)
 
@@ -372,12 +427,14 @@ class Core:
     def _release_freed(self) -> None:
         target = self.target
         if self._freed and target is not None:
-            self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed)))
+            release = Release(epoch=target.epoch, slots=self._freed, after_step=self._num_steps)
+            self._out.append((target.instance_id, release))
         self._freed = []
 
     def _emit(self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Tokens of a request that goes on."""
-        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, logprobs=logprobs)
+        start = len(sequence.token_ids) - sequence.num_prompt_tokens - len(token_ids)
+        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, logprobs=logprobs, start=start)
         self._outputs_of(sequence.frontend).append(output)
 
     def _outputs_of(self, frontend: str) -> list[Output]:
@@ -397,6 +454,9 @@ class Core:
             if k is None:
                 return
             drafts_for = self.speculator.drafts_for if k else None
+            if self.suspects:
+                in_flight = (s for step in self._in_flight for s in step.sequences)
+                self.planner.suspect = self.suspects.choose(in_flight, self.waiting.peek())
             plan = self.planner.plan(now, drafts_for, self._preempt, self.settings.ttft_bound_s)
             self._release_freed()
             if not plan:
@@ -457,11 +517,14 @@ class Core:
             return
         if not self._in_flight or self._in_flight[0].step_id != result.step_id:
             self.metrics.dropped["unexpected"].inc()
+            if any(step.step_id == result.step_id for step in self._in_flight):
+                self._resynchronise(target, now)  # the result before it was lost
             return
         step = self._in_flight.popleft()
         self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
         step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
         self._last_result = now
+        self.step_timeout.observe(step.num_tokens, step_s)
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
                 self.metrics.phases[phase].observe(seconds)
@@ -481,6 +544,8 @@ class Core:
                     self._emit(sequence, row.token_ids, row.logprobs)
                     continue
             num_tokens += self._row_result(sequence, row, num_drafts, now)
+        if self.suspects:
+            self.suspects.clear_proven()
         if step.is_decode_only:
             is_steady = self._last_kind == (step.k, step.batch)
             self.speculator.stepped(
@@ -576,7 +641,9 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
         if row.is_sampled
     }
     width = max((row.num_drafts + 1 for row in plan.decodes), default=0)
-    return InFlight(step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills)
+    return InFlight(
+        step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills, plan.num_tokens, plan.sequences
+    )
 
 
 def _is_plausible(info: WorkerInfo) -> bool:

@@ -53,6 +53,7 @@ class Planner:
         self.slots = slots
         self.max_step_tokens = max_step_tokens
         self.max_prefill_tokens = max_prefill_tokens
+        self.suspect: Sequence | None = None  # the one suspect that may be worked on (suspects.py)
 
     def plan(
         self,
@@ -97,6 +98,8 @@ class Planner:
             length = len(sequence.token_ids) + sequence.num_pending
             if length - sequence.num_scheduled != 1 or length >= sequence.max_length or sequence.slot is None:
                 continue
+            if sequence.num_strikes and sequence is not self.suspect:
+                continue
             if drafts_for is None and sequence.num_pending and length <= sequence.capacity:
                 # Pipelined decode, by far the most frequent row: 256 of them have to be planned within 0.2 ms.
                 decodes.append(StepRow(slot=sequence.slot, start=length - 1, capacity=sequence.capacity))
@@ -133,7 +136,10 @@ class Planner:
         return 1 + len(drafts)
 
     def _plan_prefills(self, plan: Plan, budget: int, now: float, preempted: Callable[[Sequence], None]) -> None:
-        prefilling = sorted((s for s in self.running if s.num_remaining > 1), key=lambda s: s.order)
+        prefilling = sorted(
+            (s for s in self.running if s.num_remaining > 1 and (not s.num_strikes or s is self.suspect)),
+            key=lambda s: s.order,
+        )
         while budget > 0:
             sequence = self._next_prefill(prefilling)
             if sequence is None:
@@ -150,6 +156,8 @@ class Planner:
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """The first in order of those that prefill already and those that wait for a slot."""
         head = self.waiting.peek()
+        if head is not None and head.num_strikes and head is not self.suspect:
+            head = None
         if head is not None and (not prefilling or head.order < prefilling[0].order) and self._admit(head):
             return head
         while prefilling:

@@ -40,6 +40,8 @@ class Sequence:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_strikes: int = 0  # how much it is suspected of having killed targets; see suspects.py
+    num_proving_tokens: int = 0  # output tokens at which it no longer is
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.submit.prompt_token_ids)

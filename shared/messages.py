@@ -73,6 +73,7 @@ class Hello(Message, frozen=True, kw_only=True):
     instance_id: str
     pid: int
     protocol_version: int = PROTOCOL_VERSION
+    last_exit: int | None = None  # of the process before it, as its supervisor saw it; negative: a signal
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -189,6 +190,8 @@ class Output(Part, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None  # set exactly once in a request's life
     error: str | None = None  # with finish_reason "error"
     timings: Timings | None = None  # with finish_reason
+    start: int | None = None  # place of token_ids[0] in the output: a repeated or lost Outputs is noticed
+    error_code: str | None = None  # one of shared.errors' codes, with `error`; None: the engine's failure
 
 
 class Outputs(Message, frozen=True, kw_only=True):
@@ -256,7 +259,10 @@ class StepRow(Part, frozen=True, kw_only=True):
 
 
 class Step(Message, frozen=True, kw_only=True):
-    """One scheduler iteration. Decode rows run as one batch, each prefill row as a forward of its own."""
+    """One scheduler iteration. Decode rows run as one batch, each prefill row as a forward of its own.
+
+    `step_id` counts from 1 in each epoch: a target that sees a gap says hello again.
+    """
 
     epoch: int
     step_id: int
@@ -270,6 +276,7 @@ class Release(Message, frozen=True, kw_only=True):
 
     epoch: int
     slots: list[int]
+    after_step: int = 0  # id of the last Step sent before it
 
 
 class RowResult(Part, frozen=True, kw_only=True):

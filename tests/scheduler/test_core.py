@@ -74,11 +74,13 @@ class Rig:
     def target_id(self) -> str:
         return f"target{self.num_targets}"
 
-    def start_target(self) -> None:
+    def start_target(self, last_exit: int | None = 0) -> None:
+        """A new target process; `last_exit` is how the one before it ended."""
         self.num_targets += 1
         self.queue.clear()
         self.target = FakeTarget(self.info)
-        self.send(self.target_id, Hello(role="target", instance_id=self.target_id, pid=2))
+        hello = Hello(role="target", instance_id=self.target_id, pid=2, last_exit=last_exit)
+        self.send(self.target_id, hello)
         self.send(self.target_id, Ready(epoch=self.epoch, info=self.info))
 
     def work(self) -> bool:
