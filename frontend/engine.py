@@ -16,8 +16,9 @@ from typing import Literal, assert_never
 import msgspec
 import zmq
 
-from frontend.streams import LiveRequest, TokenStream
+from frontend.streams import LiveRequest, TokenStream, without_repeated
 from shared import wire
+from shared.beat import Beat
 from shared.config import Settings
 from shared.errors import BadMessage, TandemError, Unavailable, from_code
 from shared.messages import (
@@ -70,6 +71,7 @@ class EngineClient:
         self._is_stopping = False
         self._is_draining = False
         self._last_heard = float("-inf")
+        self._beat = Beat(settings, "frontend")
         self.status: EngineStatus | None = None
         self.num_dropped_messages = 0
 
@@ -252,8 +254,19 @@ class EngineClient:
 
     def _route(self, output: Output) -> None:
         live = self._live.get(output.request_id)
-        if live is None:
-            return  # forgotten: the client is gone, and this was on its way
+        if live is None:  # forgotten: the client is gone, and this was on its way
+            if output.finish_reason is None:
+                self._send(Cancel(request_id=output.request_id, reason="client_gone"))
+            return
+        if output.start is not None and output.start != len(live.output_token_ids):
+            self.num_dropped_messages += 1
+            if output.start > len(live.output_token_ids):
+                live.is_sent = False  # the next tick submits it again, which brings what is missing
+                return
+            repeated = without_repeated(output, len(live.output_token_ids) - output.start)
+            if repeated is None:
+                return
+            output = repeated
         live.output_token_ids.extend(output.token_ids)
         if output.finish_reason is not None:
             del self._live[output.request_id]
@@ -326,4 +339,5 @@ class EngineClient:
             if silence > self._settings.heartbeat_timeout_s + self._lost_limit_s:
                 for live in list(self._live.values()):
                     self._fail(live, Unavailable(f"the engine was lost and did not come back in {silence:.0f} s"))
+            self._beat.touch()
             await asyncio.sleep(interval if is_met else min(interval, HELLO_INTERVAL_S))

@@ -17,7 +17,7 @@ from frontend.schemas import GenerationBody
 from frontend.service import Service
 from frontend.stop import StopMatcher
 from frontend.streams import ClientGone, TokenStream
-from shared.errors import EngineFailure, InvalidRequest, TandemError
+from shared.errors import EngineFailure, InvalidRequest, TandemError, from_code
 from shared.messages import FinishReason, Output, RequestId, Submit, Timings, TokenLogprob
 
 # After a stop string the engine is asked to stop; its terminal Output brings the timings and comes within a step.
@@ -117,7 +117,8 @@ class OutputText:
         if output.finish_reason is None:
             return Delta(self.index, text, tokens=tokens)
         if output.finish_reason in ("error", "abort"):
-            raise EngineFailure(output.error or "the engine ended this request before it was complete")
+            text = output.error or "the engine ended this request before it was complete"
+            raise from_code(output.error_code or EngineFailure.code, text)
         text += self._rest()
         return Delta(self.index, text, tokens=tokens, finish_reason=self._end(output.finish_reason, output.timings))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from shared.errors import TandemError
 from shared.messages import Output, Submit
 
@@ -69,3 +71,12 @@ class LiveRequest:
         self.stream = stream
         self.output_token_ids: list[int] = list(submit.output_token_ids)
         self.is_sent = False
+
+
+def without_repeated(output: Output, num_repeated: int) -> Output | None:
+    """An Output without its first tokens, which came before; None where nothing new is left."""
+    logprobs = output.logprobs[num_repeated:] if output.logprobs is not None else None
+    token_ids = output.token_ids[num_repeated:]
+    if not token_ids and output.finish_reason is None:
+        return None
+    return msgspec.structs.replace(output, token_ids=token_ids, logprobs=logprobs)

@@ -53,7 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # liveness
     heartbeat_interval_s: float = 1.0
     heartbeat_timeout_s: float = 10.0
-    step_timeout_s: float = 300.0
+    step_timeout_s: float = 300.0  # at most; once steps are measured, a large multiple of what they take
+    max_early_deaths: int = 5  # of one process in a row, each within 20 s of its start; then the server gives up
 
     # machine
     blas: str = "auto"  # Linux CPU: "auto", "off", or the path of a library to load before MLX
@@ -123,7 +124,7 @@ def prepare_run_folder(settings: Settings) -> Path:
     """
     folder = settings.run_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise BadConfig(f"run folder {folder} belongs to another user")
+    if folder.is_symlink() or folder.lstat().st_uid != os.getuid():  # the temporary directory is open to all
+        raise BadConfig(f"run folder {folder} belongs to another user, or is a link")
     folder.chmod(0o700)
     return folder

@@ -51,6 +51,8 @@ class Target:
         self.depth = 1 if is_cpu() else 2
         self.step_s = 0.0  # moving average of the time a step keeps the device
         self.epoch = 0
+        self.scheduler_id = ""
+        self.last_step = 0  # id of the last Step taken in this epoch
         self.is_draining = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -65,10 +67,15 @@ class Target:
                 message = self.link.receive(self._patience(len(waiting), len(running)))
                 match message:
                     case Welcome():
+                        if self._is_repeated(message):
+                            self.link.num_dropped += 1
+                            continue
                         self._welcome(message)
                         waiting.clear()
                         running.clear()
                     case Step() | Release() if message.epoch == self.epoch:
+                        if not self._is_next(message):
+                            continue
                         waiting.append(message)
                         if len(waiting) + len(running) <= self.depth:
                             continue  # look for more before waiting for the device
@@ -88,6 +95,25 @@ class Target:
             if self.sender is not None:
                 self.sender.close()
             self.link.close()
+
+    def _is_repeated(self, message: Welcome) -> bool:
+        return message.scheduler_id == self.scheduler_id and message.epoch <= self.epoch
+
+    def _is_next(self, message: Step | Release) -> bool:
+        """Whether a message continues where the last one ended. A gap begins a new epoch: what is here may be wrong."""
+        if isinstance(message, Step):
+            is_repeated, is_next = message.step_id <= self.last_step, message.step_id == self.last_step + 1
+        else:
+            is_repeated, is_next = False, message.after_step == self.last_step
+        if is_next:
+            self.last_step = message.step_id if isinstance(message, Step) else self.last_step
+            return True
+        self.link.num_dropped += 1
+        if not is_repeated:
+            logger.warning("messages were lost on their way; saying hello again")
+            self.epoch = 0  # until the answer: what else comes of the old epoch is of no use
+            self.link.hello()
+        return False
 
     def _patience(self, num_waiting: int, num_running: int) -> float:
         """Seconds to wait for a message.
@@ -123,7 +149,7 @@ class Target:
 
     def _welcome(self, message: Welcome) -> None:
         """A (new) scheduler: it knows of no sequence here."""
-        self.epoch = message.epoch
+        self.epoch, self.scheduler_id, self.last_step = message.epoch, message.scheduler_id, 0
         self.engine.reset()
         self.link.send(Ready(epoch=self.epoch, info=self.info))
 
@@ -143,6 +169,7 @@ def main() -> int:
         return 1
     signal.signal(signal.SIGTERM, target.stop)
     signal.signal(signal.SIGINT, target.stop)
+    signal.signal(signal.SIGHUP, target.stop)
     target.run()
     return 0
 
