@@ -162,6 +162,7 @@ class EngineClient:
         stream = TokenStream(len(submits))
         for index, submit in enumerate(submits):
             live = LiveRequest(submit, index, stream)
+            live.heard(self._loop.time())
             self._live[submit.request_id] = live
             live.is_sent = self._send(submit)
         return stream
@@ -268,6 +269,7 @@ class EngineClient:
                 return
             output = repeated
         live.output_token_ids.extend(output.token_ids)
+        live.heard(self._last_heard)
         if output.finish_reason is not None:
             del self._live[output.request_id]
         live.stream.put(live.index, output)
@@ -314,7 +316,7 @@ class EngineClient:
         """Send a live request again with the tokens so far, so that its stream goes on where it stopped."""
         if live.stream.error is not None:
             return
-        resumed = msgspec.structs.replace(live.submit, output_token_ids=list(live.output_token_ids))
+        resumed = msgspec.structs.replace(live.submit, output_token_ids=list(live.output_token_ids), is_resumed=True)
         live.is_sent = self._send(resumed)
 
     # ------------------------------------------------------------ time
@@ -332,7 +334,8 @@ class EngineClient:
                 self._send(
                     Heartbeat(instance_id=self._instance_id, num_dropped_messages=self.num_dropped_messages),
                 )
-                for live in [live for live in self._live.values() if not live.is_sent]:
+                now = self._loop.time()
+                for live in [live for live in self._live.values() if not live.is_sent or live.is_due(now)]:
                     self._resubmit(live)
             else:
                 self._hello()

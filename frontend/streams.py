@@ -9,6 +9,9 @@ import msgspec
 from shared.errors import TandemError
 from shared.messages import Output, Submit
 
+# A request that nothing is heard of is submitted again, in case a message was lost: a scheduler that has it goes on.
+FIRST_RESUBMIT_S = 10.0
+
 
 class ClientGone(TandemError):
     """The client closed its connection; nobody reads the answer."""
@@ -63,7 +66,7 @@ class TokenStream:
 class LiveRequest:
     """One accepted Submit that has not ended, with all it takes to submit it again."""
 
-    __slots__ = ("index", "is_sent", "output_token_ids", "stream", "submit")
+    __slots__ = ("index", "is_sent", "output_token_ids", "resubmit_at", "resubmit_s", "stream", "submit")
 
     def __init__(self, submit: Submit, index: int, stream: TokenStream) -> None:
         self.submit = submit
@@ -71,6 +74,20 @@ class LiveRequest:
         self.stream = stream
         self.output_token_ids: list[int] = list(submit.output_token_ids)
         self.is_sent = False
+        self.resubmit_at = float("inf")  # when it is asked for again if nothing comes
+        self.resubmit_s = FIRST_RESUBMIT_S
+
+    def heard(self, now: float) -> None:
+        self.resubmit_s = FIRST_RESUBMIT_S
+        self.resubmit_at = now + FIRST_RESUBMIT_S
+
+    def is_due(self, now: float) -> bool:
+        """Whether to ask again; the next time only after twice as long."""
+        if now < self.resubmit_at:
+            return False
+        self.resubmit_s *= 2
+        self.resubmit_at = now + self.resubmit_s
+        return True
 
 
 def without_repeated(output: Output, num_repeated: int) -> Output | None:

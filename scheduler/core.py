@@ -212,7 +212,8 @@ class Core:
             self.metrics.dropped["old_epoch"].inc()
             return
         if peer.info is not None:  # a second one would make its slots free while they are used
-            self.metrics.dropped["unexpected"].inc()
+            if peer.info != message.info:
+                self.metrics.dropped["unexpected"].inc()
             return
         if peer.role == "target" and not _is_plausible(message.info):
             self.metrics.dropped["bad"].inc()
@@ -334,7 +335,7 @@ class Core:
 
     def _refusal(self, submit: Submit) -> tuple[str, InvalidRequest | Busy | Unavailable] | None:
         info = self.target.info if self.target else None
-        is_resumed = bool(submit.output_token_ids)
+        is_resumed = submit.is_resumed or bool(submit.output_token_ids)
         if submit.request_id in self._requests:
             return "bad_request", InvalidRequest(f"request id {submit.request_id} is already running")
         if not submit.prompt_token_ids or submit.max_tokens < 1:

@@ -134,8 +134,9 @@ class Submit(Message, frozen=True, kw_only=True):
     stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
     min_tokens: int = 0  # stop tokens do not end the output before this many
     priority: int = 0  # smaller runs first
-    tenant: str = ""  # prefix cache salt
+    tenant: str = ""  # whose it is: prefix cache salt, fair sharing; a digest, never the API key
     timeout_s: float | None = None
+    is_resumed: bool = False  # it was accepted before: a new scheduler takes it even before a target is ready
 
 
 class Cancel(Message, frozen=True, kw_only=True):

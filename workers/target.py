@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("target")
 
 IDLE_POLL_S = 1.0
+REPEAT_S = 5.0  # an unanswered Hello or Ready is said again, in case it was lost
 MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 
 
@@ -53,6 +54,7 @@ class Target:
         self.epoch = 0
         self.scheduler_id = ""
         self.last_step = 0  # id of the last Step taken in this epoch
+        self.last_word = time.monotonic()  # when the scheduler was last told who we are
         self.is_draining = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -83,6 +85,8 @@ class Target:
                         self.link.num_dropped += 1
                     case Drain():
                         self.is_draining = True
+                    case None if not running and not self.last_step:
+                        self._repeat()
                 while waiting and len(running) < self.depth:
                     self._begin(waiting.popleft(), running)
                 if running:
@@ -95,6 +99,15 @@ class Target:
             if self.sender is not None:
                 self.sender.close()
             self.link.close()
+
+    def _repeat(self) -> None:
+        """No step has come yet in this epoch: perhaps the scheduler never heard of us."""
+        if time.monotonic() - self.last_word > REPEAT_S:
+            self.last_word = time.monotonic()
+            if self.epoch:
+                self.link.send(Ready(epoch=self.epoch, info=self.info))
+            else:
+                self.link.hello()
 
     def _is_repeated(self, message: Welcome) -> bool:
         return message.scheduler_id == self.scheduler_id and message.epoch <= self.epoch
@@ -113,6 +126,7 @@ class Target:
             logger.warning("messages were lost on their way; saying hello again")
             self.epoch = 0  # until the answer: what else comes of the old epoch is of no use
             self.link.hello()
+            self.last_word, self.last_step = time.monotonic(), 0
         return False
 
     def _patience(self, num_waiting: int, num_running: int) -> float:

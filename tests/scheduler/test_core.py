@@ -269,6 +269,15 @@ def test_too_long_says_the_numbers() -> None:
     assert "65" in rig.rejected["a"].message and "64" in rig.rejected["a"].message
 
 
+def test_a_request_accepted_before_waits_for_the_target_even_without_a_token() -> None:
+    rig = Rig()
+    rig.submit("a", [1], 5, is_resumed=True)
+    assert not rig.rejected
+    rig.start_target()
+    rig.assert_idle()
+    assert rig.tokens("a") == greedy([1], 5)
+
+
 def test_without_a_target_a_request_is_refused_and_a_resumed_one_waits() -> None:
     rig = Rig()
     expected = greedy([1], 6)

@@ -22,11 +22,13 @@ class Stream(threading.Thread):
         self.text, self.error = "", ""
         self.tokens: list[str] = []  # with `logprobs`
         self.num_chunks = 0
+        self.status = 0
         self.start()
 
     def run(self) -> None:
         try:
             with httpx.stream("POST", f"{self.server.url}/v1/completions", json=self.body, timeout=120) as answer:
+                self.status = answer.status_code
                 for line in answer.iter_lines():
                     if line.startswith("data: {"):
                         chunk = json.loads(line[6:])
