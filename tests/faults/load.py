@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+
 from tests.support.server import Server
-from tests.support.stream import Stream
+from tests.support.stream import BODY, Stream
 
 WAIT_S = 90.0
 REFUSED = (429, 503)
@@ -45,8 +48,11 @@ class Load:
     Use as a context manager; leaving it waits for the streams that run and checks every one.
     """
 
-    def __init__(self, server: Server, concurrency: int, num_tokens: int = 60) -> None:
+    def __init__(self, server: Server, concurrency: int, num_tokens: int = 60, abandoned: float = 0.0) -> None:
         self.server = server
+        self.abandoned = abandoned  # share of requests whose client leaves half-way
+        self.num_abandoned = 0
+        self._random = random.Random(3)
         self.kinds = kinds(num_tokens)
         self.expected = {kind: outcome(kind.start(server)) for kind in self.kinds}
         self.num_finished = 0
@@ -74,6 +80,9 @@ class Load:
         while not self._stopped.is_set():
             kind = self.kinds[turn % len(self.kinds)]
             turn += 1
+            if self._random.random() < self.abandoned:
+                self._abandon(kind)
+                continue
             stream = self._running[i] = kind.start(self.server)
             try:
                 got: object = outcome(stream)
@@ -88,8 +97,15 @@ class Load:
                 if got != self.expected[kind]:
                     self.failures.append(f"{dict(kind.options)}: {str(got)[:300]}")
 
-    def num_chunks(self) -> int:
-        return sum(stream.num_chunks for stream in list(self._running.values()))
+    def _abandon(self, kind: Kind) -> None:
+        """Leave after a few chunks, or before the first."""
+        num_chunks = self._random.randrange(6)
+        body = {**BODY, **dict(kind.options), "stream": True}
+        with httpx.stream("POST", f"{self.server.url}/v1/completions", json=body, timeout=WAIT_S) as answer:
+            for _ in zip(range(num_chunks), answer.iter_lines(), strict=False):
+                pass
+        with self._lock:
+            self.num_abandoned += 1
 
     def wait_progress(self, num_chunks: int = 8, timeout_s: float = WAIT_S) -> float:
         """Until the streams have got so many more chunks; the seconds it took."""
