@@ -1,6 +1,6 @@
 """The long runs: `python -m tests.faults.soak --kills 200` and `--minutes 60`. Figures go to a file of bench/results.
 
-With `--kills` random processes get `kill -9` under load, the next one as soon as streams go on. With `--minutes` nothing
+With `--kills` random processes get `kill -9` under load, each as soon as streams go on. With `--minutes` nothing
 is killed, a fifth of the clients leave half-way, and the memory of each process is read every ten seconds. Both check
 each stream against the undisturbed tokens and end with an error where one differs or something is left over.
 """
