@@ -159,7 +159,7 @@ class EngineClient:
             Unavailable: no target is ready.
         """
         self.require_target()
-        stream = TokenStream(len(submits))
+        stream = TokenStream(len(submits), self._settings.slow_reader_s)
         for index, submit in enumerate(submits):
             live = LiveRequest(submit, index, stream)
             live.heard(self._loop.time())

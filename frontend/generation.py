@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 from starlette.requests import Request
 
+from frontend.connection import ABORT
 from frontend.output_events import Event, Text, joined_text
 from frontend.output_parser import OutputParser
 from frontend.output_parser import Request as ParserRequest
@@ -176,6 +177,13 @@ class Generation:
         """Raises Unavailable when no target is ready."""
         self._stream = self._engine.open([output.submit for output in self.outputs])
 
+    def disconnect_slow_reader(self, abort: Callable[[], None] | None) -> None:
+        """Args:
+        abort: cuts the connection; called when the client does not read what waits for it.
+        """
+        assert self._stream is not None, "started"
+        self._stream.on_slow_reader = abort
+
     def abandon(self) -> None:
         """The client is gone: stop the engine's work now, wherever the reader is."""
         assert self._stream is not None, "started"
@@ -286,6 +294,7 @@ def prepare(
                 min_tokens=body.min_tokens,
                 priority=body.priority,
                 tenant=request.scope.get("tenant", ""),
+                timeout_s=request.scope.get("timeout_s"),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)
@@ -300,6 +309,7 @@ class ClientWatcher:
     def __init__(self, request: Request, generation: Generation) -> None:
         self._request = request
         self._generation = generation
+        generation.disconnect_slow_reader(request.scope.get(ABORT))
         self._task = asyncio.create_task(self._watch(), name="client watcher")
 
     async def _watch(self) -> None:

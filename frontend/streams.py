@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
@@ -11,6 +12,9 @@ from shared.messages import Output, Submit
 
 # A request that nothing is heard of is submitted again, in case a message was lost: a scheduler that has it goes on.
 FIRST_RESUBMIT_S = 10.0
+
+
+MAX_UNREAD = 4096  # outputs of one request that may wait for its client, beside what the sockets hold
 
 
 class ClientGone(TandemError):
@@ -22,13 +26,26 @@ class ClientGone(TandemError):
 class TokenStream:
     """The outputs of the sequences of one HTTP request, in order of arrival. One reader."""
 
-    def __init__(self, num_sequences: int) -> None:
+    def __init__(self, num_sequences: int, slow_reader_s: float = 60.0) -> None:
         self.num_sequences = num_sequences
         self.error: TandemError | None = None
+        self.on_slow_reader: Callable[[], None] | None = None
+        self._slow_reader_s = slow_reader_s
         self._arrived: list[tuple[int, Output]] = []
+        self._oldest = 0.0  # when the first of these came
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, index: int, output: Output) -> None:
+        now = asyncio.get_running_loop().time()
+        if not self._arrived:
+            self._oldest = now
+        elif self.on_slow_reader is not None and (
+            len(self._arrived) >= MAX_UNREAD or now - self._oldest > self._slow_reader_s
+        ):
+            # The writer waits for a client whose buffers are full. Cutting the connection ends the request as if the
+            # client had left.
+            self.on_slow_reader()
+            self.on_slow_reader = None
         self._arrived.append((index, output))
         self._wake()
 

@@ -65,6 +65,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blas: str = "auto"  # Linux CPU: "auto", "off", or the path of a library to load before MLX
     blas_threads: int = 0  # 0: chosen for the machine
     api_keys: str = ""  # comma separated; empty: no authentication
+    api_keys_file: str = ""  # more of them, one a line with an optional weight
+    admin_key: str = ""  # for what changes the server; empty: those endpoints are off
+
+    # limits of HTTP requests
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_connections: int = 2048
+    max_requests_per_key: int = 0  # running at once; 0: no limit
+    requests_per_minute_per_key: int = 0  # 0: no limit
+    body_timeout_s: float = 120.0  # for a request's body to arrive
+    slow_reader_s: float = 60.0  # a client that reads nothing for so long is disconnected
 
     # media that requests point to (docs/operations.md)
     allow_media_urls: bool = False  # fetch http and https URLs of public hosts

@@ -9,7 +9,9 @@
     ├── EngineFailure         500  the engine could not finish an accepted request
     │   ├── PoisonRequest     500  it was being worked on each time the target died
     │   └── DeadlineExceeded  504  the client's own time limit passed
+    ├── TooSlow               408  a body that does not arrive in time
     ├── TooLarge              413  a body beyond the limit
+    ├── HeadTooLarge          431  a head beyond the limit
     ├── Forbidden             403  this needs the admin key
     ├── BadMessage            -    bytes on a socket that are not one of our messages
     ├── BadConfig             -    a setting or environment variable that is not ours; stops start-up
@@ -69,6 +71,14 @@ class TooLarge(TandemError):
     code = "body_too_large"
 
 
+class HeadTooLarge(TandemError):
+    code = "head_too_large"
+
+
+class TooSlow(TandemError):
+    code = "request_timeout"
+
+
 class Forbidden(TandemError):
     code = "forbidden"
 
@@ -95,6 +105,8 @@ HTTP_STATUS: dict[str, int] = {
     PoisonRequest.code: 500,
     DeadlineExceeded.code: 504,
     TooLarge.code: 413,
+    HeadTooLarge.code: 431,
+    TooSlow.code: 408,
     Forbidden.code: 403,
     TandemError.code: 500,
 }
