@@ -162,7 +162,9 @@ class EngineClient:
         stream = TokenStream(len(submits), self._settings.slow_reader_s)
         for index, submit in enumerate(submits):
             live = LiveRequest(submit, index, stream)
-            live.heard(self._loop.time())
+            now = self._loop.time()
+            live.heard(now)
+            live.deadline = now + submit.timeout_s if submit.timeout_s is not None else None
             self._live[submit.request_id] = live
             live.is_sent = self._send(submit)
         return stream
@@ -316,7 +318,10 @@ class EngineClient:
         """Send a live request again with the tokens so far, so that its stream goes on where it stopped."""
         if live.stream.error is not None:
             return
-        resumed = msgspec.structs.replace(live.submit, output_token_ids=list(live.output_token_ids), is_resumed=True)
+        left_s = None if live.deadline is None else max(0.0, live.deadline - self._loop.time())
+        resumed = msgspec.structs.replace(
+            live.submit, output_token_ids=list(live.output_token_ids), is_resumed=True, timeout_s=left_s
+        )
         live.is_sent = self._send(resumed)
 
     # ------------------------------------------------------------ time

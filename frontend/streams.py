@@ -83,7 +83,7 @@ class TokenStream:
 class LiveRequest:
     """One accepted Submit that has not ended, with all it takes to submit it again."""
 
-    __slots__ = ("index", "is_sent", "output_token_ids", "resubmit_at", "resubmit_s", "stream", "submit")
+    __slots__ = ("deadline", "index", "is_sent", "output_token_ids", "resubmit_at", "resubmit_s", "stream", "submit")
 
     def __init__(self, submit: Submit, index: int, stream: TokenStream) -> None:
         self.submit = submit
@@ -91,6 +91,7 @@ class LiveRequest:
         self.stream = stream
         self.output_token_ids: list[int] = list(submit.output_token_ids)
         self.is_sent = False
+        self.deadline: float | None = None  # of the whole request, whichever scheduler has it
         self.resubmit_at = float("inf")  # when it is asked for again if nothing comes
         self.resubmit_s = FIRST_RESUBMIT_S
 

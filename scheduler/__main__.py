@@ -14,6 +14,7 @@ import zmq
 from scheduler.core import Core, Envelope
 from scheduler.metrics import Metrics
 from shared import config, log
+from shared.api_keys import load_keys
 from shared.beat import Beat
 from shared.errors import BadConfig, BadMessage
 from shared.messages import Heartbeat, ToScheduler
@@ -31,7 +32,8 @@ class Process:
     def __init__(self, settings: config.Settings) -> None:
         self.settings = settings
         self.log = logging.getLogger("scheduler")
-        self.core = Core(settings, Metrics(display_name(settings.model, settings)))
+        weights = {key.tenant: key.weight for key in load_keys(settings)}
+        self.core = Core(settings, Metrics(display_name(settings.model, settings)), weights)
         self._decoder = Decoder(ToScheduler)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -125,11 +127,11 @@ class Process:
 def main() -> int:
     try:
         settings = config.load()
+        log.set_up("scheduler", settings.log_level)
+        process = Process(settings)
     except BadConfig as error:
         print(f"scheduler: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    log.set_up("scheduler", settings.log_level)
-    process = Process(settings)
     signal.signal(signal.SIGTERM, process.stop)
     signal.signal(signal.SIGINT, process.stop)
     signal.signal(signal.SIGHUP, process.restart)

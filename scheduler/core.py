@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
 from scheduler.prefix.cache import PrefixCache
+from scheduler.queue_pace import QueuePace
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.speculation import Speculator
@@ -85,14 +87,16 @@ class Core:
     """Args:
     settings: of the process tree.
     metrics: counters; the core only adds to them.
+    weights: tenant -> share of the engine, 1 where it is not listed.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, weights: Mapping[str, float] | None = None) -> None:
         self.settings = settings
         self.metrics = metrics
         self.scheduler_id = uuid.uuid4().hex
         self.peers = Peers(settings.heartbeat_timeout_s)
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(weights)
+        self.queue_pace = QueuePace()
         self.running: list[Sequence] = []
         self.slots = SlotPool(0, 0, [1])
         self.planner: Planner | None = None  # while a target is ready
@@ -374,7 +378,8 @@ class Core:
         if total > info.max_model_len:
             text = f"{len(submit.prompt_token_ids)} prompt tokens and max_tokens {submit.max_tokens} make {total}; "
             return "too_long", ContextLength(text + f"the context holds {info.max_model_len}")
-        if len(self.waiting) >= self.settings.max_queue and not is_resumed:
+        limit = self.settings.max_queue
+        if len(self.waiting) >= limit and not is_resumed and self.waiting.is_over_share(submit.tenant, limit):
             text = f"{len(self.waiting)} requests are waiting already"
             return "queue_full", Busy(text, retry_after_s=self._retry_after())
         return None
@@ -393,10 +398,11 @@ class Core:
         del sequence.token_ids[num_known:]  # their log-probabilities are gone: compute them again
 
     def _retry_after(self) -> float:
-        """Seconds until the queue has probably moved: about one request's decode time, at least one second."""
+        """Seconds until the queue has probably moved: until the first running request ends, or half the queue is served
+        at the pace of late."""
         running = [s for s in self.running if s.finish_reason is None]
         left = min((s.submit.max_tokens - s.num_output_tokens for s in running), default=1)
-        return max(1.0, min(60.0, left * self._step_s))
+        return max(1.0, min(60.0, max(left * self._step_s, self.queue_pace.interval_s * len(self.waiting) / 2)))
 
     def _cancel(self, message: Cancel, now: float) -> None:
         sequence = self._requests.get(message.request_id)
@@ -430,6 +436,8 @@ class Core:
         del self._requests[sequence.submit.request_id]
         self.speculator.end(sequence.submit.request_id)
         self.suspects.remove(sequence)
+        self.waiting.settle(sequence)
+        self.queue_pace.ended(now, len(self.waiting))
         if sequence.slot is not None:
             self._free_slot(sequence, is_suspect=is_suspect)
             self.running.remove(sequence)

@@ -206,7 +206,7 @@ class Planner:
             capacity = self.slots.class_for(len(sequence.token_ids) + 1)
         if capacity is None or not self.slots.can_hold(capacity):
             return False
-        self.waiting.remove(sequence)
+        self.waiting.admit(sequence)
         sequence.slot = self.slots.allocate(capacity)
         sequence.capacity = capacity
         self.running.append(sequence)

@@ -14,6 +14,7 @@ from tests.support.server import Server
 from tests.support.stream import BODY, Stream
 
 WAIT_S = 90.0
+STREAM_S = 600.0  # of one stream while processes are killed all the time
 REFUSED = (429, 503)
 
 
@@ -38,7 +39,7 @@ def kinds(num_tokens: int) -> list[Kind]:
 
 
 def outcome(stream: Stream) -> tuple[str, list[str]]:
-    stream.result()
+    stream.result(STREAM_S)
     return stream.text, stream.tokens
 
 
@@ -72,7 +73,7 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         for thread in self._threads:
-            thread.join(2 * WAIT_S)
+            thread.join(STREAM_S)
         assert not any(t.is_alive() for t in self._threads), "a stream does not end"
 
     def _run(self, i: int) -> None:

@@ -67,6 +67,7 @@ def kills(server: Server, options: argparse.Namespace) -> dict[str, Any]:
             send(server, victim, signal.SIGKILL)
             killed[victim] += 1
             pauses.append(load.wait_progress())
+            load.wait_progress(4 * options.concurrency)  # so that streams get on between two kills
     seconds = time.monotonic() - started
     load.check(options.concurrency)
     check_nothing_leaked(server, before)
