@@ -147,7 +147,8 @@ class Submit(Message, frozen=True, kw_only=True):
     stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
     min_tokens: int = 0  # stop tokens do not end the output before this many
     priority: int = 0  # smaller runs first
-    tenant: str = ""  # prefix cache salt
+    tenant: str = ""  # whose request it is: a digest of the API key
+    cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
     timeout_s: float | None = None
 
 

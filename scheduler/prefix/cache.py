@@ -145,7 +145,7 @@ class PrefixCache:
         return (len(sequence.token_ids) - 1) // self.info.block_size
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
-        tenant = sequence.submit.tenant
+        tenant = f"{sequence.submit.tenant}\0{sequence.submit.cache_salt}"
         if tenant not in self._seeds:
             if len(self._seeds) >= 4096:  # made anew when wanted again
                 self._seeds.clear()
