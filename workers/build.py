@@ -6,19 +6,22 @@ import logging
 
 import mlx.core as mx
 import msgspec
+import psutil
 
 from shared.config import Settings
 from shared.errors import BadModel
 from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
+from workers.archiver import Archiver
 from workers.build_drafter import draft_config, install_fusion
+from workers.cache.archive import Archive
 from workers.cache.blocks import BlockPool
 from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
 from workers.engine import Engine
 from workers.load import LoadedModel, load
-from workers.machine import DTYPES, device_memory_bytes, device_name, is_cpu
+from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.runner import ModelRunner
 
 logger = logging.getLogger("target")
@@ -39,6 +42,7 @@ BLOCK_SIZE = 32  # tokens of a prefix cache block
 PREFIX_SHARE = 0.4  # of the KV memory, for cached prefixes
 STATE_SHARE = 0.5  # of that, for the recurrent states of a model that has some
 MAX_BLOCKS = 1 << 17
+HOST_SHARE = 0.1  # of the machine's memory, for copies of blocks where the device has memory of its own
 MAX_STATES = 512
 RING_MARGIN = 64  # positions that drafts and padding may have overwritten in a ring
 SLACK = 64  # positions behind each slot for the padding of verify rows and of prefill chunks
@@ -130,6 +134,18 @@ def prefix_cache_info(
         ring_tokens=min(rings) - RING_MARGIN if rings else 0,
         is_recurrent=any(isinstance(s, RecurrentSpec) for s in leaves(specs)),
     )
+
+
+def build_archiver(engine: Engine, info: WorkerInfo, settings: Settings) -> Archiver | None:
+    """The prefix cache's tiers beyond the device; None where they or the cache are switched off."""
+    host_bytes = settings.prefix_host_bytes
+    if host_bytes < 0:  # on a Mac and on a CPU host memory is the device's own
+        host_bytes = int(psutil.virtual_memory().total * HOST_SHARE) if has_own_memory() else 0
+    if engine.blocks is None or not (settings.prefix_ssd_bytes or host_bytes):
+        return None
+    root = settings.cache_folder / "prefix"
+    archive = Archive(root, info.fingerprint, engine.blocks.layout, settings.prefix_ssd_bytes, host_bytes)
+    return Archiver(engine.blocks, archive)
 
 
 def _with_states(info: PrefixCacheInfo, engine: Engine, prefix_bytes: int) -> PrefixCacheInfo:

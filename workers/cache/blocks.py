@@ -8,6 +8,7 @@ A sliding layer restores only its window.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -35,15 +36,18 @@ class BlockPool:
         self._keys: list[list[mx.array]] = [[] for _ in store.kv_layers]  # layer -> segments (SEGMENT_BLOCKS, H, n, D)
         self._values: list[list[mx.array]] = [[] for _ in store.kv_layers]
         self._states: dict[int, State] = {}
+        self._holders: dict[int, bytes] = {}  # block id -> hash of what lies there
 
     def reset(self) -> None:
         """Forget every block and state; the pool's memory stays."""
         self._states.clear()
+        self._holders.clear()
 
     # ------------------------------------------------ slot -> pool
 
     def keep(self, stored: BlockStore) -> None:
         """Copy blocks of a slot into the pool."""
+        self._holders.update(zip(stored.block_ids, stored.hashes, strict=True))
         for i, layer in enumerate(self._store.kv_layers):
             chosen = self._chosen(layer, stored)
             if not chosen:
@@ -127,23 +131,53 @@ class BlockPool:
 
     # ------------------------------------------------ archive and self-check
 
-    def read_block(self, block_id: int, has_window: bool) -> list[mx.array]:
-        """Keys and values (H, block_size, D) of one block, layer by layer; sliding layers only with `has_window`."""
-        arrays = []
+    @property
+    def layout(self) -> str:
+        """What a block's bytes mean, in words: two pools with the same understand each other's copies."""
+        layers = ";".join(f"{k.spec}" for k in self._store.kv_layers)
+        return f"{self.block_size} positions of {self._store.dtype}: {layers}"
+
+    @property
+    def num_state_layers(self) -> list[int]:
+        """Arrays of each recurrent layer."""
+        return [layer.spec.num_arrays for layer in self._store.recurrent_layers]
+
+    def holder(self, block_id: int) -> bytes | None:
+        """The hash of the block that lies at this place."""
+        return self._holders.get(block_id)
+
+    def read_block(self, block_id: int, has_window: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """One block's keys and values as bytes, layer by layer; sliding layers only with `has_window`. Waits."""
+        parts = []
         for layer, keys, values in zip(self._store.kv_layers, self._keys, self._values, strict=True):
             if layer.spec.window is None or has_window:
                 for segments in (keys, values):
-                    arrays.append(segments[block_id // SEGMENT_BLOCKS][block_id % SEGMENT_BLOCKS])
-        return arrays
+                    parts.append(segments[block_id // SEGMENT_BLOCKS][block_id % SEGMENT_BLOCKS].reshape(-1))
+        if not parts:
+            return np.zeros((0,), np.uint8)
+        return np.array(mx.concatenate(parts).view(mx.uint8))
 
-    def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[Sequence[mx.array]], has_window: bool) -> None:
-        """Put what `read_block` gave back, `blocks[i]` at block_ids[i]."""
+    def write_blocks(
+        self,
+        block_ids: Sequence[int],
+        hashes: Sequence[bytes],
+        contents: Sequence[np.ndarray[Any, np.dtype[np.uint8]]],
+        has_window: bool,
+    ) -> None:
+        """Put what `read_block` gave back: contents[i] at block_ids[i]."""
+        self._holders.update(zip(block_ids, hashes, strict=True))
+        if not self._store.kv_layers or not contents[0].nbytes:
+            return
+        data = mx.array(np.stack(contents)).view(self._store.dtype)
         at = 0
         for layer, keys, values in zip(self._store.kv_layers, self._keys, self._values, strict=True):
             if layer.spec.window is None or has_window:
-                for segments in (keys, values):
-                    self._write(segments, block_ids, mx.stack([block[at] for block in blocks]))
-                    at += 1
+                for segments, dim in ((keys, layer.spec.key_dim), (values, layer.spec.value_dim)):
+                    shape = (layer.spec.num_kv_heads, self.block_size, dim)
+                    size = shape[0] * shape[1] * shape[2]
+                    self._write(segments, block_ids, data[:, at : at + size].reshape(-1, *shape))
+                    at += size
+        start_evaluating(self.pending())
 
     def read_state(self, state_id: int) -> State:
         return self._states[state_id]

@@ -65,6 +65,7 @@ class CacheStore:
     ) -> None:
         self.specs = specs
         self.max_width = max_width
+        self.dtype = dtype
         self.placement = Placement(capacity_classes)
         self.is_exact = is_exact
         self._layers = [
