@@ -133,6 +133,7 @@ def prefix_cache_info(
         window=max(windows, default=0),
         ring_tokens=min(rings) - RING_MARGIN if rings else 0,
         is_recurrent=any(isinstance(s, RecurrentSpec) for s in leaves(specs)),
+        is_checkable=any(s.window is None for s in attention),
     )
 
 
@@ -143,8 +144,9 @@ def build_archiver(engine: Engine, info: WorkerInfo, settings: Settings) -> Arch
         host_bytes = int(psutil.virtual_memory().total * HOST_SHARE) if has_own_memory() else 0
     if engine.blocks is None or not (settings.prefix_ssd_bytes or host_bytes):
         return None
-    root = settings.cache_folder / "prefix"
-    archive = Archive(root, info.fingerprint, engine.blocks.layout, settings.prefix_ssd_bytes, host_bytes)
+    archive = Archive(
+        settings.prefix_folder, info.fingerprint, engine.blocks.layout, settings.prefix_ssd_bytes, host_bytes
+    )
     return Archiver(engine.blocks, archive)
 
 

@@ -305,7 +305,7 @@ class Engine:
                 n = _width(row)
                 if row.num_drafts:  # anchor and accepted drafts
                     n += num_tokens.get(row.slot, 0) - row.num_drafts - 1
-                if n > 0:
+                if n > 0 and pending.request_ids[row.slot]:
                     described.append(FeatureRows(request_id=pending.request_ids[row.slot], start=row.start, num_rows=n))
                     parts.append(array[i, :n])
         return (described, mx.concatenate(parts)) if parts else None
