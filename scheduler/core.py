@@ -214,7 +214,7 @@ class Core:
             self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
             budget = self.settings.max_num_batched_tokens or info.max_step_tokens
             self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens)
-            self.speculator.set_target(info.max_draft_tokens, info.step_costs)
+            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size)
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
@@ -403,6 +403,9 @@ class Core:
                 return
             self._is_drafted = False
             self._num_steps += 1
+            if k:
+                described = map(self.speculator.described, plan.decodes, plan.sequences)  # prefills come last
+                plan.decodes = list(described)
             step = Step(
                 epoch=target.epoch,
                 step_id=self._num_steps,

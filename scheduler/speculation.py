@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from scheduler.costs import StepCosts, batch_bucket, follow
+from scheduler.drafts import draws, first, problem
 from scheduler.metrics import Metrics
 from scheduler.ngram import NgramIndex
 from scheduler.sequence import Sequence as Request
-from shared.messages import Draft, DraftReply, DraftRequest, DraftRow, RequestId, StepCost
+from shared.messages import Draft, DraftDistribution, DraftReply, DraftRequest, DraftRow, RequestId, StepCost, StepRow
 
 PROBE_INTERVAL = 48  # plain steps between two probes while parked
 PROBE_ROUNDS = 3  # a probe lasts so many rounds: one tells too little
@@ -82,6 +85,7 @@ class Speculated:
     num_indexed: int = 0
     num_sent: int = 0  # committed tokens that the drafter was sent
     drafts: list[int] = field(default_factory=list)
+    distribution: DraftDistribution | None = None  # that the drafts were drawn from
     anchor: int = -1  # position that `drafts` follow
     source: str = ""
 
@@ -114,6 +118,7 @@ class Speculator:
         self._available = PRIOR  # share of rows for which the n-gram index has a proposal
         self._max_neural = 0
         self._max_verified = max_draft_tokens
+        self._vocab_size = 0
         self._plain_steps = 0  # since the last probe, while parked
         self._probe_rounds = 0
 
@@ -133,9 +138,10 @@ class Speculator:
         """A drafter is there and answers. One that owes a reply is not asked again: it costs one time-out."""
         return self.drafter_id is not None and self._late is None
 
-    def set_target(self, max_draft_tokens: int, step_costs: Iterable[StepCost]) -> None:
+    def set_target(self, max_draft_tokens: int, step_costs: Iterable[StepCost], vocab_size: int) -> None:
         """A target is ready: what it can verify in one row, and what its steps cost."""
         self._max_verified = max_draft_tokens
+        self._vocab_size = vocab_size
         self.costs = StepCosts(step_costs)
         self._efficiency = Efficiency()
 
@@ -250,7 +256,7 @@ class Speculator:
         for sequence in rows:
             state = self._state(sequence)
             anchor = len(sequence.token_ids) - 1
-            state.drafts, state.anchor, state.source = [], anchor, ""
+            state.drafts, state.anchor, state.source, state.distribution = [], anchor, "", None
             if state.index is not None:
                 self._index(state, sequence)
                 proposal = state.index.propose(k)
@@ -261,13 +267,14 @@ class Speculator:
                     state.drafts, state.source = list(proposal.token_ids), "ngram"
                     continue
             if self.is_neural:
-                start = state.num_sent
+                start, sampling = state.num_sent, sequence.submit.sampling
                 wanted.append(
                     DraftRow(
                         request_id=sequence.submit.request_id,
                         start=start,
                         token_ids=sequence.token_ids[start:],
                         num_tokens=min(k, self._max_neural),
+                        sampling=sampling if draws(sampling) else None,
                     )
                 )
                 state.num_sent = len(sequence.token_ids)
@@ -310,10 +317,13 @@ class Speculator:
     def _take(self, draft: Draft, k: int) -> None:
         state = self._states.get(draft.request_id)
         if state is None or state.anchor != draft.anchor:
+            self.metrics.count_fallthrough("stale")
             return
-        if not draft.token_ids:
-            self.metrics.count_fallthrough("no_draft")
-        state.drafts, state.source = draft.token_ids[:k], self.drafter_kind
+        reason = problem(draft, self._vocab_size) if draft.token_ids else "no_draft"
+        if reason is not None:
+            self.metrics.count_fallthrough(reason)
+            return
+        state.drafts, state.source, state.distribution = draft.token_ids[:k], self.drafter_kind, draft.distribution
 
     def drafts_for(self, sequence: Request) -> list[int]:
         """The drafts to verify behind this sequence's last token."""
@@ -321,6 +331,13 @@ class Speculator:
         if state is None or state.anchor != len(sequence.token_ids) - 1 or sequence.num_pending:
             return []
         return state.drafts
+
+    def described(self, row: StepRow, sequence: Request) -> StepRow:
+        """A planned row with the distribution of its drafts, where they were drawn."""
+        state = self._states.get(sequence.submit.request_id)
+        if row.num_drafts == 0 or state is None or state.distribution is None:
+            return row
+        return replace(row, draft_distribution=first(state.distribution, row.num_drafts))
 
     # ------------------------------------------------ results
 

@@ -239,6 +239,17 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     token_ids: list[int]
 
 
+class DraftDistribution(Part, frozen=True, kw_only=True):
+    """What a sequence's k drafts were drawn from: for each a row of tokens with their chances; other tokens had none.
+
+    Both arrays are (k, width), row-major, little-endian. Entries with probability 0 fill short rows.
+    """
+
+    width: int
+    token_ids: bytes  # int32
+    probabilities: bytes  # float32; each row sums to 1
+
+
 class StepRow(Part, frozen=True, kw_only=True):
     """One sequence's share of a step: input tokens at positions start .. start+n-1.
 
@@ -253,6 +264,7 @@ class StepRow(Part, frozen=True, kw_only=True):
     token_ids: list[int] | None = None
     num_drafts: int = 0
     is_sampled: bool = True
+    draft_distribution: DraftDistribution | None = None  # None: drafts that are a function of the text
 
 
 class Step(Message, frozen=True, kw_only=True):
@@ -314,7 +326,7 @@ class DraftRow(Part, frozen=True, kw_only=True):
     start: int
     token_ids: list[int]
     num_tokens: int
-    sampling: SamplingParams | None = None  # None: greedy drafts
+    sampling: SamplingParams | None = None  # None: the most likely tokens; else drawn, with their distribution
 
 
 class DraftRequest(Message, frozen=True, kw_only=True):
@@ -328,6 +340,7 @@ class Draft(Part, frozen=True, kw_only=True):
     request_id: RequestId
     anchor: int  # position of the anchor the drafts follow
     token_ids: list[int]
+    distribution: DraftDistribution | None = None  # where the tokens were drawn; one row for each
 
 
 class DraftReply(Message, frozen=True, kw_only=True):

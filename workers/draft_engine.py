@@ -7,14 +7,15 @@ features of all positions before its anchor are there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from shared.messages import Draft, DraftRow, FeatureRows, RequestId
+from shared.messages import Draft, DraftDistribution, DraftRow, FeatureRows, RequestId
 from workers.arrays import to_list
 from workers.drafters.base import ContextState, Drafter
+from workers.drafters.draw import DraftSampler
 
 MAX_SEQUENCES = 1024  # beyond what the scheduler ends; the least recently used goes first
 NUM_ENDED_REMEMBERED = 4096  # features of these may still be on their way
@@ -105,16 +106,29 @@ class DraftEngine:
             states, features, tokens = (list(column) for column in zip(*behind, strict=True))
             self.drafter.extend(states, features, tokens)
         ready = [r for r in ready if self.drafter.can_draft(r[2])]
-        proposed: dict[RequestId, list[int]] = {}
-        if ready:
-            num_tokens = min(max(row.num_tokens for row, _, _ in ready), self.drafter.max_draft_tokens)
-            result = self.drafter.draft([s for _, _, s in ready], [anchor for _, anchor, _ in ready], num_tokens)
-            for (row, _, _), token_ids in zip(ready, to_list(result.token_ids), strict=True):
-                proposed[row.request_id] = token_ids[: row.num_tokens]
+        proposed = self._propose(ready) if ready else {}
         return [
-            Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=proposed.get(row.request_id, []))
+            proposed.get(row.request_id) or Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=[])
             for row in rows
         ]
+
+    def _propose(self, ready: list[tuple[DraftRow, int, ContextState]]) -> dict[RequestId, Draft]:
+        """One call of the drafter for (row, anchor token, state) of each; the one wait for the device."""
+        rows = [row for row, _, _ in ready]
+        num_tokens = min(max(row.num_tokens for row in rows), self.drafter.max_draft_tokens)
+        sampler = None
+        if any(row.sampling is not None for row in rows):
+            sampler = DraftSampler([row.sampling for row in rows], [_anchor(row) + 1 for row in rows])
+        result = self.drafter.draft([s for _, _, s in ready], [anchor for _, anchor, _ in ready], num_tokens, sampler)
+        mx.eval(result.token_ids, *(sampler.arrays() if sampler is not None else []))
+        token_ids = [t[: row.num_tokens] for t, row in zip(to_list(result.token_ids), rows, strict=True)]
+        distributions: Sequence[DraftDistribution | None] = [None] * len(rows)
+        if sampler is not None:
+            distributions = sampler.distributions([len(t) for t in token_ids])
+        return {
+            row.request_id: Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=tokens, distribution=q)
+            for row, tokens, q in zip(rows, token_ids, distributions, strict=True)
+        }
 
     def _advance(
         self, sequence: DraftedSequence, anchor: int, behind: list[tuple[ContextState, mx.array, list[int]]]

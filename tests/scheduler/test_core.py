@@ -99,13 +99,9 @@ class Rig:
         raise AssertionError("the schedule does not end")
 
     def submit(self, name: str, prompt: list[int], max_tokens: int, **changes: object) -> None:
-        self.send(
-            "front",
-            Submit(
-                request_id=RequestId(name), prompt_token_ids=prompt, sampling=GREEDY, max_tokens=max_tokens,
-                **changes,  # type: ignore[arg-type]
-            ),
-        )  # fmt: skip
+        values = {"sampling": GREEDY, **changes}
+        submit = Submit(request_id=RequestId(name), prompt_token_ids=prompt, max_tokens=max_tokens, **values)  # type: ignore[arg-type]
+        self.send("front", submit)
 
     def tokens(self, name: str) -> list[int]:
         return [t for output in self.outputs.get(name, []) for t in output.token_ids]
