@@ -198,6 +198,8 @@ class Core:
             self.metrics.set_memory(peer.role, message.memory_bytes)
             self.metrics.dropped["by_peer"].inc(max(0, message.num_dropped_messages - peer.num_dropped_messages))
             peer.num_dropped_messages = message.num_dropped_messages
+            self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
+            peer.num_feature_bytes = message.num_feature_bytes
 
     def _ready(self, sender: str, message: Ready) -> None:
         peer = self.peers.get(sender)
@@ -214,7 +216,7 @@ class Core:
             self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
             budget = self.settings.max_num_batched_tokens or info.max_step_tokens
             self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens)
-            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size)
+            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)

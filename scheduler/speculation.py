@@ -119,6 +119,7 @@ class Speculator:
         self._max_neural = 0
         self._max_verified = max_draft_tokens
         self._vocab_size = 0
+        self._target_epoch = 0
         self._plain_steps = 0  # since the last probe, while parked
         self._probe_rounds = 0
 
@@ -138,10 +139,13 @@ class Speculator:
         """A drafter is there and answers. One that owes a reply is not asked again: it costs one time-out."""
         return self.drafter_id is not None and self._late is None
 
-    def set_target(self, max_draft_tokens: int, step_costs: Iterable[StepCost], vocab_size: int) -> None:
+    def set_target(
+        self, max_draft_tokens: int, step_costs: Iterable[StepCost], vocab_size: int, epoch: int = 0
+    ) -> None:
         """A target is ready: what it can verify in one row, and what its steps cost."""
         self._max_verified = max_draft_tokens
         self._vocab_size = vocab_size
+        self._target_epoch = epoch
         self.costs = StepCosts(step_costs)
         self._efficiency = Efficiency()
 
@@ -287,7 +291,13 @@ class Speculator:
             patience = max(patience, FIRST_PATIENCE_S)  # a whole prompt has to be taken in first
         self._waiting = (self._num_drafts, now, now + patience, k)
         ended, self._ended = self._ended, []
-        return DraftRequest(epoch=self.drafter_epoch, draft_id=self._num_drafts, rows=wanted, ended=ended)
+        return DraftRequest(
+            epoch=self.drafter_epoch,
+            draft_id=self._num_drafts,
+            rows=wanted,
+            target_epoch=self._target_epoch,
+            ended=ended,
+        )
 
     def reply(self, message: DraftReply, now: float) -> None:
         """Take drafts in; a late or stale reply is dropped."""

@@ -96,6 +96,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     instance_id: str
     memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
     num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
+    num_feature_bytes: int = 0  # target: hidden rows sent to the drafter since it started
 
 
 class SayHello(Message, frozen=True, kw_only=True):
@@ -333,6 +334,7 @@ class DraftRequest(Message, frozen=True, kw_only=True):
     epoch: int
     draft_id: int
     rows: list[DraftRow]
+    target_epoch: int  # whose features count from now on
     ended: list[RequestId] = field(default_factory=list)  # sequences whose state may be dropped
 
 
@@ -366,6 +368,7 @@ class FeatureRows(Part, frozen=True, kw_only=True):
 class Features(Message, frozen=True, kw_only=True):
     """Fused hidden rows of committed tokens, all sequences' one after another in the one tensor frame that follows."""
 
+    epoch: int  # the target's; rows of an older one may belong to tokens that were never committed
     rows: list[FeatureRows]
     tensor: TensorSpec  # (sum of num_rows, H)
 

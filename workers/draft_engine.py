@@ -29,6 +29,15 @@ class DraftedSequence:
     num_features: int = 0  # position after the last of them
     start: int = 0  # position of the first of them, while nothing was taken in
 
+    def keep_features(self, length: int) -> None:
+        """Forget rows from position `length` on, as far as they were not taken in (those are of committed tokens)."""
+        first = self.start if self.state is None else self.state.length
+        if self.num_features <= max(first, length):
+            return
+        held = mx.concatenate(self.features)[: max(0, length - first)]
+        self.features = [held] if held.shape[0] else []
+        self.num_features = first + held.shape[0] if held.shape[0] or self.state is not None else 0
+
 
 class DraftEngine:
     """Args:
@@ -41,10 +50,24 @@ class DraftEngine:
         self.needs_features = needs_features
         self._sequences: OrderedDict[RequestId, DraftedSequence] = OrderedDict()
         self._ended: OrderedDict[RequestId, None] = OrderedDict()
+        self.target_epoch = 0  # the target whose features are kept
 
     def reset(self) -> None:
         self._sequences.clear()
         self._ended.clear()
+        self.target_epoch = 0
+
+    def use_epoch(self, epoch: int) -> None:
+        """Features are those of this target from now on.
+
+        An older one may have sent rows of tokens whose result was lost with it: what is beyond the tokens known to be
+        committed is forgotten, and comes again. Rows of committed tokens are the same from every target.
+        """
+        if epoch == self.target_epoch:
+            return
+        self.target_epoch = epoch
+        for sequence in self._sequences.values():
+            sequence.keep_features(len(sequence.tokens))
 
     def end(self, request_ids: Iterable[RequestId]) -> None:
         for request_id in request_ids:

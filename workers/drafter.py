@@ -101,12 +101,17 @@ class DrafterProcess:
     def _take_features(self, timeout_s: float) -> None:
         if self.features is not None and self.engine is not None:
             before = self.features.num_dropped
-            for rows, array in self.features.receive(timeout_s):
+            for epoch, rows, array in self.features.receive(timeout_s):
+                if epoch < self.engine.target_epoch:
+                    self.link.num_dropped += 1
+                    continue
+                self.engine.use_epoch(epoch)  # a new target's rows may come before the first request that names it
                 self.engine.take_features(rows, array)
             self.link.num_dropped += self.features.num_dropped - before  # the heartbeat tells the scheduler
 
     def _draft(self, message: DraftRequest, engine: DraftEngine) -> DraftReply:
         started = time.perf_counter()
+        engine.use_epoch(message.target_epoch)
         engine.end(message.ended)
         for row in message.rows:
             engine.take_tokens(row)
