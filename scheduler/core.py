@@ -348,7 +348,7 @@ class Core:
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
-        self.speculator.end(sequence.submit.request_id)
+        self.speculator.end(sequence)
         if sequence.slot is not None:
             self._free_slot(sequence)
             self.running.remove(sequence)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from scheduler.costs import StepCosts, batch_bucket, follow
 from scheduler.drafts import draws, first, problem
 from scheduler.metrics import Metrics
-from scheduler.ngram import NgramIndex
+from scheduler.ngram import NOTHING, NgramIndex, Proposal, SharedSuffixIndex
 from scheduler.sequence import Sequence as Request
 from shared.messages import Draft, DraftDistribution, DraftReply, DraftRequest, DraftRow, RequestId, StepCost, StepRow
 
@@ -34,6 +34,10 @@ MIN_CONFIDENCE = 0.25
 EFFICIENCY_WEIGHT = 0.05
 MIN_EFFICIENCY, MAX_EFFICIENCY = 0.2, 1.5
 AVAILABLE_WEIGHT = 0.05
+SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
+
+
+TEXT_SOURCES = ("ngram", "suffix")  # drafts out of text: the sequence's own, and recent outputs of the same tenant
 
 
 class AcceptanceRates:
@@ -83,6 +87,7 @@ class Speculated:
 
     index: NgramIndex | None
     num_indexed: int = 0
+    num_shared: int = 0  # output tokens that are in the shared index
     num_sent: int = 0  # committed tokens that the drafter was sent
     drafts: list[int] = field(default_factory=list)
     distribution: DraftDistribution | None = None  # that the drafts were drawn from
@@ -100,6 +105,7 @@ class Speculator:
     def __init__(self, use_ngram: bool, max_draft_tokens: int, metrics: Metrics) -> None:
         self.use_ngram = use_ngram
         self._max_ngram = max_draft_tokens if use_ngram else 0
+        self._shared = SharedSuffixIndex(max_tokens=SHARED_TOKENS)
         self.metrics = metrics
         self.costs = StepCosts()
         self._efficiency = Efficiency()
@@ -122,6 +128,8 @@ class Speculator:
         self._target_epoch = 0
         self._plain_steps = 0  # since the last probe, while parked
         self._probe_rounds = 0
+        for source in TEXT_SOURCES if use_ngram else ():
+            metrics.add_drafter(source)
 
     # ------------------------------------------------ life of drafter and sequences
 
@@ -163,12 +171,16 @@ class Speculator:
         self._ended.clear()
         for state in self._states.values():
             state.num_sent = 0
-            if state.source != "ngram":
+            if state.source not in TEXT_SOURCES:
                 state.drafts = []
 
-    def end(self, request_id: RequestId) -> None:
-        if self._states.pop(request_id, None) is not None and self.drafter_id is not None:
-            self._ended.append(request_id)
+    def end(self, sequence: Request) -> None:
+        """A request is over; what it put out may help the next ones."""
+        state = self._states.pop(sequence.submit.request_id, None)
+        if self.use_ngram:
+            self._share(state or Speculated(None), sequence)
+        if state is not None and self.drafter_id is not None:
+            self._ended.append(sequence.submit.request_id)
 
     def _state(self, sequence: Request) -> Speculated:
         request_id = sequence.submit.request_id
@@ -262,13 +274,10 @@ class Speculator:
             anchor = len(sequence.token_ids) - 1
             state.drafts, state.anchor, state.source, state.distribution = [], anchor, "", None
             if state.index is not None:
-                self._index(state, sequence)
-                proposal = state.index.propose(k)
-                least = NGRAM_CERTAIN if self.is_neural else MIN_MATCH
-                is_good = proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE
-                self._available += AVAILABLE_WEIGHT * (float(is_good) - self._available)
-                if is_good:
-                    state.drafts, state.source = list(proposal.token_ids), "ngram"
+                proposal, source = self._proposal(state, sequence, k)
+                self._available += AVAILABLE_WEIGHT * (float(bool(proposal.token_ids)) - self._available)
+                if proposal.token_ids:
+                    state.drafts, state.source = list(proposal.token_ids), source
                     continue
             if self.is_neural:
                 start, sampling = state.num_sent, sequence.submit.sampling
@@ -355,7 +364,7 @@ class Speculator:
         """One row was verified."""
         state = self._states.get(sequence.submit.request_id)
         source = state.source if state is not None and state.source else "none"
-        (self._ngram if source == "ngram" else self._neural).add(num_drafts, num_accepted)
+        (self._ngram if source in TEXT_SOURCES else self._neural).add(num_drafts, num_accepted)
         self.metrics.count_draft(source, num_drafts, num_accepted)
 
     def stepped(
@@ -378,6 +387,27 @@ class Speculator:
             self._probe_rounds += 1
         if k and self._probe_rounds >= PROBE_ROUNDS:
             self._plain_steps = self._probe_rounds = 0
+
+    def _proposal(self, state: Speculated, sequence: Request, k: int) -> tuple[Proposal, str]:
+        """What the sequence's own text, else its tenant's recent outputs, let expect; nothing if that is vague."""
+        assert state.index is not None, "proposals without an index"
+        self._index(state, sequence)
+        self._share(state, sequence)
+        least = NGRAM_CERTAIN if self.is_neural else MIN_MATCH
+        proposal = state.index.propose(k)
+        if proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE:
+            return proposal, "ngram"
+        proposal = self._shared.propose(sequence.token_ids, k, sequence.submit.tenant)
+        if proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE:
+            return proposal, "suffix"
+        return NOTHING, ""
+
+    def _share(self, state: Speculated, sequence: Request) -> None:
+        """Put new output tokens into the index that the tenant's other requests see."""
+        new = sequence.token_ids[sequence.num_prompt_tokens + state.num_shared :]
+        if new:
+            self._shared.append(sequence.submit.request_id, new, sequence.submit.tenant)
+            state.num_shared += len(new)
 
     def _index(self, state: Speculated, sequence: Request) -> None:
         assert state.index is not None, "indexing without an index"
