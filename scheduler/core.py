@@ -95,8 +95,7 @@ class Core:
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
-        is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
-        self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
 
     # ------------------------------------------------ entry points
 

@@ -54,7 +54,7 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
     engine, info = make_engine(loaded, settings)
     install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
     warm_up(engine, info)
-    if settings.draft_model or settings.ngram:
+    if settings.draft_checkpoint or settings.is_ngram:
         costs = step_costs(engine, info, settings.cache_folder)
         info = msgspec.structs.replace(info, step_costs=costs)
     return engine, info

@@ -54,7 +54,7 @@ class DrafterProcess:
         self.features: FeatureReceiver | None = None
         self.epoch = 0
         self.is_draining = False
-        if not settings.draft_model or settings.draft_model == "ngram":
+        if not settings.draft_checkpoint:
             self.info = IDLE
             self.link = Link(settings, "drafter", ToDrafter, dict)
             self.link.start()
@@ -129,7 +129,7 @@ def main() -> int:
         settings = config.load()
         log.set_up("drafter", settings.log_level)
         config.prepare_run_folder(settings)
-        if settings.draft_model and settings.draft_model != "ngram":
+        if settings.draft_checkpoint:
             logger.info("%s", blas.prepare(settings))
         drafter = DrafterProcess(settings)
     except (BadConfig, BadModel) as error:

@@ -39,7 +39,7 @@ class Rig:
     """A core, one frontend and a fake target; messages to the target wait in `queue` until `work` runs one."""
 
     def __init__(self, info: WorkerInfo | None = None, **changes: object) -> None:
-        self.core = Core(Settings(**changes), Metrics())  # type: ignore[arg-type]
+        self.core = Core(Settings(**{"draft_model": "none", **changes}), Metrics())  # type: ignore[arg-type]
         self.info = info or worker_info()
         self.now = 100.0
         self.outputs: dict[str, list[Output]] = {}
