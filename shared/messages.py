@@ -50,6 +50,17 @@ class PrefixCacheInfo(Part, frozen=True, kw_only=True):
     state_bytes: int = 0
 
 
+class Exactness(Part, frozen=True, kw_only=True):
+    """How verifying differs from plain decoding on this machine, from a few greedy tokens decoded at start."""
+
+    widths: list[int]  # tokens verified at once
+    num_positions: int  # compared at each width
+    max_logit_difference: float
+    min_top_two_gap: float  # smallest distance between the two largest logits seen
+    num_flipped: int  # positions whose most likely token was another one
+    can_ties_flip: bool  # one flipped, or the smallest gap is within what two logits may differ by
+
+
 class WorkerInfo(Part, frozen=True, kw_only=True):
     """What a ready worker tells about itself."""
 
@@ -69,6 +80,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     draft_kind: str | None = None  # drafter only
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
     step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+    exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
 
 

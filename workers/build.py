@@ -17,6 +17,7 @@ from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
 from workers.engine import Engine
+from workers.exactness import probe
 from workers.load import LoadedModel, load
 from workers.machine import DTYPES, device_memory_bytes, device_name, is_cpu
 from workers.runner import ModelRunner
@@ -68,7 +69,7 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
         )
     if settings.draft_checkpoint or settings.is_ngram:
         costs = step_costs(engine, info, settings.cache_folder)
-        info = msgspec.structs.replace(info, step_costs=costs)
+        info = msgspec.structs.replace(info, step_costs=costs, exactness=probe(engine, info))
     return engine, info
 
 
