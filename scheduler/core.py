@@ -108,8 +108,7 @@ class Core:
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
-        is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
-        self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
 
     # ------------------------------------------------ entry points
 
@@ -215,6 +214,8 @@ class Core:
             self.metrics.set_memory(peer.role, message.memory_bytes)
             self.metrics.dropped["by_peer"].inc(max(0, message.num_dropped_messages - peer.num_dropped_messages))
             peer.num_dropped_messages = message.num_dropped_messages
+            self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
+            peer.num_feature_bytes = message.num_feature_bytes
 
     def _ready(self, sender: str, message: Ready) -> None:
         peer = self.peers.get(sender)
@@ -235,7 +236,7 @@ class Core:
                     info.prefix_cache, info.fingerprint, self.metrics.prefix, self.settings.prefix_check_rate
                 )
             self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix)
-            self.speculator.set_target(info.max_draft_tokens, info.step_costs)
+            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
@@ -377,7 +378,7 @@ class Core:
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
-        self.speculator.end(sequence.submit.request_id)
+        self.speculator.end(sequence)
         if sequence.slot is not None:
             self._free_slot(sequence, is_suspect=is_suspect)
             self.running.remove(sequence)
@@ -442,6 +443,9 @@ class Core:
                 return
             self._is_drafted = False
             self._num_steps += 1
+            if k:
+                described = map(self.speculator.described, plan.decodes, plan.sequences)  # prefills come last
+                plan.decodes = list(described)
             step = Step(
                 epoch=target.epoch,
                 step_id=self._num_steps,

@@ -25,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # what is served
     model: str = "default"  # "default" (embedded), a folder, a .gguf file or a Hugging Face id
     model_name: str = ""  # name shown to clients; empty: taken from the model
-    draft_model: str = ""
+    draft_model: str = "auto"  # "auto", "ngram": out of text, no checkpoint; "none"; or a drafter as `model` is named
     draft_kind: str = ""
     draft_block_size: int = 0
     ngram: bool = False  # propose from the text itself before asking the drafter
@@ -65,6 +65,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blas: str = "auto"  # Linux CPU: "auto", "off", or the path of a library to load before MLX
     blas_threads: int = 0  # 0: chosen for the machine
     api_keys: str = ""  # comma separated; empty: no authentication
+
+    @property
+    def draft_checkpoint(self) -> str:
+        """The drafter to load; empty where none is asked for or drafts need no checkpoint."""
+        return "" if self.draft_model in ("", "none", "auto", "ngram") else self.draft_model
+
+    @property
+    def is_ngram(self) -> bool:
+        """Whether drafts come out of text. By default they do: it costs nothing where it does not pay."""
+        return self.draft_model in ("auto", "ngram") or self.draft_kind == "ngram" or self.ngram
 
     @property
     def run_folder(self) -> Path:

@@ -20,6 +20,7 @@ from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
 from workers.engine import Engine
+from workers.exactness import probe
 from workers.load import LoadedModel, load
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.runner import ModelRunner
@@ -70,9 +71,9 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
         info = msgspec.structs.replace(
             info, prefix_cache=_with_states(info.prefix_cache, engine, settings.prefix_cache_bytes)
         )
-    if settings.draft_model or settings.ngram:
+    if settings.draft_checkpoint or settings.is_ngram:
         costs = step_costs(engine, info, settings.cache_folder)
-        info = msgspec.structs.replace(info, step_costs=costs)
+        info = msgspec.structs.replace(info, step_costs=costs, exactness=probe(engine, info))
     return engine, info
 
 

@@ -30,6 +30,7 @@ from workers.cache.blocks import BlockPool
 from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
+from workers.sampling.rejection import Proposal, proposals
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
 WIDTH_STEP = 64
@@ -254,7 +255,10 @@ class Engine:
         state, tokens = self._slots[row.slot], row.token_ids or []
         first = row.start + _width(row) - row.num_drafts
         drafts = tokens[len(tokens) - row.num_drafts :] if row.num_drafts else []
-        return [SampledRow(state, first + i, drafts[:i]) for i in range(row.num_drafts + 1)]
+        tried: list[Proposal | None] = [None] * (row.num_drafts + 1)
+        if row.draft_distribution is not None and state.is_rejection_sampled:
+            tried[:-1] = proposals(drafts, row.draft_distribution)
+        return [SampledRow(state, first + i, drafts[:i], tried[i]) for i in range(row.num_drafts + 1)]
 
     def _remember(self, rows: list[StepRow], spans: list[tuple[int, int]], sampled: Sampled) -> None:
         """Rows without drafts: their token feeds the next step without passing the host."""

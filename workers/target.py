@@ -154,7 +154,8 @@ class Target:
 
         features = self.engine.feature_rows(done, result) if self.sender is not None else None
         if features is not None and self.sender is not None:
-            self.sender.send(features[0], *to_numpy(features[1]))
+            self.sender.send(self.epoch, features[0], *to_numpy(features[1]))
+            self.link.num_feature_bytes = self.sender.num_bytes
 
     def _welcome(self, greeting: Welcome) -> None:
         """A (new) scheduler: it knows of no sequence here."""

@@ -195,7 +195,7 @@ class EngineRig:
     ) -> None:
         self.engine, self.drafter, self.k = engine, drafter, k
         engine.reset()
-        self.core = Core(Settings(draft_block_size=max_draft, **changes), Metrics())  # type: ignore[arg-type]
+        self.core = Core(Settings(draft_block_size=max_draft, draft_model="none", **changes), Metrics())  # type: ignore[arg-type]
         self.core.speculator.forced_k = k
         self.now = 100.0
         self.epochs: dict[str, int] = {}
