@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 from starlette.requests import Request
 
+from frontend.cache_api import cache_salt
 from frontend.connection import ABORT
 from frontend.output_events import Event, Text, joined_text
 from frontend.output_parser import OutputParser
@@ -295,6 +296,7 @@ def prepare(
                 priority=body.priority,
                 tenant=request.scope.get("tenant", ""),
                 timeout_s=request.scope.get("timeout_s"),
+                cache_salt=cache_salt(request),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)
