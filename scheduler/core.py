@@ -544,7 +544,7 @@ class Core:
         self._num_steps += 1
         chunk = min(planner.max_step_tokens, planner.max_prefill_tokens)
         step = self._check.next_step(target.epoch, self._num_steps, chunk, prefix)
-        self._in_flight.append(InFlight(step.step_id, {}, now, 0, 0, 0, is_decode_only=False))
+        self._in_flight.append(InFlight(step.step_id, {}, now, 0, 0, 0, False, num_tokens=chunk, sequences=[]))
         self._out.append((target.instance_id, step))
         if self._check.is_done:
             self._end_check()

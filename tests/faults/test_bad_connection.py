@@ -23,7 +23,7 @@ ANY_LOSS = Faults(repeat=0.02, swap=0.01, delay=0.02, lose=0.01)
 @pytest.fixture
 def connection(model: Path, tmp_path: Path) -> Iterator[tuple[Server, Proxy]]:
     """The four processes, with the proxy in the place of the scheduler for all others."""
-    server = Server(model, tmp_path, max_num_seqs=16, heartbeat_timeout_s=3, prefix_check_rate=0)
+    server = Server(model, tmp_path, max_num_seqs=16, heartbeat_timeout_s=3, prefix_ssd_bytes=0)
     inner = tmp_path / "inner"
     server.run_dir.mkdir()
     inner.mkdir()
