@@ -102,5 +102,5 @@ def test_no_body_gives_a_500(server: RunningServer, engine: FakeEngine) -> None:
             pytest.fail(f"body {number} to {path}: {response.text[-500:]}\n{content[:2000]!r}")
         if response.status_code != 200:
             assert response.json()["error"]["message"]
-    assert statuses[200] > 50 and statuses[400] > 200, statuses
+    assert statuses[200] > 20 and statuses[400] > 200, statuses
     assert server.http.get("/health").json()["num_open_requests"] == 0
