@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, assert_never
 
 import msgspec
+import psutil
 import zmq
 
 from frontend.streams import LiveRequest, TokenStream, without_repeated
@@ -74,6 +75,7 @@ class EngineClient:
         self._is_draining = False
         self._last_heard = float("-inf")
         self._beat = Beat(settings, "frontend")
+        self._process = psutil.Process()
         self.status: EngineStatus | None = None
         self.num_dropped_messages = 0
 
@@ -352,7 +354,11 @@ class EngineClient:
             is_met = self._scheduler_id is not None and silence <= 2 * interval
             if is_met:
                 self._send(
-                    Heartbeat(instance_id=self._instance_id, num_dropped_messages=self.num_dropped_messages),
+                    Heartbeat(
+                        instance_id=self._instance_id,
+                        num_dropped_messages=self.num_dropped_messages,
+                        memory_bytes={"resident": self._process.memory_info().rss},
+                    ),
                 )
                 now = self._loop.time()
                 for live in [live for live in self._live.values() if not live.is_sent or live.is_due(now)]:

@@ -1,4 +1,4 @@
-"""The `tandem` command line: `serve`, `fetch` and `race`.
+"""The `tandem` command line: `serve`, `fetch`, `restart` and `race`.
 
 Every option of `serve` sets the environment variable of the same name (`--max-queue` is TANDEM_MAX_QUEUE), which all
 processes read.
@@ -18,6 +18,7 @@ from shared.errors import BadConfig, BadModel, Unavailable
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
 from tandem import race
+from tandem.restart import ROLES, restart
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
         serve.add_argument(f"--{setting.name.replace('_', '-')}", metavar="VALUE", help=f"default: {default}")
     fetch = commands.add_parser("fetch", help="download a model's files and print where they are")
     fetch.add_argument("model", nargs="?", default="default")
+    again = commands.add_parser("restart", help="replace one process of a running server; streams go on")
+    again.add_argument("role", choices=ROLES)
+    again.add_argument("--port", help="of the server; default: TANDEM_PORT")
     run = commands.add_parser("race", help="play prompts with and without a drafter; parity, acceptance, speed")
     run.add_argument("--draft-model", required=True, help="as for serve: a checkpoint, or ngram")
     run.add_argument("--model", default="default")
@@ -45,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "fetch":
             files = resolve(options["model"], config.load())
             print(files.folder or files.gguf)
+            return 0
+        if command == "restart":
+            if options["port"] is not None:
+                os.environ[config.PREFIX + "PORT"] = options["port"]
+            print(f"{options['role']} restarts (supervisor {restart(options['role'], config.load())})")
             return 0
         if command == "race":
             return race.main(options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from tests.faults.load import Footprint, Load, check_nothing_leaked
-from tests.support.server import Server
+from tests.support.server import REPOSITORY, Server
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
@@ -76,4 +78,23 @@ def test_a_stopped_process_is_replaced_and_a_pause_does_no_harm(server: Server, 
         load.wait_progress()
     load.check(4)
     assert "hangs; killing it" in server.log.read_text()
+    check_nothing_leaked(server)
+
+
+@pytest.mark.parametrize("role", ["target", "scheduler", "drafter"])
+def test_a_rolling_restart_changes_no_token_and_counts_as_no_death(server: Server, role: str) -> None:
+    module = role if role == "scheduler" else f"workers.{role}"
+    with Load(server, 4) as load:
+        load.wait_progress()
+        before = server.worker(module)
+        command = [sys.executable, "-m", "tandem", "restart", role]
+        told = subprocess.run(
+            command, cwd=REPOSITORY, env=server.environment, capture_output=True, text=True, timeout=60
+        )
+        assert told.returncode == 0, told.stderr
+        psutil.wait_procs([before], timeout=30)
+        load.wait_progress()
+    load.check(4)
+    assert server.worker(module) != before
+    assert f"{role} is started again, as it was told" in server.log.read_text()
     check_nothing_leaked(server)
