@@ -55,6 +55,7 @@ test-drafters: $(VENV)/.dev-$(BACKEND)
 # 200 random kills under 16 streams, then MINUTES of mixed traffic; figures in bench/results.
 MINUTES ?= 60
 soak: $(VENV)/.dev-$(BACKEND)
+	FAULTS_LONG=1 $(PYTHON) -m pytest tests/faults
 	$(PYTHON) -m tests.faults.soak --kills 200 --out bench/results/faults-kills.json
 	$(PYTHON) -m tests.faults.soak --minutes $(MINUTES) --out bench/results/soak.json
 
