@@ -43,6 +43,7 @@ from shared.messages import (
     Welcome,
     WorkerInfo,
 )
+from shared.sockets import secure
 
 log = logging.getLogger("frontend")
 
@@ -98,6 +99,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_HEADER_BYTES)
+        secure(self._socket, self._settings, self._settings.engine_endpoint, is_server=False)
         self._socket.connect(self._settings.engine_endpoint)
         self._loop.add_reader(self._socket.fileno(), self._read)
         self._ticker = asyncio.create_task(self._tick_forever(), name="engine heartbeat")

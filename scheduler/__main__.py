@@ -19,6 +19,7 @@ from shared.beat import Beat
 from shared.errors import BadConfig, BadMessage
 from shared.messages import Heartbeat, ToScheduler
 from shared.model_files import display_name
+from shared.sockets import check_addresses, secure
 from shared.supervise import EXIT_CONFIG
 from shared.wire import Decoder, encode
 
@@ -59,6 +60,7 @@ class Process:
 
     def run(self) -> None:
         config.prepare_run_folder(self.settings)
+        secure(self._socket, self.settings, self.settings.engine_endpoint, is_server=True)
         self._socket.bind(self.settings.engine_endpoint)
         interval = self.settings.heartbeat_interval_s
         next_tick = time.monotonic()
@@ -139,6 +141,7 @@ def main() -> int:
     try:
         settings = config.load()
         log.set_up("scheduler", settings.log_level)
+        check_addresses(settings)
         process = Process(settings)
     except BadConfig as error:
         print(f"scheduler: {error}", file=sys.stderr)

@@ -38,6 +38,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     host: str = "127.0.0.1"
     port: int = 8080
     run_dir: str = ""  # sockets; empty: a private folder under the temporary directory, by port
+    engine_address: str = ""  # of the scheduler's socket: ipc:// or tcp://; empty: in the run folder
+    features_address: str = ""  # of the drafter's socket for hidden rows; empty: in the run folder
+    curve_keys_file: str = ""  # needed where one of these can be reached from outside (tandem keys FILE)
     cache_dir: str = ""  # downloads and caches; empty: ~/.cache/tandem
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -112,12 +115,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def engine_endpoint(self) -> str:
         """Where the scheduler's ROUTER listens: every other process connects here."""
-        return f"ipc://{self.run_folder}/engine.sock"
+        return self.engine_address or f"ipc://{self.run_folder}/engine.sock"
 
     @property
     def features_endpoint(self) -> str:
         """Where the drafter's PULL listens: the target pushes hidden rows here."""
-        return f"ipc://{self.run_folder}/features.sock"
+        return self.features_address or f"ipc://{self.run_folder}/features.sock"
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
