@@ -16,6 +16,7 @@ import msgspec
 from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
+from scheduler.policy import size_of
 from scheduler.prefix.cache import PrefixCache
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
@@ -522,11 +523,9 @@ class Core:
                     continue
             num_tokens += self._row_result(sequence, row, num_drafts, now)
         if step.is_decode_only:
-            is_steady = self._last_kind == (step.k, step.batch)
-            self.speculator.stepped(
-                step.batch, step.width, step_s, step.k, num_tokens, elapsed_s if is_steady else None
-            )
-        self._last_kind = (step.k, step.batch) if step.is_decode_only else None
+            is_steady = self._last_kind == (step.k, size_of(step.batch))
+            self.speculator.stepped(step.batch, step.width, step_s, step.k, num_tokens, elapsed_s, is_steady)
+        self._last_kind = (step.k, size_of(step.batch)) if step.is_decode_only else None
         self.metrics.generation_tokens.inc(num_tokens)
         for last_token, count in gaps.items():
             self.metrics.itl.observe(now - last_token, count)
