@@ -16,18 +16,21 @@ from dataclasses import dataclass
 PRIOR = 0.8  # acceptance assumed before anything was seen: hopeful, so that it is measured at once
 ACCEPT_WEIGHT = 0.004  # of one verified row in the moving average of acceptance
 LIKE_BEFORE = 16  # tests of a position that weigh as much as what is known of the one before it
-WINDOW, MIN_TRIMMED = 32, 3  # rounds that a time is the mean of; fewer are not trimmed
+WINDOW = 48  # rounds that a time is the mean of
+MAX_OVER_MEDIAN = 1.4
 EXCESS_WEIGHT = 0.05  # of one round in the moving average of measured over modelled time
 MAX_EXCESS = 4.0
 YIELD_WEIGHT, MAX_YIELD_WEIGHT = 0.005, 0.05  # of one row, of one round
 MIN_GAIN = 1.01  # drafting must promise this much over plain decoding
-TRIAL_SHARE = 0.008  # of the time may be lost by trying what is not the best choice
-TRIAL_ROUNDS, TRIAL_ROWS = 4, 12  # a trial has so many rounds at least, and more where they have few rows
+TRIAL_SHARE = 0.01  # of the time may be lost by trying what is not the best choice
+TRIAL_ROUNDS = 4  # of a trial, the first of which is not measured: it fills or empties the pipeline
+TRIAL_ROWS, FIRST_TRIAL_ROWS = 12, 32  # where rounds have few rows there are more of them
+CLOSE_PLAIN = 0.6  # as CLOSE, for the first trial of plain decoding, by which everything else is judged
+CLOSE, CLOSE_INTERVAL = 0.88, 160  # a choice that is nearly as good costs little to try, so often (in results)
 MIN_TRIAL_INTERVAL = 24  # results between two trials
 FIRST_TRIAL_AFTER = 12  # results at a batch size where the best other choice was never measured
 MAX_TRIAL_INTERVAL_S = 60.0
-PLAUSIBLE = 0.7  # a draft length whose costs and acceptance promise less than this share waits longer for its trial
-PLAUSIBLE_AT_ALL = 0.4  # the same where nothing is drafted
+PLAUSIBLE = 0.4  # a draft length that promises less than this share of the best waits longer for its first trial
 NUM_CERTAIN = 4  # rounds until a time is an average of its own
 
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -66,7 +69,7 @@ class AcceptanceRates:
 
 
 class RoundTime:
-    """Mean of the last rounds without the longest of them, which were somebody else's turn or a compilation."""
+    """Mean of the last rounds; one that took much longer was somebody else's turn, or a compilation, and is cut."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=WINDOW)
@@ -76,10 +79,8 @@ class RoundTime:
     def add(self, seconds: float) -> None:
         self.num += 1
         self._last.append(seconds)
-        kept = sorted(self._last)
-        if len(kept) >= MIN_TRIMMED:
-            del kept[len(kept) - max(1, len(kept) // 10) :]
-        self.value = sum(kept) / len(kept)
+        most = MAX_OVER_MEDIAN * sorted(self._last)[(len(self._last) - 1) // 2]
+        self.value = sum(min(s, most) for s in self._last) / len(self._last)
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Policy:
         self._times: dict[tuple[int, int], RoundTime] = {}  # (batch size, k) -> seconds of a round
         self._tried: dict[tuple[int, int], float] = {}  # -> `_clock` when it was measured last
         self._excess = {True: 1.0, False: 1.0}  # drafted or plain: seconds measured over those modelled
+        self._num_excess = {True: 0, False: 0}
         self._yield = 1.0  # committed tokens of drafted rounds over those expected
         self._trial: Trial | None = None
         self._credit_s = 0.0  # what trials may still cost
@@ -181,7 +183,9 @@ class Policy:
         modelled = self._modelled_s(batch, k)
         if modelled > 0.0:
             excess = min(MAX_EXCESS, elapsed_s / modelled)
-            self._excess[k > 0] += EXCESS_WEIGHT * (excess - self._excess[k > 0])
+            self._num_excess[k > 0] += 1
+            weight = max(EXCESS_WEIGHT, 1 / self._num_excess[k > 0])
+            self._excess[k > 0] += weight * (excess - self._excess[k > 0])
         if k and batch:
             share = num_tokens / (batch * self._expected_tokens(k))
             self._yield += min(MAX_YIELD_WEIGHT, YIELD_WEIGHT * batch) * (share - self._yield)
@@ -213,19 +217,30 @@ class Policy:
             return None
         likeliest = max(candidates, key=lambda k: self.rate(batch, k))
         rivals = [likeliest] if best == 0 else [0, *_neighbours(best, candidates)]
-        rounds = TRIAL_ROUNDS + TRIAL_ROWS // batch
+        rounds, first_rounds = (TRIAL_ROUNDS + rows // batch for rows in (TRIAL_ROWS, FIRST_TRIAL_ROWS))
         costs = {k: self._trial_cost.get((size, k)) or self._expected_cost(batch, k, rounds, best_rate) for k in rivals}
         self._credit_s = min(self._credit_s, 2 * max(costs.values()))
         for k in sorted(rivals, key=lambda k: self._tried.get((size, k), 0.0)):
-            known = self._times.get((size, k))
-            is_new = known is None or known.num < NUM_CERTAIN
-            least = PLAUSIBLE if best else PLAUSIBLE_AT_ALL
-            if is_new and (k == 0 or self.rate(batch, k) >= least * best_rate):
-                return Trial(k, rounds)
+            share = self.rate(batch, k) / best_rate
+            if not self._is_certain(size, k) and (
+                share >= (CLOSE_PLAIN if k == 0 else CLOSE)
+                or (not self._is_known_elsewhere(size, k) and (k == 0 or share >= PLAUSIBLE))
+            ):
+                return Trial(k, first_rounds)
+            is_close = num_since >= CLOSE_INTERVAL and share >= CLOSE
             is_long_ago = self._clock - self._tried.get((size, k), 0.0) > MAX_TRIAL_INTERVAL_S
-            if num_since >= MIN_TRIAL_INTERVAL and (costs[k] <= self._credit_s or is_long_ago):
+            is_paid = costs[k] <= self._credit_s
+            if num_since >= MIN_TRIAL_INTERVAL and (is_paid or is_close or is_long_ago):
                 return Trial(k, rounds)
         return None
+
+    def _is_certain(self, size: int, k: int) -> bool:
+        known = self._times.get((size, k))
+        return known is not None and known.num >= NUM_CERTAIN
+
+    def _is_known_elsewhere(self, size: int, k: int) -> bool:
+        """Whether rounds of this kind, drafted or plain, were measured at another size: that corrects the model."""
+        return any(s != size and (j > 0) == (k > 0) and self._is_certain(s, j) for s, j in self._times)
 
     def _expected_cost(self, batch: int, k: int, rounds: int, best_rate: float) -> float:
         """Seconds that a trial will probably lose: its rounds' lesser rate, and one round for the change to it."""

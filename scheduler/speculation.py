@@ -191,12 +191,13 @@ class Speculator:
         return is_wide * wide + (1 - is_wide) * self.costs.estimate(batch, 1) + OVERHEAD_S
 
     def _draft_cost(self, k: int) -> float:
+        """Seconds from request to reply; hopeful for a k that was not measured, which is then found out."""
         if not self.is_neural or not self._draft_s:
             return 0.0
         if k in self._draft_s:
             return self._draft_s[k]
         nearest = min(self._draft_s, key=lambda known: abs(known - k))
-        return self._draft_s[nearest]
+        return self._draft_s[nearest] * min(1.0, (k + 1) / (nearest + 1))
 
     def request(self, rows: Iterable[Request], k: int, now: float) -> DraftRequest | None:
         """Prepare drafts for these decode rows; the message for the drafter, if one is needed.
