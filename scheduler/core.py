@@ -599,6 +599,7 @@ class Core:
             self.metrics.ttft.observe(now - sequence.arrival)
             self.metrics.queue_time.observe((sequence.first_scheduled or now) - sequence.arrival)
             self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+            self.metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
         sequence.last_token = now
         if reason is not None:
             self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs)
