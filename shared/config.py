@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_cache_bytes: int = 0  # device memory for cached prefixes; 0: a share of the KV memory
     prefix_host_bytes: int = -1  # copies in host memory; -1: chosen where device memory is separate, else none
     prefix_ssd_bytes: int = 4 << 30  # copies on SSD, in the cache folder, that outlive a restart; 0: none
+    prefix_dir: str = ""  # where these files are; empty: in the cache folder
     prefix_check_rate: float = 0.01  # share of hits that an idle target computes again and compares
     max_queue: int = 256  # waiting requests before 429
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
@@ -84,6 +85,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def cache_folder(self) -> Path:
         return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "tandem"
+
+    @property
+    def prefix_folder(self) -> Path:
+        return Path(self.prefix_dir).expanduser() if self.prefix_dir else self.cache_folder / "prefix"
 
     @property
     def engine_endpoint(self) -> str:

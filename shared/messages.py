@@ -46,6 +46,7 @@ class PrefixCacheInfo(Part, frozen=True, kw_only=True):
     window: int = 0  # the longest sliding window: so many positions before a hit's end need their sliding rows
     ring_tokens: int = 0  # positions before a sequence's end whose sliding rows no draft overwrites; 0: no such layer
     is_recurrent: bool = False  # a hit needs the recurrent state at its end
+    is_checkable: bool = True  # blocks hold keys and values that can be compared with a new computation
     num_states: int = 0
     state_bytes: int = 0
 
@@ -160,7 +161,8 @@ class Submit(Message, frozen=True, kw_only=True):
     stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
     min_tokens: int = 0  # stop tokens do not end the output before this many
     priority: int = 0  # smaller runs first
-    tenant: str = ""  # prefix cache salt
+    tenant: str = ""  # whose request it is: a digest of the API key
+    cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
     timeout_s: float | None = None
 
 
