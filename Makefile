@@ -29,7 +29,7 @@ ifdef DRAFT
 export TANDEM_DRAFT_MODEL := $(DRAFT)
 endif
 
-.PHONY: run test test-drafters test-policy check format bench lock clean
+.PHONY: run test test-drafters test-policy soak fuzz check format bench lock clean
 run: $(VENV)/.run-$(BACKEND)
 	@exec $(PYTHON) -m tandem serve
 
@@ -55,6 +55,16 @@ test-drafters: $(VENV)/.dev-$(BACKEND)
 # The speculation policy in its clock model at every batch size.
 test-policy: $(VENV)/.dev-$(BACKEND)
 	POLICY_LONG=1 $(PYTHON) -m pytest tests/scheduler/test_policy_simulation.py
+
+# 200 random kills under 16 streams, then MINUTES of mixed traffic; figures in bench/results.
+MINUTES ?= 60
+soak: $(VENV)/.dev-$(BACKEND)
+	$(PYTHON) -m tests.faults.soak --kills 200 --out bench/results/faults-kills.json
+	$(PYTHON) -m tests.faults.soak --minutes $(MINUTES) --out bench/results/soak.json
+
+# A million messages on the sockets, 20,000 HTTP bodies, 2,000 headers of model files.
+fuzz: $(VENV)/.dev-$(BACKEND)
+	FUZZ_LONG=1 $(PYTHON) -m pytest --timeout 7200 tests/fuzz
 
 check: $(VENV)/.dev-$(BACKEND)
 	$(PYTHON) -m ruff format --check .
