@@ -19,6 +19,7 @@ from scheduler.memory_budget import MemoryBudget
 from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
+from scheduler.policy import size_of
 from scheduler.prefix.cache import PrefixCache
 from scheduler.prefix.check import SelfCheck
 from scheduler.queue_pace import QueuePace
@@ -638,11 +639,9 @@ class Core:
         if self.suspects:
             self.suspects.clear_proven()
         if step.is_decode_only:
-            is_steady = self._last_kind == (step.k, step.batch)
-            self.speculator.stepped(
-                step.batch, step.width, step_s, step.k, num_tokens, elapsed_s if is_steady else None
-            )
-        self._last_kind = (step.k, step.batch) if step.is_decode_only else None
+            is_steady = self._last_kind == (step.k, size_of(step.batch))
+            self.speculator.stepped(step.batch, step.width, step_s, step.k, num_tokens, elapsed_s, is_steady)
+        self._last_kind = (step.k, size_of(step.batch)) if step.is_decode_only else None
         self.metrics.generation_tokens.inc(num_tokens)
         for last_token, count in gaps.items():
             self.metrics.itl.observe(now - last_token, count)
@@ -681,6 +680,7 @@ class Core:
             self.metrics.ttft.observe(now - sequence.arrival)
             self.metrics.queue_time.observe((sequence.first_scheduled or now) - sequence.arrival)
             self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+            self.metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
         sequence.last_token = now
         if reason is not None:
             self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs)
