@@ -124,6 +124,7 @@ class Core:
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
         self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator.forced_k = settings.draft_tokens or None
 
     # ------------------------------------------------ entry points
 
