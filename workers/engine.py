@@ -135,6 +135,7 @@ class Engine:
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
+        pending += self.store.writes()
         start_evaluating(pending)
         self._keep(step.stores)
         checks = [(check, self._differing(check)) for check in step.checks]
