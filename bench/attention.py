@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     for rows in map(int, options.rows.split(",")):
         shape = ShapeClass(heads, kv_heads, dim, rows, dtype)
-        if not supports(heads, kv_heads, dim, dim, dtype.size, rows):
+        if not supports(heads, kv_heads, dim, dtype.size, rows):
             continue
         error = largest_error(attention, shape)
         for batch in map(int, options.batches.split(",")):

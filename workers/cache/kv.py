@@ -14,12 +14,11 @@ import mlx.core as mx
 
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
-from workers.kernels.base import PagedAttention, Variant
+from workers.kernels.base import MAX_VERIFY_WIDTH, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice
 from workers.kernels.pages import Pages, Pool, slot_pages
 from workers.models.rope import Rotate, Rotation
 
-MAX_VERIFY_WIDTH = 32  # wider steps are prefill chunks
 RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
 GROW_ROWS = 4  # pools grow by this many rows, then by half
 
@@ -149,6 +148,11 @@ class KVLayer:
                 pool[row] = mx.zeros(pool.shape[1:], pool.dtype)
                 pools[capacity_class] = pool
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one position."""
+        return self.spec.row_elements() * self.dtype.size
+
     def nbytes(self) -> int:
         return sum(p.nbytes for pools in (self.keys, self.values) for p in pools if p is not None)
 
@@ -248,6 +252,11 @@ class KVView:
             distance = mx.arange(old, old + width)[:, None] - mx.arange(old + width)
             mask = (distance >= 0) & (distance < window)
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+    def write(self, k: mx.array, v: mx.array) -> None:
+        """Only write the rows: k and v (B, num_kv_heads, L, dim)."""
+        for run in self._shape.runs:
+            self._write(run, k, v)
 
     def _attend_rows(
         self,

@@ -20,10 +20,11 @@ using mlx::core::cu::Strides;
 struct Params {  // see `Params` in workers/kernels/launch.py
   float scale, cap;
   int window, S, W, has_sinks;
+  int R, M;  // query rows a sequence; query vectors of a key-value head
 };
 
-__device__ inline Params read_params(const int* p) {
-  return {__int_as_float(p[0]), __int_as_float(p[1]), p[2], p[3], p[4], p[5]};
+__device__ inline Params read_params(const int* p, int R, int G) {
+  return {__int_as_float(p[0]), __int_as_float(p[1]), p[2], p[3], p[4], p[5], R, R * G};
 }
 
 __device__ inline float to_float(float x) { return x; }
@@ -63,13 +64,11 @@ __device__ inline long row_of(int p, const int* table, const Params& a, int head
   }
 }
 
-template <typename T, int D, int G, int R, int ROPE, int SHIFT, bool WRITE, bool SPLIT, int NW>
+// MT: tiles of 16 queries that share each key's read. NEW: most new rows.
+template <typename T, int D, int G, int MT, int NEW, int ROPE, int SHIFT, bool SPLIT, int NW>
 struct Attend {
   static constexpr bool MMA = sizeof(T) == 2;
-  static constexpr int M = G * R, TILES = (M + 15) / 16;
-  static constexpr int MT = MMA && TILES > 1 && D <= 128 ? 2 : 1;  // tiles of 16 queries that share each key's read
-  static constexpr int PARTS = (TILES + MT - 1) / MT, ROWS = 16 * MT;
-  static constexpr int NEW = MMA ? (R + 15) / 16 * 16 : R;  // new rows, padded to tiles
+  static constexpr int ROWS = 16 * MT;
   static constexpr int CH = (D + 31) / 32, VC = (D + 63) / 64;
   static constexpr int PAD = D + 16 / sizeof(T);  // rows of shared memory start at different banks
   static constexpr int NO = MMA ? VC * 32 : (D + 31) / 32 * 16;  // accumulators of 16 queries, per lane
@@ -239,7 +238,7 @@ struct Attend {
 #pragma unroll
         for (int r = 0; r < 16; r++) {
           int m = part * 16 + r;
-          if (m >= M || !sees(m, at, start, last, a)) continue;
+          if (m >= a.M || !sees(m, at, start, last, a)) continue;
           float s = 0.f;
 #pragma unroll
           for (int i = 0; i < N; i++) s += k[i] * (i * 32 + lane < D ? to_float(qs[r * PAD + i * 32 + lane]) : 0.f);
@@ -260,10 +259,10 @@ struct Attend {
   template <typename O, typename SINK>
   static __device__ void run(const T* q, const Strides& qs, const T* k, const Strides& ks, const T* v, const Strides& vs,
                              const T* pool_k, const T* pool_v, const int* table, const int* starts, const int* params,
-                             const float* inv_freq, const SINK* sinks, int heads_kv, O* out, float* stats) {
+                             const float* inv_freq, const SINK* sinks, int R, int heads_kv, O* out, float* stats) {
     __shared__ Shared sh;
-    const Params a = read_params(params);
-    const int part = blockIdx.x % PARTS, h = blockIdx.x / PARTS, b = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
+    const Params a = read_params(params, R, G);
+    const int M = a.M, parts = (M + ROWS - 1) / ROWS, part = blockIdx.x % parts, h = blockIdx.x / parts, b = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
     const int start = starts[b], tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     table += b * a.W;
     const int lo = a.window == 0 ? 0 : max(0, start - a.window + 1);
@@ -283,21 +282,17 @@ struct Attend {
     }
     if (owns_new) {
 #pragma unroll 1
-      for (int i = warp; i < NEW; i += NW) {
-        if (i < R) {
-          T *to_k = const_cast<T*>(pool_k), *to_v = const_cast<T*>(pool_v);
-          long at = row_of<SHIFT>(start + i, table, a, heads_kv, h) * D;
-          stage(k + b * ks[0] + h * ks[1] + i * ks[2], ks[3], start + i, inv_freq, lane, 32, [&](int d, T x) {
-            sh.k[i * PAD + d] = x;
-            if (WRITE && part == 0) to_k[at + d] = x;
-          });
-          for (int d = lane; d < D; d += 32) {
-            T x = v[b * vs[0] + h * vs[1] + i * vs[2] + d * vs[3]];
-            sh.v[i * PAD + d] = x;
-            if (WRITE && part == 0) to_v[at + d] = x;
-          }
-        } else {
-          for (int d = lane; d < D; d += 32) sh.k[i * PAD + d] = sh.v[i * PAD + d] = from_float<T>(0.f);
+      for (int i = warp; i < R; i += NW) {
+        T *to_k = const_cast<T*>(pool_k), *to_v = const_cast<T*>(pool_v);
+        long at = row_of<SHIFT>(start + i, table, a, heads_kv, h) * D;
+        stage(k + b * ks[0] + h * ks[1] + i * ks[2], ks[3], start + i, inv_freq, lane, 32, [&](int d, T x) {
+          sh.k[i * PAD + d] = x;
+          if (part == 0) to_k[at + d] = x;
+        });
+        for (int d = lane; d < D; d += 32) {
+          T x = v[b * vs[0] + h * vs[1] + i * vs[2] + d * vs[3]];
+          sh.v[i * PAD + d] = x;
+          if (part == 0) to_v[at + d] = x;
         }
       }
     }
@@ -324,7 +319,7 @@ struct Attend {
     }
     if (owns_new) {
 #pragma unroll 1
-      for (int i = warp; i < (NEW + 15) / 16; i += NW) {
+      for (int i = warp; i < (R + 15) / 16; i += NW) {
         tile(st, sh.q, qf, part, start + i * 16, start, start + R, a,
              [&](int p) { return sh.k + (p - start) * PAD; }, [&](int p) { return sh.v + (p - start) * PAD; });
       }
@@ -433,12 +428,12 @@ struct Attend {
 };
 
 // Joins the parts of the key axis: a warp per query and head, partial (B, KV, M, splits, D), out (B, R, H, D).
-template <typename T, int D, int G, int R, typename SINK>
+template <typename T, int D, int G, typename SINK>
 __device__ void combine(const float* partial, const float* stats, const int* params, const SINK* sinks, int heads_kv,
-                        int num_rows, int splits, T* out) {
+                        int num_rows, int R, int splits, T* out) {
   const int M = G * R, row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= num_rows) return;
-  const Params a = read_params(params);
+  const Params a = read_params(params, R, G);
   const int m = row % M, h = row / M % heads_kv, b = row / M / heads_kv;
   stats += long(row) * splits * 2;
   partial += long(row) * splits * D;
@@ -468,7 +463,7 @@ __device__ void write_rows(const T* k, const Strides& ks, const T* v, const Stri
                            const T* pool_v, const int* table, const int* starts, const int* params, int num_rows,
                            int heads_kv, int length, int old, T* keys, T* values) {
   constexpr int E = 16 / sizeof(T), V = D / E;
-  const Params a = read_params(params);
+  const Params a = read_params(params, 0, 1);
   const long index = long(blockIdx.x) * blockDim.x + threadIdx.x;
   const int e = index % V * E, i = index / V % (old + length), h = index / V / (old + length) % heads_kv,
             b = index / V / (old + length) / heads_kv;

@@ -10,7 +10,8 @@ import mlx.core as mx
 from workers.kernels.pages import Pages, Pool
 from workers.models.rope import Rotation
 
-MAX_ROWS = 32  # query rows a sequence; wider forwards are prefill
+MAX_VERIFY_WIDTH = 32  # wider forwards are prefill chunks
+MAX_ROWS = 16  # query rows a sequence that a kernel takes
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAX_GROUP = 16  # query heads that share a key-value head
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from workers.cache.spec import AttentionSpec
-from workers.kernels.base import MAX_ROWS, PagedAttention
+from workers.kernels.base import MAX_ROWS, MAX_VERIFY_WIDTH, PagedAttention
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class AttentionChoice:
     def use(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> Use | None:
         """The implementation for a forward of `width` tokens a row through a layer of this kind."""
         if spec.key_dim != spec.value_dim:
+            return None
+        if MAX_ROWS < width <= MAX_VERIFY_WIDTH:
             return None
         rows = width if width <= MAX_ROWS else 0
         shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, rows, q.dtype)

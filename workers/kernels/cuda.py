@@ -7,28 +7,27 @@ pools belong to nobody else, `Pool.last` orders the kernels, and steps are queue
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from workers.kernels.base import MAX_GROUP, MAX_ROWS, Variant
+from workers.kernels.base import HEAD_DIMS, MAX_GROUP, MAX_ROWS, Variant
 from workers.kernels.pages import Pages, Pool
+from workers.kernels.params import number, params_of
 
 NUM_WARPS = 4
 SPLIT_TOKENS = 256  # keys that are worth a thread block of their own
+# What an SM holds at once. 256 blocks in one wave take 97 us (H100, 32 rows of 1,024 tokens, 8 heads of 128), 512: 132.
 BLOCKS_PER_SM = 2
 MAX_SPLITS = 64
 SHARED_BYTES = 48 << 10
 
 INPUTS = ["q", "k", "v", "pool_k", "pool_v", "table", "starts", "params", "inv_freq", "sinks", "after"]
-ATTEND = """tandem::Attend<T, D, G, R, ROPE, SHIFT, WRITE, SPLIT, NW>::run(
-    q, q_strides, k, k_strides, v, v_strides, pool_k, pool_v, table, starts, params, inv_freq, sinks, KV, out, STATS);"""
-COMBINE = """tandem::combine<T, D, G, R>(partial, stats, params, sinks, KV, stats_shape[0] * KV * G * R, stats_shape[3], out);"""
+ATTEND = """tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, SPLIT, NW>::run(q, q_strides, k, k_strides, v, v_strides,
+    pool_k, pool_v, table, starts, params, inv_freq, sinks, q_shape[2], k_shape[1], out, STATS);"""
+COMBINE = """tandem::combine<T, D, G>(partial, stats, params, sinks, stats_shape[1],
+    stats_shape[0] * stats_shape[1] * stats_shape[2], stats_shape[2] / G, stats_shape[3], out);"""
 
 
 def header() -> str:
@@ -39,7 +38,7 @@ def header() -> str:
 def kernel_bodies() -> dict[str, tuple[list[str], list[str], str]]:
     """Name -> inputs, outputs and body of each kernel."""
     append_inputs = ["k", "v", "pool_k", "pool_v", "table", "starts", "params", "after"]
-    arguments = "k, k_strides, v, v_strides, pool_k, pool_v, table, starts, params, k_shape[0], KV, k_shape[2]"
+    arguments = "k, k_strides, v, v_strides, pool_k, pool_v, table, starts, params, k_shape[0], k_shape[1], k_shape[2]"
     return {
         "attend": (INPUTS, ["out"], ATTEND.replace("SPLIT", "false").replace("STATS", "nullptr")),
         "attend_split": (INPUTS, ["out", "stats"], ATTEND.replace("SPLIT", "true").replace("STATS", "stats")),
@@ -87,22 +86,16 @@ class CudaAttention:
         kv_heads = k.shape[1]
         group = heads // kv_heads
         rotation = variant.rotation
-        params = _params(
-            variant.scale,
-            variant.softcap or 0.0,
-            variant.window or 0,
-            pool.block_size,
-            pages.table.shape[1],
-            variant.sinks is not None,
-        )
+        params = params_of(variant, pool, pages)
         sinks = self._none if variant.sinks is None else variant.sinks
         inputs = [
             q, k, v, pool.keys, pool.values, pages.table, pages.starts, params,
             self._none if rotation is None else rotation.inv_freq, sinks, self._after(pool, q.dtype),
         ]  # fmt: skip
         template: list[tuple[str, Any]] = [
-            ("T", q.dtype), ("D", dim), ("G", group), ("R", rows), ("ROPE", 0 if rotation is None else rotation.dim),
-            ("SHIFT", pages.shift), ("WRITE", True), ("NW", self._num_warps), ("KV", kv_heads),
+            ("T", q.dtype), ("D", dim), ("G", group), ("MT", num_tiles(group * rows, dim, q.dtype.size)),
+            ("NEW", max_rows(dim, q.dtype.size)), ("ROPE", 0 if rotation is None else rotation.dim),
+            ("SHIFT", pages.shift), ("NW", self._num_warps),
         ]  # fmt: skip
         parts = num_parts(group * rows, dim, q.dtype.size)
         splits = self.num_splits(batch * kv_heads * parts, max(pages.host_starts), variant.window)
@@ -122,7 +115,7 @@ class CudaAttention:
             num_rows = batch * heads * rows
             (out,) = self._kernels["combine"](
                 inputs=[partial, stats, params, sinks],
-                template=[("T", q.dtype), ("D", dim), ("G", group), ("R", rows), ("KV", kv_heads)],
+                template=[("T", q.dtype), ("D", dim), ("G", group)],
                 output_shapes=[(batch, rows, heads, dim)],
                 output_dtypes=[q.dtype],
                 grid=(-(-num_rows // 4) * 128, 1, 1),
@@ -133,9 +126,9 @@ class CudaAttention:
 
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
         batch, kv_heads, length, dim = k.shape
-        params = _params(0.0, 0.0, 0, pool.block_size, pages.table.shape[1], False)
+        params = params_of(Variant(1.0), pool, pages)
         inputs = [k, v, pool.keys, pool.values, pages.table, pages.starts, params, self._after(pool, k.dtype)]
-        template = [("T", k.dtype), ("D", dim), ("SHIFT", pages.shift), ("KV", kv_heads)]
+        template = [("T", k.dtype), ("D", dim), ("SHIFT", pages.shift)]
         threads = batch * kv_heads * (old + length) * (dim * k.dtype.size // 16)
         launch = {"template": template, "grid": (-(-threads // 256) * 256, 1, 1), "threadgroup": (256, 1, 1)}
         if old == 0:
@@ -146,7 +139,7 @@ class CudaAttention:
             return k, v
         shape = (batch, kv_heads, old + length, dim)
         keys, values = self._kernels["append_after"](
-            inputs=[*inputs, _number(old)], output_shapes=[shape, shape], output_dtypes=[k.dtype, k.dtype], **launch
+            inputs=[*inputs, number(old)], output_shapes=[shape, shape], output_dtypes=[k.dtype, k.dtype], **launch
         )
         pool.last = keys
         return keys, values
@@ -154,8 +147,7 @@ class CudaAttention:
     def num_splits(self, num_blocks: int, length: int, window: int | None) -> int:
         """Parts of the key axis: enough thread blocks for the device, none of them for a handful of keys."""
         length = length if window is None else min(length, window)
-        wanted = -(-BLOCKS_PER_SM * self._num_sms // num_blocks)
-        return max(1, min(wanted, length // SPLIT_TOKENS, MAX_SPLITS))
+        return max(1, min(BLOCKS_PER_SM * self._num_sms // num_blocks, length // SPLIT_TOKENS, MAX_SPLITS))
 
     def _after(self, pool: Pool, dtype: mx.Dtype) -> mx.array:
         if pool.last is not None:
@@ -165,46 +157,36 @@ class CudaAttention:
         return self._started[dtype]
 
 
+def num_tiles(num_queries: int, dim: int, itemsize: int) -> int:
+    """`Attend::MT`: tiles of 16 queries that a thread block takes."""
+    return 2 if itemsize == 2 and num_queries > 16 and dim <= 128 else 1
+
+
 def num_parts(num_queries: int, dim: int, itemsize: int) -> int:
-    """`Attend::PARTS`: thread blocks that share a key-value head's queries."""
-    tiles = -(-num_queries // 16)
-    return -(-tiles // 2) if itemsize == 2 and tiles > 1 and dim <= 128 else tiles
+    """Thread blocks that share a key-value head's queries."""
+    return -(-num_queries // (16 * num_tiles(num_queries, dim, itemsize)))
 
 
-def shared_bytes(rows: int, group: int, dim: int, itemsize: int, num_warps: int = NUM_WARPS) -> int:
+def max_rows(dim: int, itemsize: int) -> int:
+    """`Attend::NEW`: most query rows a sequence; their keys and values lie in shared memory."""
+    return MAX_ROWS if dim * itemsize <= 512 else MAX_ROWS // 2
+
+
+def shared_bytes(num_queries: int, dim: int, itemsize: int, num_warps: int = NUM_WARPS) -> int:
     """Size of `Attend::Shared`."""
-    is_mma = itemsize == 2
-    tiles = -(-group * rows // 16)
-    queries = 32 if is_mma and tiles > 1 and dim <= 128 else 16
-    new = -(-rows // 16) * 16 if is_mma else rows
+    queries = 16 * num_tiles(num_queries, dim, itemsize)
     padded = (dim + 16 // itemsize) * itemsize
-    return queries * padded + max(2 * new * padded, queries * dim * 4) + 2 * num_warps * queries * 4
+    new = 2 * max_rows(dim, itemsize) * padded
+    return queries * padded + max(new, queries * dim * 4) + 2 * num_warps * queries * 4
 
 
-def supports(num_heads: int, num_kv_heads: int, key_dim: int, value_dim: int, itemsize: int, rows: int) -> bool:
+def supports(num_heads: int, num_kv_heads: int, dim: int, itemsize: int, rows: int) -> bool:
     """Is there a kernel for a layer of this shape and `rows` query rows a sequence?"""
     group = num_heads // num_kv_heads
     return (
-        key_dim == value_dim
-        and key_dim % 16 == 0
-        and key_dim <= 256
+        num_heads % num_kv_heads == 0
+        and dim in HEAD_DIMS
         and group <= MAX_GROUP
-        and rows <= MAX_ROWS
-        and shared_bytes(rows, group, key_dim, itemsize) <= SHARED_BYTES
+        and rows <= max_rows(dim, itemsize)
+        and shared_bytes(group * rows, dim, itemsize) <= SHARED_BYTES
     )
-
-
-@lru_cache(maxsize=256)
-def _params(scale: float, cap: float, window: int, block_size: int, width: int, has_sinks: bool) -> mx.array:
-    """`Params` of attention.cuh as 32-bit words on the device."""
-    return mx.array(_words([scale, cap], [window, block_size, width, int(has_sinks)]))
-
-
-@lru_cache(maxsize=1024)
-def _number(value: int) -> mx.array:
-    return mx.array([value], dtype=mx.int32)
-
-
-def _words(floats: Sequence[float], integers: Sequence[int]) -> np.ndarray:
-    packed = struct.pack(f"<{len(floats)}f{len(integers)}i", *floats, *integers)
-    return np.frombuffer(packed, dtype=np.int32).copy()

@@ -19,7 +19,7 @@ class ReferenceAttention:
         if variant.rotation is not None:
             q = variant.rotation(q.swapaxes(1, 2)).swapaxes(1, 2)
             k = variant.rotation(k.swapaxes(1, 2)).swapaxes(1, 2)
-        _write(pool, pages, k, v)
+        write_rows(pool, pages, k, v)
         num_kv_heads = k.shape[1]
         n = min(max(pages.host_starts) + rows, pages.table.shape[1] * pool.block_size)  # a ring holds no more
         positions = pages.starts[:, None] + (rows - n) + mx.arange(n)  # (B, n), negative before the first
@@ -52,7 +52,7 @@ class ReferenceAttention:
                 _gather(array, _one(pages, b), mx.arange(start - old, start)[None]) for b, start in enumerate(pages.host_starts)
             ]
             gathered.append(mx.concatenate([mx.concatenate(before), new.astype(array.dtype)], axis=2) if old else new)
-        _write(pool, pages, k, v)
+        write_rows(pool, pages, k, v)
         return gathered[0], gathered[1]
 
 
@@ -73,7 +73,8 @@ def _gather(array: mx.array, pages: Pages, positions: mx.array) -> mx.array:
     return array[blocks[:, None], heads[None, :, None], offsets[:, None]]
 
 
-def _write(pool: Pool, pages: Pages, k: mx.array, v: mx.array) -> None:
+def write_rows(pool: Pool, pages: Pages, k: mx.array, v: mx.array) -> None:
+    """Scatter k and v (B, num_kv_heads, L, dim) to their pages; the pool's arrays are rebound."""
     positions = pages.starts[:, None] + mx.arange(k.shape[2])
     blocks, offsets = _where(pages, pool.block_size, positions)
     heads = mx.arange(k.shape[1])[None, :, None]

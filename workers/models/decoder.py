@@ -277,6 +277,10 @@ class Model(nn.Module):
         c = self.config
         return [AttentionSpec(c.num_kv_heads, c.head_dim, c.head_dim, window) for window in c.windows]
 
+    def query_heads(self) -> list[int]:
+        """Of each layer in `layer_specs`: for models whose attention ends in `cache.attend`."""
+        return [self.config.num_heads] * len(self.config.windows)
+
     def embed(self, inputs: mx.array) -> mx.array:
         return self.model.embed_tokens(inputs)
 
