@@ -2,8 +2,8 @@
 
 `python -m bench.attention --shape 8b --rows 1,8 --batches 1,8,32 --contexts 1024,8192`
 
-Times are of one layer in a chain of layers with pools of their own, rotation and write of the new rows included. "copy" is
-what reading the layer's keys and values once would take at the rate of a device copy (bytes read and written).
+Times are of one layer in a chain of layers with pools of their own, rotation and write of the new rows included. "copy"
+is what reading the layer's keys and values once would take at the rate of a device copy (bytes read and written).
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
 from workers.engine import Engine
-from workers.kernels.select import select
 from workers.exactness import probe
+from workers.kernels.select import select
 from workers.load import LoadedModel, load
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.runner import ModelRunner
@@ -131,12 +131,20 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
     query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
     layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []
     is_speculative = bool(settings.draft_checkpoint or settings.is_ngram)
-    choice = select(layers, DTYPES[loaded.dtype], settings.attention, is_speculative=is_speculative)
+    choice = select(
+        layers,
+        DTYPES[loaded.dtype],
+        settings.attention,
+        is_speculative=is_speculative,
+        cache_folder=settings.cache_folder,
+    )
     engine.store.use_attention(choice)
     if choice is None:
         return info
     if choice.is_used and all(choice.is_used.values()):
-        loaded.model.join_attention_inputs()
+        join = getattr(loaded.model, "join_attention_inputs", None)
+        if join is not None:
+            join()
     return msgspec.structs.replace(info, attention=list(choice.reasons))
 
 

@@ -93,7 +93,7 @@ class KVLayer:
         self.keys[capacity_class], self.values[capacity_class] = pool.keys, pool.values
 
     def settle(self, capacity_class: int) -> None:
-        """Call before a stock operation reads or updates a class's arrays that kernels may have written in this step."""
+        """Call before a stock operation touches a class's arrays: kernels may have written them in this step."""
         pool = self._pools[capacity_class]
         if pool is not None:
             pool.settle()
@@ -212,11 +212,10 @@ class KVView:
         """May a kernel do it, which rotates by the positions in the cache?"""
         if rotation is None:
             return True
+        if not isinstance(rotation, Rotation) or not rotation.is_plain:
+            return False
         offset = self._shape.offset
-        is_here = isinstance(rotation, Rotation) and (
-            rotation.offset is offset or (isinstance(offset, int) and rotation.offset == offset)
-        )
-        return is_here and isinstance(rotation, Rotation) and rotation.is_plain
+        return rotation.offset is offset or (isinstance(offset, int) and bool(rotation.offset == offset))
 
     def _attend_pages(
         self, attention: PagedAttention, q: mx.array, k: mx.array, v: mx.array, variant: Variant
@@ -241,7 +240,7 @@ class KVView:
         window: int | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        """A prefill chunk of one sequence: a kernel writes it and gathers what is before it, the stock kernel attends."""
+        """A prefill chunk of one sequence: a kernel writes it and gathers what is before it, a stock one attends."""
         (run,), (start,), width = self._shape.runs, self._shape.starts, self._shape.width
         old = start if window is None else min(start, window - 1)
         pool = self._layer.pool(run.capacity_class)

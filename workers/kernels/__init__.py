@@ -1,1 +1,1 @@
-"""Attention kernels behind `cache.attend`: ragged decode and verify over slots or blocks, in place of stock operations."""
+"""Attention kernels behind `cache.attend`: ragged decode and verify over slots or blocks."""

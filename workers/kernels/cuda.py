@@ -1,8 +1,8 @@
-"""The kernels on CUDA: `mx.fast.cuda_kernel` around attention.cuh, one launch per layer where the key axis is not split.
+"""The kernels on CUDA: `mx.fast.cuda_kernel` around attention.cuh, one launch a layer where the key axis is not split.
 
 The pools are written in place through the inputs' pointers. MLX has no operation for that: its own updates copy a pool
-whenever an earlier step that reads it is still on the device, since that step holds a reference. What keeps it safe: the
-pools belong to nobody else, `Pool.last` orders the kernels, and steps are queued on one stream.
+whenever an earlier step that reads it is still on the device, since that step holds a reference. What keeps it safe:
+the pools belong to nobody else, `Pool.last` orders the kernels, and steps are queued on one stream.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class CudaAttention:
                 threadgroup=(128, 1, 1),
             )
         pool.last = out
-        return out.swapaxes(1, 2)
+        attended: mx.array = out.swapaxes(1, 2)
+        return attended
 
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
         batch, kv_heads, length, dim = k.shape

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from workers.arrays import start_evaluating
+
 RING = 0  # `shift` of a layout whose rows are one block each, of any size, in which positions wrap
 
 
@@ -25,7 +27,7 @@ class Pool:
     def settle(self) -> None:
         """Queue every write that was built so far: whatever is queued after it on the device sees them."""
         if self.last is not None:
-            mx.async_eval(self.last)
+            start_evaluating([self.last])
             self.last = None
 
     @property

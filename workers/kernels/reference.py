@@ -49,7 +49,8 @@ class ReferenceAttention:
         gathered = []
         for array, new in ((pool.keys, k), (pool.values, v)):
             before = [
-                _gather(array, _one(pages, b), mx.arange(start - old, start)[None]) for b, start in enumerate(pages.host_starts)
+                _gather(array, _one(pages, b), mx.arange(start - old, start)[None])
+                for b, start in enumerate(pages.host_starts)
             ]
             gathered.append(mx.concatenate([mx.concatenate(before), new.astype(array.dtype)], axis=2) if old else new)
         write_rows(pool, pages, k, v)

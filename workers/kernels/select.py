@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
+import msgspec
 
 from shared.errors import BadConfig
 from workers.cache.spec import AttentionSpec
@@ -15,14 +19,28 @@ from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
 from workers.kernels.metal import MetalAttention
 from workers.kernels.prove import choose
+from workers.machine import device_name
 
 logger = logging.getLogger("target")
 
 VERIFY_ROWS = (2, 4, 8, 16)  # widths that the engine pads verify rows to
+FORMAT = "attention-1"
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What a check found, kept in the cache folder: in the order of the shape classes."""
+
+    is_used: list[bool]
+    reasons: list[str]
 
 
 def select(
-    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, setting: str, *, is_speculative: bool
+    layers: Sequence[tuple[AttentionSpec, int]],
+    dtype: mx.Dtype,
+    setting: str,
+    *,
+    is_speculative: bool,
+    cache_folder: Path,
 ) -> AttentionChoice | None:
     """The kernels that serve, None where stock operations do everything.
 
@@ -30,6 +48,7 @@ def select(
         layers: each attention layer and its number of query heads.
         setting: "auto", "stock" or "kernel".
         is_speculative: verify rows will come.
+        cache_folder: keeps what "auto" found, by device, MLX version and the kernel's text.
     Raises:
         BadConfig: "kernel" was asked for, and there is none or it gives other values.
     """
@@ -37,18 +56,54 @@ def select(
         return None
     attention = machine_kernel()
     if attention is None:
-        return _none(setting, "no attention kernel for this machine")
-    shapes = shape_classes(layers, dtype, is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention))
+        _check_none_is_wanted(setting, "no attention kernel for this machine")
+        return None
+    shapes = shape_classes(
+        layers, dtype, is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention)
+    )
     if not shapes:
-        return _none(setting, "no attention kernel for this model's layers")
-    started = time.perf_counter()
-    choice = choose(attention, shapes, is_forced=setting == "kernel")
+        _check_none_is_wanted(setting, "no attention kernel for this model's layers")
+        return None
+    path = cache_folder / FORMAT / f"{fingerprint(shapes)}.json"
+    choice = _read(path, attention, shapes) if setting == "auto" else None
+    if choice is None:
+        started = time.perf_counter()
+        choice = choose(attention, shapes, is_forced=setting == "kernel")
+        logger.info("attention kernels checked in %.1f s", time.perf_counter() - started)
+        if setting == "auto":
+            _write(path, choice, shapes)
     for reason in choice.reasons:
         logger.info("attention: %s", reason)
-    logger.info("attention kernels checked in %.1f s", time.perf_counter() - started)
     if setting == "kernel" and not all(choice.is_used.values()):
         raise BadConfig(f"TANDEM_ATTENTION=kernel: {'; '.join(choice.reasons)}")
-    return choice if any(choice.is_used.values()) else AttentionChoice(attention, {}, choice.reasons)
+    return choice
+
+
+def fingerprint(shapes: Sequence[ShapeClass]) -> str:
+    """Changes with whatever may change the outcome of a check."""
+    digest = hashlib.sha256(f"{device_name()} {version('mlx')} {[shape.name for shape in shapes]}".encode())
+    for name in ("attention.cuh", "attention.metal", "cuda.py", "metal.py", "prove.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path, attention: PagedAttention, shapes: Sequence[ShapeClass]) -> AttentionChoice | None:
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Found)
+    except (OSError, msgspec.DecodeError):
+        return None
+    if len(found.is_used) != len(shapes):
+        return None
+    return AttentionChoice(attention, dict(zip(shapes, found.is_used, strict=True)), tuple(found.reasons))
+
+
+def _write(path: Path, choice: AttentionChoice, shapes: Sequence[ShapeClass]) -> None:
+    found = Found(is_used=[choice.is_used[shape] for shape in shapes], reasons=list(choice.reasons))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.encode(found))
+    except OSError as error:
+        logger.warning("cannot keep the attention check: %s", error)
 
 
 def machine_kernel() -> PagedAttention | None:
@@ -73,6 +128,6 @@ def shape_classes(
     ]
 
 
-def _none(setting: str, reason: str) -> None:
+def _check_none_is_wanted(setting: str, reason: str) -> None:
     if setting == "kernel":
         raise BadConfig(f"TANDEM_ATTENTION=kernel: {reason}")
