@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import msgspec
+import numpy as np
 
 from shared.messages import (
     BlockStore,
@@ -28,6 +30,7 @@ from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
 from workers.cache.blocks import BlockPool
 from workers.cache.store import CacheStore, RecurrentSnapshot
+from workers.features import as_bits
 from workers.kernels.base import MAX_VERIFY_WIDTH
 from workers.runner import ModelRunner
 from workers.sampling.rejection import Proposal, proposals
@@ -36,6 +39,9 @@ from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 WIDTH_STEP = 64
 CHECK_TOLERANCE = 0.02  # of a block's largest value; bfloat16 forwards of different shapes differ by about 0.008
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
+
+Bits = np.ndarray[Any, np.dtype[Any]]
+"""Feature rows on the host: float32, or the bits of 16-bit floats as uint16."""
 
 AcceptRule = Callable[[Sequence[int], Sequence[int]], int]
 """(drafts (k,), the target's draws (k+1,)) -> how many drafts are accepted."""
@@ -51,7 +57,7 @@ class PendingStep:
     sampled_rows: list[SampledRow]
     sampled: Sampled | None
     pending: list[mx.array]  # what must be evaluated where nothing is sampled
-    features: list[tuple[list[StepRow], mx.array]]  # per forward: its rows and their fused features (B, L, H)
+    features: list[tuple[list[StepRow], mx.array]]  # per forward: its rows and their fused features' bits (B, L, H)
     restored: list[tuple[FeatureRows, mx.array]]  # features of restored prefixes (n, H)
     request_ids: dict[int, RequestId]  # slot -> whose rows these are
     checks: list[tuple[BlockStore, mx.array]]  # what was compared with the prefix cache, and where it differs
@@ -167,8 +173,9 @@ class Engine:
             n = len(start.restore) * self.blocks.block_size
             features = self.store.read_features(start.slot, n) if self.model.captures else None
             if features is not None:
-                start_evaluating([features])  # before the slot is written to: then that happens in place
-                self._restored.append((FeatureRows(request_id=start.request_id, start=0, num_rows=n), features))
+                bits = as_bits(features)
+                start_evaluating([bits])  # before the slot is written to: then that happens in place
+                self._restored.append((FeatureRows(request_id=start.request_id, start=0, num_rows=n), bits))
 
     def _keep(self, stores: Sequence[BlockStore]) -> None:
         """Copy blocks of slots into the prefix cache, behind everything that is queued already."""
@@ -224,7 +231,8 @@ class Engine:
         hidden = self.model.hidden_rows(self._inputs(ordered, width), batch.layers, self._wanted(ordered))
         features = self.model.features()
         if features is not None:
-            self._features.append((ordered, features))
+            # Read on the host as they are: an operation built after the step would wait behind the step after it.
+            self._features.append((ordered, as_bits(features)))
             if self.blocks is not None:
                 self.store.write_features(batch, features)
         batch.close()
@@ -312,12 +320,13 @@ class Engine:
             ],
         )
 
-    def feature_rows(self, pending: PendingStep, result: StepResult) -> tuple[list[FeatureRows], mx.array] | None:
+    def feature_rows(self, pending: PendingStep, result: StepResult) -> tuple[list[FeatureRows], Bits] | None:
         """The fused features of a finished step's committed and restored positions: whose they are, and (n, H) rows."""
         num_tokens = {row.slot: len(row.token_ids) for row in result.rows}
         described = [rows for rows, _ in pending.restored]
-        parts = [array for _, array in pending.restored]
-        for rows, array in pending.features:
+        parts = [np.array(array) for _, array in pending.restored]
+        for rows, lazy in pending.features:
+            array = np.array(lazy)
             for i, row in enumerate(rows):
                 n = _width(row)
                 if row.num_drafts:  # anchor and accepted drafts
@@ -325,7 +334,7 @@ class Engine:
                 if n > 0 and pending.request_ids[row.slot]:
                     described.append(FeatureRows(request_id=pending.request_ids[row.slot], start=row.start, num_rows=n))
                     parts.append(array[i, :n])
-        return (described, mx.concatenate(parts)) if parts else None
+        return (described, np.concatenate(parts)) if parts else None
 
     def _row_result(
         self, row: StepRow, tokens: list[int], is_finite: list[bool], first: int, logprobs: dict[int, TokenLogprob]

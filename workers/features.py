@@ -154,8 +154,6 @@ class FeatureReceiver:
         self._context.term()
 
 
-def to_numpy(rows: mx.array) -> tuple[np.ndarray[Any, Any], str]:
-    """(C-contiguous array, dtype name) of evaluated rows."""
-    dtype = str(rows.dtype).removeprefix("mlx.core.")
-    view, _ = _VIEWS[dtype]
-    return np.array(rows if view == mx.float32 else rows.view(view)), dtype
+def as_bits(rows: mx.array) -> mx.array:
+    """The form in which rows are read on the host: 16-bit floats as uint16, which NumPy lacks them as."""
+    return rows if rows.dtype == mx.float32 else rows.view(mx.uint16)

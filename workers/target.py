@@ -11,6 +11,8 @@ from collections import deque
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shared import config, log
 from shared.errors import BadConfig, BadModel, TandemError
 from shared.messages import (
@@ -190,11 +192,10 @@ class Target:
 
     def _send_features(self, done: PendingStep, result: StepResult) -> None:
         """After the result, so that the scheduler plans meanwhile."""
-        from workers.features import to_numpy
-
         features = self.engine.feature_rows(done, result) if self.sender is not None else None
         if features is not None and self.sender is not None:
-            self.sender.send(self.epoch, features[0], *to_numpy(features[1]))
+            rows, bits = features
+            self.sender.send(self.epoch, rows, bits, "float32" if bits.dtype == np.float32 else self.info.dtype)
             self.link.num_feature_bytes = self.sender.num_bytes
 
     def _welcome(self, greeting: Welcome) -> None:

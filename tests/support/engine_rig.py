@@ -275,7 +275,7 @@ class EngineRig:
         if features is not None and self.drafter is not None:
             at = 0
             for rows in features[0]:
-                self.drafter.take_features(rows, features[1][at : at + rows.num_rows])
+                self.drafter.take_features(rows, mx.array(features[1][at : at + rows.num_rows]))
                 at += rows.num_rows
         self.now += STEP_S
         self.send("target", result)

@@ -7,7 +7,7 @@ A sliding layer restores only its window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,9 @@ SEGMENT_BLOCKS = 64  # the pool grows by so many blocks: nothing is reserved for
 
 State = list[list[mx.array | None] | None]
 """For each recurrent layer its arrays, one row each; None where the slot had none yet."""
+
+Place = tuple[int, mx.array, mx.array | None]
+"""(segment, indices within it, which of the blocks given they are; None: all)"""
 
 
 class BlockPool:
@@ -55,17 +58,18 @@ class BlockPool:
     def keep(self, stored: BlockStore) -> None:
         """Copy blocks of a slot into the pool."""
         self._holders.update(zip(stored.block_ids, stored.hashes, strict=True))
+        everything = list(range(len(stored.indices)))
+        windowed = [j for j in everything if stored.has_window[j]]  # a sliding layer has rows of these only
+        places = _places(stored.block_ids)
+        windowed_places = places if windowed == everything else _places([stored.block_ids[j] for j in windowed])
         for layer, keys, values in self._layers():
-            chosen = self._chosen(layer, stored)
+            chosen = everything if layer.spec.window is None else windowed
             if not chosen:
                 continue
+            indices = [stored.indices[j] for j in chosen]
             for pools, segments in ((layer.keys, keys), (layer.values, values)):
-                rows = self._slot_blocks(layer, pools, stored.slot, [stored.indices[j] for j in chosen])
-                self._write(segments, [stored.block_ids[j] for j in chosen], rows)
-
-    def _chosen(self, layer: KVLayer, stored: BlockStore) -> list[int]:
-        """Which of the blocks this layer has rows of."""
-        return [j for j in range(len(stored.indices)) if layer.spec.window is None or stored.has_window[j]]
+                rows = self._slot_blocks(layer, pools, stored.slot, indices)
+                self._write(segments, places if chosen is everything else windowed_places, rows)
 
     def _slot_blocks(self, layer: KVLayer, pools: list[mx.array | None], slot: int, indices: Sequence[int]) -> mx.array:
         """Blocks (n, H, block_size, D) out of a slot's row."""
@@ -81,15 +85,13 @@ class BlockPool:
         heads, _, dim = rows.shape
         return rows.reshape(heads, len(indices), size, dim).swapaxes(0, 1)
 
-    def _write(self, segments: list[mx.array], block_ids: Sequence[int], rows: mx.array) -> None:
-        while len(segments) <= max(block_ids) // SEGMENT_BLOCKS:
-            segments.append(mx.zeros((SEGMENT_BLOCKS, *rows.shape[1:]), rows.dtype))
-        for segment in sorted({b // SEGMENT_BLOCKS for b in block_ids}):
-            here = [i for i, b in enumerate(block_ids) if b // SEGMENT_BLOCKS == segment]
+    def _write(self, segments: list[mx.array], places: Sequence[Place], rows: mx.array) -> None:
+        """Put blocks (n, H, block_size, D) at their places."""
+        for segment, within, chosen in places:
+            while len(segments) <= segment:
+                segments.append(mx.zeros((SEGMENT_BLOCKS, *rows.shape[1:]), rows.dtype))
             target = segments[segment]
-            target[mx.array([block_ids[i] % SEGMENT_BLOCKS for i in here])] = (
-                rows if len(here) == len(block_ids) else rows[mx.array(here)]
-            )
+            target[within] = rows if chosen is None else rows[chosen]
             segments[segment] = target
 
     def keep_state(self, slot: int, state_id: int) -> None:
@@ -107,20 +109,18 @@ class BlockPool:
         """Fill positions 0 .. len(block_ids)*block_size-1 of a slot that has room for them."""
         num_tokens = len(block_ids) * self.block_size
         self._store.set_length(slot, num_tokens)
+        runs: dict[int, list[tuple[int, mx.array]]] = {}
         for layer, keys, values in self._layers():
             first = 0 if layer.spec.window is None else max(0, num_tokens - layer.spec.window) // self.block_size
+            if first not in runs:
+                runs[first] = _runs(block_ids[first:])
             for pools, segments in ((layer.keys, keys), (layer.values, values)):
-                self._fill(layer, pools, slot, first, self._read(segments, block_ids[first:]))
+                self._fill(layer, pools, slot, first, _read(segments, runs[first]))
         if state_id is not None:
             for recurrent, arrays in zip(self._store.recurrent_layers, self._states[state_id], strict=True):
                 recurrent.restore(slot, None if arrays is None else (arrays, 0))
         # Before anything writes to the pool again: then that write happens in place.
         start_evaluating(self._store.pending())
-
-    def _read(self, segments: list[mx.array], block_ids: Sequence[int]) -> mx.array:
-        """Blocks (n, H, block_size, D), in the order asked for."""
-        parts = [segments[s][mx.array([b % SEGMENT_BLOCKS for b in run])] for s, run in _runs(block_ids)]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def _fill(self, layer: KVLayer, pools: list[mx.array | None], slot: int, first: int, blocks: mx.array) -> None:
         """Write blocks (n, H, block_size, D) at block index `first` of a slot."""
@@ -176,14 +176,14 @@ class BlockPool:
         self._holders.update(zip(block_ids, hashes, strict=True))
         if not self._store.kv_layers or not contents[0].nbytes:
             return
-        data = mx.array(np.stack(contents))
+        data, places = mx.array(np.stack(contents)), _places(block_ids)
         at = 0
         for layer, keys, values in self._layers():
             if layer.spec.window is None or has_window:
                 for segments, dim in ((keys, layer.spec.key_dim), (values, layer.spec.value_dim)):
                     shape = (layer.spec.num_kv_heads, self.block_size, dim)
                     size = shape[0] * shape[1] * shape[2] * layer.dtype.size
-                    self._write(segments, block_ids, data[:, at : at + size].view(layer.dtype).reshape(-1, *shape))
+                    self._write(segments, places, data[:, at : at + size].view(layer.dtype).reshape(-1, *shape))
                     at += size
         start_evaluating(self.pending())
 
@@ -198,13 +198,13 @@ class BlockPool:
 
         Two forwards of different shapes round differently, so equality to the bit is not asked for.
         """
-        result = mx.zeros((len(stored.indices),), mx.bool_)
+        result, runs = mx.zeros((len(stored.indices),), mx.bool_), _runs(stored.block_ids)
         for layer, keys, values in self._layers():
             if layer.spec.window is not None:
                 continue  # the scratch slot's ring keeps the last positions only
             for pools, segments in ((layer.keys, keys), (layer.values, values)):
                 fresh = self._slot_blocks(layer, pools, stored.slot, stored.indices).astype(mx.float32)
-                held = self._read(segments, stored.block_ids).astype(mx.float32)
+                held = _read(segments, runs).astype(mx.float32)
                 scale = mx.abs(fresh).max(axis=(1, 2, 3)) + 1e-6
                 result = result | (mx.abs(fresh - held).max(axis=(1, 2, 3)) > tolerance * scale)
         return result
@@ -220,15 +220,31 @@ class BlockPool:
         return sum(a.nbytes for a in (*self.pending(), *states))
 
 
-def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """(segment, blocks) for each run of neighbours in one segment."""
-    run: list[int] = []
+def _places(block_ids: Sequence[int]) -> list[Place]:
+    """Where blocks lie, by segment; made once for all layers."""
+    places: list[Place] = []
+    for segment in sorted({b // SEGMENT_BLOCKS for b in block_ids}):
+        here = [i for i, b in enumerate(block_ids) if b // SEGMENT_BLOCKS == segment]
+        within = mx.array([block_ids[i] % SEGMENT_BLOCKS for i in here])
+        places.append((segment, within, None if len(here) == len(block_ids) else mx.array(here)))
+    return places
+
+
+def _runs(block_ids: Sequence[int]) -> list[tuple[int, mx.array]]:
+    """(segment, places in it) for each run of neighbours in one segment, in order; made once for all layers."""
+    runs: list[tuple[int, list[int]]] = []
     for block_id in block_ids:
-        if run and run[-1] // SEGMENT_BLOCKS != block_id // SEGMENT_BLOCKS:
-            yield run[-1] // SEGMENT_BLOCKS, run
-            run = []
-        run.append(block_id)
-    yield run[-1] // SEGMENT_BLOCKS, run
+        segment = block_id // SEGMENT_BLOCKS
+        if not runs or runs[-1][0] != segment:
+            runs.append((segment, []))
+        runs[-1][1].append(block_id % SEGMENT_BLOCKS)
+    return [(segment, mx.array(within)) for segment, within in runs]
+
+
+def _read(segments: list[mx.array], runs: Sequence[tuple[int, mx.array]]) -> mx.array:
+    """Blocks (n, H, block_size, D), in the order of the runs."""
+    parts = [segments[segment][within] for segment, within in runs]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
 def _row(array: mx.array | None, row: int) -> mx.array | None:
