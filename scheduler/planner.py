@@ -97,6 +97,8 @@ class Planner:
             length = len(sequence.token_ids) + sequence.num_pending
             if length - sequence.num_scheduled != 1 or length >= sequence.max_length or sequence.slot is None:
                 continue
+            if sequence.is_constrained and sequence.num_pending:
+                continue  # the target builds the mask from the token that is still on its way
             if drafts_for is None and sequence.num_pending and length <= sequence.capacity:
                 # Pipelined decode, by far the most frequent row: 256 of them have to be planned within 0.2 ms.
                 decodes.append(StepRow(slot=sequence.slot, start=length - 1, capacity=sequence.capacity))
@@ -191,6 +193,8 @@ class Planner:
                     sampling=sequence.submit.sampling,
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     token_ids=sequence.token_ids,
+                    grammar=sequence.submit.grammar,
+                    thinking=sequence.submit.thinking,
                 )
             )
         row = StepRow(
