@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from frontend import chat, completions, errors, health, messages_api, metrics, models_api, tokenize_api
+from frontend import cache_api, chat, completions, errors, health, messages_api, metrics, models_api, tokenize_api
 from frontend.access import Access
 from frontend.auth import ApiKeys, parse_keys
 from frontend.messages_schemas import CountTokensBody, MessagesBody
@@ -34,7 +34,7 @@ def create_app(service: Service) -> ASGIApp:
     )
     app.state.service = service
     app.state.metrics = HttpMetrics()
-    for module in (chat, completions, messages_api, models_api, tokenize_api, health, metrics):
+    for module in (chat, completions, messages_api, models_api, tokenize_api, health, metrics, cache_api):
         app.include_router(module.router)
     plain_openapi = app.openapi
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 from starlette.requests import Request
 
+from frontend.cache_api import cache_salt
 from frontend.output_events import Event, Text, joined_text
 from frontend.output_parser import OutputParser
 from frontend.output_parser import Request as ParserRequest
@@ -291,6 +292,7 @@ def prepare(
                 thinking=thinking,
                 priority=body.priority,
                 tenant=request.scope.get("tenant", ""),
+                cache_salt=cache_salt(request),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)

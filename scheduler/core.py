@@ -11,9 +11,13 @@ from collections import deque
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
+import msgspec
+
 from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
+from scheduler.prefix.cache import PrefixCache
+from scheduler.prefix.check import SelfCheck
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.speculation import Speculator
@@ -21,7 +25,13 @@ from scheduler.waiting import WaitingQueue
 from shared.config import Settings
 from shared.errors import Busy, ContextLength, InvalidRequest, Unavailable
 from shared.messages import (
+    BlocksArchived,
+    BlocksLoaded,
+    BlockStore,
+    CacheReply,
+    CacheRequest,
     Cancel,
+    ClearArchive,
     DraftReply,
     EngineStatus,
     FinishReason,
@@ -83,6 +93,8 @@ class Core:
         self.running: list[Sequence] = []
         self.slots = SlotPool(0, 0, [1])
         self.planner: Planner | None = None  # while a target is ready
+        self.prefix: PrefixCache | None = None  # while a target is ready that has one
+        self._check: SelfCheck | None = None
         self._requests: dict[RequestId, Sequence] = {}
         self._in_flight: deque[InFlight] = deque()
         self._num_steps = 0
@@ -91,12 +103,12 @@ class Core:
         self._out: list[Envelope] = []
         self._outputs: dict[str, list[Output]] = {}
         self._freed: list[int] = []
+        self._kept: list[BlockStore] = []  # of the freed slots
         self._last_result = 0.0
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
-        is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
-        self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
 
     # ------------------------------------------------ entry points
 
@@ -121,6 +133,10 @@ class Core:
                 self._step_result(sender, message, now)
             case MetricsRequest():
                 self._out.append((sender, MetricsPage(query_id=message.query_id, page=self._metrics_page())))
+            case CacheRequest():
+                self._out.append((sender, self._cache_reply(message)))
+            case BlocksLoaded() | BlocksArchived():
+                self._archive_message(sender, message)
             case WorkerFailed():
                 self._worker_failed(sender, now)
             case DraftReply():
@@ -198,6 +214,8 @@ class Core:
             self.metrics.set_memory(peer.role, message.memory_bytes)
             self.metrics.dropped["by_peer"].inc(max(0, message.num_dropped_messages - peer.num_dropped_messages))
             peer.num_dropped_messages = message.num_dropped_messages
+            self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
+            peer.num_feature_bytes = message.num_feature_bytes
 
     def _ready(self, sender: str, message: Ready) -> None:
         peer = self.peers.get(sender)
@@ -213,8 +231,12 @@ class Core:
             info = message.info
             self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
             budget = self.settings.max_num_batched_tokens or info.max_step_tokens
-            self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens)
-            self.speculator.set_target(info.max_draft_tokens, info.step_costs)
+            if info.prefix_cache is not None:
+                self.prefix = PrefixCache(
+                    info.prefix_cache, info.fingerprint, self.metrics.prefix, self.settings.prefix_check_rate
+                )
+            self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix)
+            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
@@ -243,12 +265,17 @@ class Core:
         self.metrics.set_worker("target", False)
         self._in_flight.clear()
         self._freed.clear()
+        self._kept.clear()
         for sequence in self.running:
             sequence.rewind()
             self.waiting.push(sequence)
+        for sequence in self._requests.values():
+            sequence.was_loaded = False
         self.running.clear()
         self.slots = SlotPool(0, 0, [1])
         self.planner = None
+        self.prefix = self._check = None
+        self.metrics.prefix.blocks["device"] = self.metrics.prefix.tier_bytes["device"] = 0
 
     @property
     def target(self) -> Peer | None:
@@ -341,14 +368,19 @@ class Core:
         error: str | None = None,
         token_ids: Sequenced[int] = (),
         logprobs: list[TokenLogprob] | None = None,
+        is_suspect: bool = False,
     ) -> None:
-        """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves."""
+        """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves.
+
+        Args:
+            is_suspect: what the sequence computed must not be reused.
+        """
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
-        self.speculator.end(sequence.submit.request_id)
+        self.speculator.end(sequence)
         if sequence.slot is not None:
-            self._free_slot(sequence)
+            self._free_slot(sequence, is_suspect=is_suspect)
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -363,8 +395,13 @@ class Core:
         )
         self._outputs_of(sequence.frontend).append(output)
 
-    def _free_slot(self, sequence: Sequence) -> None:
+    def _free_slot(self, sequence: Sequence, is_suspect: bool = False) -> None:
         assert sequence.slot is not None, "free a slot that is not held"
+        if self.prefix is not None:
+            if is_suspect:
+                self.prefix.drop(sequence)
+            elif (store := self.prefix.keep(sequence)) is not None:
+                self._kept.append(store)
         self.slots.free(sequence.slot)
         if sequence.is_started:
             self._freed.append(sequence.slot)
@@ -372,8 +409,8 @@ class Core:
     def _release_freed(self) -> None:
         target = self.target
         if self._freed and target is not None:
-            self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed)))
-        self._freed = []
+            self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed, stores=self._kept)))
+        self._freed, self._kept = [], []
 
     def _emit(self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Tokens of a request that goes on."""
@@ -392,29 +429,64 @@ class Core:
         target = self.target
         while self.planner is not None and target is not None and len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
             if not self.running and not len(self.waiting):
+                self._plan_check(self.planner, target, now)
                 return
+            self._end_check()
             k = self._draft(now)
             if k is None:
                 return
             drafts_for = self.speculator.drafts_for if k else None
             plan = self.planner.plan(now, drafts_for, self._preempt, self.settings.ttft_bound_s)
             self._release_freed()
+            self._send_loads(target)
             if not plan:
                 return
             self._is_drafted = False
             self._num_steps += 1
+            if k:
+                described = map(self.speculator.described, plan.decodes, plan.sequences)  # prefills come last
+                plan.decodes = list(described)
             step = Step(
                 epoch=target.epoch,
                 step_id=self._num_steps,
                 starts=plan.starts,
                 decodes=plan.decodes,
                 prefills=plan.prefills,
+                stores=plan.stores,
             )
             self._in_flight.append(_in_flight(step, plan, now, k))
             self._out.append((target.instance_id, step))
             self.metrics.iteration_tokens.observe(plan.num_tokens)
             if plan.decodes:
                 self.metrics.batch_occupancy.observe(len(plan.decodes))
+
+    def _plan_check(self, planner: Planner, target: Peer, now: float) -> None:
+        """Nobody wants anything: compute a cached prefix again."""
+        prefix = self.prefix
+        if prefix is None or self._in_flight:
+            return
+        if self._check is None and prefix.to_check:
+            token_ids, hashes = prefix.to_check.pop()
+            capacity = self.slots.class_for(len(token_ids))
+            if capacity is not None and self.slots.can_hold(capacity):
+                self._check = SelfCheck(self.slots.allocate(capacity), capacity, token_ids, hashes)
+        if self._check is None:
+            return
+        self._num_steps += 1
+        chunk = min(planner.max_step_tokens, planner.max_prefill_tokens)
+        step = self._check.next_step(target.epoch, self._num_steps, chunk, prefix)
+        self._in_flight.append(InFlight(step.step_id, {}, now, 0, 0, 0, is_decode_only=False))
+        self._out.append((target.instance_id, step))
+        if self._check.is_done:
+            self._end_check()
+            self._release_freed()
+
+    def _end_check(self) -> None:
+        """It is done, or a request needs the target."""
+        if self._check is not None:
+            self.slots.free(self._check.slot)
+            self._freed.append(self._check.slot)
+            self._check = None
 
     def _draft(self, now: float) -> int | None:
         """Get drafts for the next step; k, or None while the step has to wait for a result or for drafts."""
@@ -459,6 +531,8 @@ class Core:
             self.metrics.dropped["unexpected"].inc()
             return
         step = self._in_flight.popleft()
+        if self.prefix is not None and self.prefix.num_checked:
+            self.prefix.checked(result.differing)
         self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
         step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
         self._last_result = now
@@ -505,12 +579,15 @@ class Core:
         """Commit one row's tokens; how many the output took."""
         sequence.num_pending -= 1
         if row.error is not None or not 1 <= len(row.token_ids) <= num_drafts + 1:
-            self._end(sequence, "error", now, error=row.error or "the target worker sent a malformed result")
+            error = row.error or "the target worker sent a malformed result"
+            self._end(sequence, "error", now, error=error, is_suspect=True)
             return 0
         if num_drafts:
             # Of the rows that were sent, the rejected drafts are not part of the sequence: roll back.
             num_accepted = len(row.token_ids) - 1
             sequence.num_scheduled -= num_drafts - num_accepted
+            if self.prefix is not None and num_accepted < num_drafts:
+                self.prefix.forget_state(sequence)
             sequence.num_drafts += 1
             sequence.num_draft_tokens += num_drafts
             sequence.num_accepted_tokens += num_accepted
@@ -541,10 +618,53 @@ class Core:
                 return token_ids[: i + 1], "length"
         return token_ids, None
 
+    def _send_loads(self, target: Peer) -> None:
+        """What sequences wait for comes from the target's archive."""
+        if self.prefix is not None and self.prefix.to_load:
+            for load in self.prefix.to_load:
+                self._out.append((target.instance_id, msgspec.structs.replace(load, epoch=target.epoch)))
+            self.prefix.to_load = []
+
+    def _archive_message(self, sender: str, message: BlocksLoaded | BlocksArchived) -> None:
+        target = self.target
+        if target is None or sender != target.instance_id or message.epoch != target.epoch or self.prefix is None:
+            self.metrics.dropped["old_epoch"].inc()
+        elif isinstance(message, BlocksArchived):
+            self.prefix.archived(message)
+        elif not self.prefix.loaded(message):
+            self.metrics.dropped["unexpected"].inc()
+
+    def _cache_reply(self, request: CacheRequest) -> CacheReply:
+        prefix, target = self.prefix, self.target
+        if prefix is None or target is None:
+            return CacheReply(query_id=request.query_id, enabled=False)
+        num_cleared = 0
+        if request.clear:
+            num_cleared = prefix.clear()
+            self._out.append((target.instance_id, ClearArchive(epoch=target.epoch)))
+        prefix.measure()
+        counts = self.metrics.prefix
+        return CacheReply(
+            query_id=request.query_id,
+            enabled=True,
+            block_size=prefix.info.block_size,
+            blocks=counts.blocks,
+            tier_bytes=counts.tier_bytes,
+            capacity_blocks=prefix.info.num_blocks,
+            query_tokens=counts.query_tokens,
+            hit_tokens=counts.hit_tokens,
+            evictions=counts.evictions,
+            misses=dict(counts.misses),
+            checks=dict(counts.checks),
+            cleared_blocks=num_cleared,
+        )
+
     def _metrics_page(self) -> bytes:
         self.metrics.running.set(len(self.running))
         self.metrics.waiting.set(len(self.waiting))
         self.metrics.chosen_k.set(self.speculator.choose_k(len(self.running)))
+        if self.prefix is not None:
+            self.prefix.measure()
         total = self.slots.capacity_tokens
         self.metrics.kv_usage.set(self.slots.used_tokens / total if total else 0.0)
         return self.metrics.page()
@@ -554,11 +674,13 @@ class Core:
     def check_integrity(self) -> None:
         """Raises AssertionError where our own bookkeeping contradicts itself."""
         self.slots.check_integrity()
+        if self.prefix is not None:
+            self.prefix.check_integrity()
         live = {id(s) for s in self._requests.values()}
         assert {id(s) for s in self.running} | {id(s) for s in self.waiting} == live, "a live request is nowhere"
         assert all(s.slot is not None and s not in self.waiting for s in self.running), "running without a slot"
         assert all(s.slot is None for s in self.waiting), "waiting with a slot"
-        held = [s.slot for s in self.running]
+        held = [s.slot for s in self.running] + ([self._check.slot] if self._check is not None else [])
         assert len(held) == len(set(held)), "two sequences write to one slot"
         assert len(held) + self.slots.num_free_slots == self.slots.num_slots, "free + used != total"
         drafted = {id(s): n for step in self._in_flight for s, i, n in step.rows.values() if i == s.incarnation}

@@ -25,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # what is served
     model: str = "default"  # "default" (embedded), a folder, a .gguf file or a Hugging Face id
     model_name: str = ""  # name shown to clients; empty: taken from the model
-    draft_model: str = ""
+    draft_model: str = "auto"  # "auto", "ngram": out of text, no checkpoint; "none"; or a drafter as `model` is named
     draft_kind: str = ""
     draft_block_size: int = 0
     ngram: bool = False  # propose from the text itself before asking the drafter
@@ -49,6 +49,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_num_batched_tokens: int = 0  # tokens of one step; 0: chosen by the worker for its machine
     max_model_len: int = 0  # 0: the model's own limit, or what memory allows
     kv_cache_bytes: int = 0  # 0: chosen by the worker for its machine
+    prefix_cache: bool = True
+    prefix_cache_bytes: int = 0  # device memory for cached prefixes; 0: a share of the KV memory
+    prefix_host_bytes: int = -1  # copies in host memory; -1: chosen where device memory is separate, else none
+    prefix_ssd_bytes: int = 4 << 30  # copies on SSD, in the cache folder, that outlive a restart; 0: none
+    prefix_dir: str = ""  # where these files are; empty: in the cache folder
+    prefix_check_rate: float = 0.01  # share of hits that an idle target computes again and compares
     max_queue: int = 256  # waiting requests before 429
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
     ttft_bound_s: float = 0.0  # 0: none; otherwise prefill gets the whole step when a request waits longer
@@ -64,6 +70,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_keys: str = ""  # comma separated; empty: no authentication
 
     @property
+    def draft_checkpoint(self) -> str:
+        """The drafter to load; empty where none is asked for or drafts need no checkpoint."""
+        return "" if self.draft_model in ("", "none", "auto", "ngram") else self.draft_model
+
+    @property
+    def is_ngram(self) -> bool:
+        """Whether drafts come out of text. By default they do: it costs nothing where it does not pay."""
+        return self.draft_model in ("auto", "ngram") or self.draft_kind == "ngram" or self.ngram
+
+    @property
     def run_folder(self) -> Path:
         if self.run_dir:
             return Path(self.run_dir)
@@ -72,6 +88,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def cache_folder(self) -> Path:
         return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "tandem"
+
+    @property
+    def prefix_folder(self) -> Path:
+        return Path(self.prefix_dir).expanduser() if self.prefix_dir else self.cache_folder / "prefix"
 
     @property
     def engine_endpoint(self) -> str:
@@ -98,12 +118,11 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     values: dict[str, object] = {}
     for name, text in raw.items():
         value: object = text
-        if types[name] is bool:
-            value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}.get(
-                text.strip().lower(), text
-            )
-        elif text == "" and types[name] is not str:
+        if text == "" and types[name] is not str:
             continue
+        if types[name] is bool:
+            words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            value = words.get(text.strip().lower(), text)
         values[name] = value
     try:
         return msgspec.convert(values, Settings, strict=False)

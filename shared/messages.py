@@ -37,6 +37,31 @@ class TensorSpec(Part, frozen=True, kw_only=True):
 # ---------------------------------------------------------------- every peer <-> scheduler
 
 
+class PrefixCacheInfo(Part, frozen=True, kw_only=True):
+    """What the target's prefix cache can hold, and what of a sequence it must hold to restore it."""
+
+    block_size: int  # tokens
+    num_blocks: int  # of the device pool
+    block_bytes: int
+    window: int = 0  # the longest sliding window: so many positions before a hit's end need their sliding rows
+    ring_tokens: int = 0  # positions before a sequence's end whose sliding rows no draft overwrites; 0: no such layer
+    is_recurrent: bool = False  # a hit needs the recurrent state at its end
+    is_checkable: bool = True  # blocks hold keys and values that can be compared with a new computation
+    num_states: int = 0
+    state_bytes: int = 0
+
+
+class Exactness(Part, frozen=True, kw_only=True):
+    """How verifying differs from plain decoding on this machine, from a few greedy tokens decoded at start."""
+
+    widths: list[int]  # tokens verified at once
+    num_positions: int  # compared at each width
+    max_logit_difference: float
+    min_top_two_gap: float  # smallest distance between the two largest logits seen
+    num_flipped: int  # positions whose most likely token was another one
+    can_ties_flip: bool  # one flipped, or the smallest gap is within what two logits may differ by
+
+
 class WorkerInfo(Part, frozen=True, kw_only=True):
     """What a ready worker tells about itself."""
 
@@ -56,6 +81,8 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     draft_kind: str | None = None  # drafter only
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
     step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+    exactness: Exactness | None = None  # target only, with drafts: measured at start
+    prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
 
 
 class StepCost(Part, frozen=True, kw_only=True):
@@ -96,6 +123,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     instance_id: str
     memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
     num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
+    num_feature_bytes: int = 0  # target: hidden rows sent to the drafter since it started
 
 
 class SayHello(Message, frozen=True, kw_only=True):
@@ -155,7 +183,8 @@ class Submit(Message, frozen=True, kw_only=True):
     grammar: Grammar | None = None
     thinking: Thinking | None = None  # only where a grammar waits for its end, or there is a budget
     priority: int = 0  # smaller runs first
-    tenant: str = ""  # prefix cache salt
+    tenant: str = ""  # whose request it is: a digest of the API key
+    cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
     timeout_s: float | None = None
 
 
@@ -172,7 +201,31 @@ class MetricsRequest(Message, frozen=True, kw_only=True):
     query_id: int
 
 
+class CacheRequest(Message, frozen=True, kw_only=True):
+    """Answered by CacheReply with the same `query_id`."""
+
+    query_id: int
+    clear: bool = False  # drop every cached block first
+
+
 # ---------------------------------------------------------------- scheduler -> frontend
+
+
+class CacheReply(Message, frozen=True, kw_only=True):
+    """State and counts of the prefix cache since the scheduler's start."""
+
+    query_id: int
+    enabled: bool
+    block_size: int = 0
+    blocks: dict[str, int] = field(default_factory=dict)  # tier -> blocks
+    tier_bytes: dict[str, int] = field(default_factory=dict)
+    capacity_blocks: int = 0  # of the device tier
+    query_tokens: int = 0
+    hit_tokens: int = 0
+    evictions: int = 0
+    misses: dict[str, int] = field(default_factory=dict)  # reason -> lookups that got less than they might have
+    checks: dict[str, int] = field(default_factory=dict)  # "equal", "different" -> blocks
+    cleared_blocks: int = 0
 
 
 class TopLogprob(Part, frozen=True, kw_only=True):
@@ -252,6 +305,8 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     """Binds a slot to a sequence; comes with the sequence's first row in this epoch.
 
     `token_ids` are all tokens known now (prompt, and output when the sequence resumes): penalties need them.
+    `restore` are blocks of the prefix cache that hold positions 0 .. len(restore)*block_size-1: the first row goes on
+    behind them.
     """
 
     slot: int
@@ -261,6 +316,20 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     token_ids: list[int]
     grammar: Grammar | None = None
     thinking: Thinking | None = None
+    capacity: int = 0  # that of the first row
+    restore: list[int] = field(default_factory=list)
+    restore_state: int | None = None  # recurrent models: the state behind the last of these blocks
+
+
+class DraftDistribution(Part, frozen=True, kw_only=True):
+    """What a sequence's k drafts were drawn from: for each a row of tokens with their chances; other tokens had none.
+
+    Both arrays are (k, width), row-major, little-endian. Entries with probability 0 fill short rows.
+    """
+
+    width: int
+    token_ids: bytes  # int32
+    probabilities: bytes  # float32; each row sums to 1
 
 
 class StepRow(Part, frozen=True, kw_only=True):
@@ -277,6 +346,19 @@ class StepRow(Part, frozen=True, kw_only=True):
     token_ids: list[int] | None = None
     num_drafts: int = 0
     is_sampled: bool = True
+    draft_distribution: DraftDistribution | None = None  # None: drafts that are a function of the text
+    keep_state: int | None = None  # keep the slot's recurrent state after this row under this id
+
+
+class BlockStore(Part, frozen=True, kw_only=True):
+    """Copy blocks of a slot into the prefix cache's pool (or, as a check, compare them with it)."""
+
+    slot: int
+    indices: list[int]  # indices[i] is the block of positions indices[i]*block_size ..
+    block_ids: list[int]  # where it goes
+    hashes: list[bytes]
+    has_window: list[bool]  # its rows of sliding layers are intact
+    states: dict[int, int] = field(default_factory=dict)  # position in `indices` -> id of the state behind that block
 
 
 class Step(Message, frozen=True, kw_only=True):
@@ -287,13 +369,57 @@ class Step(Message, frozen=True, kw_only=True):
     starts: list[SequenceStart]
     decodes: list[StepRow]
     prefills: list[StepRow]
+    stores: list[BlockStore] = field(default_factory=list)  # after the rows
+    checks: list[BlockStore] = field(default_factory=list)  # after the stores
 
 
 class Release(Message, frozen=True, kw_only=True):
-    """These slots are free; steps sent before still use them."""
+    """These slots are free, once their `stores` are made; steps sent before still use them."""
 
     epoch: int
     slots: list[int]
+    stores: list[BlockStore] = field(default_factory=list)
+
+
+class LoadBlocks(Message, frozen=True, kw_only=True):
+    """Fetch blocks from the archive (host memory, SSD) into the device pool. Answered by BlocksLoaded."""
+
+    epoch: int
+    load_id: int
+    hashes: list[bytes]
+    block_ids: list[int]
+    states: dict[int, int] = field(default_factory=dict)  # position in `hashes` -> state id
+
+
+class BlocksLoaded(Message, frozen=True, kw_only=True):
+    """`is_loaded[i]` tells whether the i-th block of the LoadBlocks, with all that was asked of it, is in its place."""
+
+    epoch: int
+    load_id: int
+    is_loaded: list[bool]
+
+
+class ArchivedBlock(Part, frozen=True, kw_only=True):
+    block_hash: bytes
+    has_window: bool
+    has_state: bool
+
+
+class BlocksArchived(Message, frozen=True, kw_only=True):
+    """Target -> scheduler: blocks that the archive holds from now on, and blocks that it dropped."""
+
+    epoch: int
+    added: list[ArchivedBlock] = field(default_factory=list)
+    removed: list[bytes] = field(default_factory=list)
+    blocks: dict[str, int] = field(default_factory=dict)  # "host", "ssd" -> blocks held
+    tier_bytes: dict[str, int] = field(default_factory=dict)
+    num_errors: int = 0  # files that could not be written or read since the last message
+
+
+class ClearArchive(Message, frozen=True, kw_only=True):
+    """Scheduler -> target: drop every archived block."""
+
+    epoch: int
 
 
 class RowResult(Part, frozen=True, kw_only=True):
@@ -312,6 +438,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     step_id: int
     rows: list[RowResult]  # sampled rows only
     phases: dict[str, float]
+    differing: list[bytes] = field(default_factory=list)  # hashes of checked blocks that differ from what is cached
 
 
 class WorkerFailed(Message, frozen=True, kw_only=True):
@@ -338,13 +465,14 @@ class DraftRow(Part, frozen=True, kw_only=True):
     start: int
     token_ids: list[int]
     num_tokens: int
-    sampling: SamplingParams | None = None  # None: greedy drafts
+    sampling: SamplingParams | None = None  # None: the most likely tokens; else drawn, with their distribution
 
 
 class DraftRequest(Message, frozen=True, kw_only=True):
     epoch: int
     draft_id: int
     rows: list[DraftRow]
+    target_epoch: int  # whose features count from now on
     ended: list[RequestId] = field(default_factory=list)  # sequences whose state may be dropped
 
 
@@ -352,6 +480,7 @@ class Draft(Part, frozen=True, kw_only=True):
     request_id: RequestId
     anchor: int  # position of the anchor the drafts follow
     token_ids: list[int]
+    distribution: DraftDistribution | None = None  # where the tokens were drawn; one row for each
 
 
 class DraftReply(Message, frozen=True, kw_only=True):
@@ -377,13 +506,14 @@ class FeatureRows(Part, frozen=True, kw_only=True):
 class Features(Message, frozen=True, kw_only=True):
     """Fused hidden rows of committed tokens, all sequences' one after another in the one tensor frame that follows."""
 
+    epoch: int  # the target's; rows of an older one may belong to tokens that were never committed
     rows: list[FeatureRows]
     tensor: TensorSpec  # (sum of num_rows, H)
 
 
-FrontendToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest
-WorkerToScheduler = Hello | Heartbeat | Ready | StepResult | WorkerFailed | DraftReply
-ToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest | Ready | StepResult | WorkerFailed | DraftReply
-ToFrontend = Welcome | Heartbeat | SayHello | Outputs | Rejected | EngineStatus | MetricsPage | Drain
-ToTarget = Welcome | Heartbeat | SayHello | Step | Release | Drain
+FrontendToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest | CacheRequest
+WorkerToScheduler = Hello | Heartbeat | Ready | StepResult | WorkerFailed | DraftReply | BlocksLoaded | BlocksArchived
+ToScheduler = FrontendToScheduler | Ready | StepResult | WorkerFailed | DraftReply | BlocksLoaded | BlocksArchived
+ToFrontend = Welcome | Heartbeat | SayHello | Outputs | Rejected | EngineStatus | MetricsPage | CacheReply | Drain
+ToTarget = Welcome | Heartbeat | SayHello | Step | Release | LoadBlocks | ClearArchive | Drain
 ToDrafter = Welcome | Heartbeat | SayHello | DraftRequest | Drain

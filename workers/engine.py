@@ -15,16 +15,29 @@ import msgspec
 
 from shared.errors import InvalidRequest
 from shared.grammar import Compiler
-from shared.messages import FeatureRows, RequestId, RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
+from shared.messages import (
+    BlockStore,
+    FeatureRows,
+    RequestId,
+    RowResult,
+    SequenceStart,
+    Step,
+    StepResult,
+    StepRow,
+    TokenLogprob,
+)
 from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
+from workers.cache.blocks import BlockPool
 from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling import constraint
+from workers.sampling.rejection import Proposal, proposals
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
 WIDTH_STEP = 64
+CHECK_TOLERANCE = 0.02  # of a block's largest value; bfloat16 forwards of different shapes differ by about 0.008
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
 
 AcceptRule = Callable[[Sequence[int], Sequence[int]], int]
@@ -42,7 +55,9 @@ class PendingStep:
     sampled: Sampled | None
     pending: list[mx.array]  # what must be evaluated where nothing is sampled
     features: list[tuple[list[StepRow], mx.array]]  # per forward: its rows and their fused features (B, L, H)
+    restored: list[tuple[FeatureRows, mx.array]]  # features of restored prefixes (n, H)
     request_ids: dict[int, RequestId]  # slot -> whose rows these are
+    checks: list[tuple[BlockStore, mx.array]]  # what was compared with the prefix cache, and where it differs
     build_s: float
 
 
@@ -53,28 +68,38 @@ class Engine:
         model: the target.
         store: its caches.
         num_slots: slot ids are 0 .. num_slots-1.
+        blocks: the prefix cache's device tier; None where it is switched off.
     """
 
-    def __init__(self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int, blocks: BlockPool | None = None
+    ) -> None:
         self.model = model
         self.store = store
+        self.blocks = blocks
         self.count_accepted: AcceptRule = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
         self.grammars: Compiler | None = None  # None: the model has no tokenizer that grammars can be used with
+        self.state_bytes = 0  # of one slot's recurrent states, known after the warm-up
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
         self._snapshots: dict[int, RecurrentSnapshot] = {}
         self._replay: dict[int, list[int]] = {}  # recurrent: accepted tokens that the slot's state lacks
         self._failed: set[int] = set()  # slots whose keys and values may hold NaN
         self._features: list[tuple[list[StepRow], mx.array]] = []
+        self._restored: list[tuple[FeatureRows, mx.array]] = []
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
 
     def reset(self) -> None:
-        """Forget every sequence."""
+        """Forget every sequence and every cached prefix."""
         self.release(list(self._slots))
+        if self.blocks is not None:
+            self.blocks.reset()
 
-    def release(self, slots: Sequence[int]) -> None:
+    def release(self, slots: Sequence[int], stores: Sequence[BlockStore] = ()) -> None:
+        """Free slots, after `stores` of theirs went to the prefix cache."""
+        self._keep(stores)
         for slot in slots:
             if self._slots.pop(slot, None) is not None:
                 self._snapshots.pop(slot, None)
@@ -90,8 +115,10 @@ class Engine:
     def begin(self, step: Step) -> PendingStep:
         """Queue a step on the device. Rows' caches are written in the order of the steps."""
         started = time.perf_counter()
+        self._restored = []
         for start in step.starts:
             self._bind(start)
+            self._restore(start)
         for row in (*step.decodes, *step.prefills):
             assert row.slot in self._slots, f"step {step.step_id} uses slot {row.slot}, which holds no sequence"
             self.store.ensure(row.slot, row.capacity)
@@ -118,9 +145,14 @@ class Engine:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
         start_evaluating(pending)
+        self._keep(step.stores)
+        checks = [(check, self._differing(check)) for check in step.checks]
+        pending += [array for _, array in checks]
         ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
         elapsed = time.perf_counter() - started
-        return PendingStep(step, rows, spans, sampled_rows, sampled, pending, self._features, ids, elapsed)
+        return PendingStep(
+            step, rows, spans, sampled_rows, sampled, pending, self._features, self._restored, ids, checks, elapsed
+        )
 
     def _bind(self, start: SequenceStart) -> None:
         if start.slot in self._slots:
@@ -133,6 +165,32 @@ class Engine:
         except InvalidRequest as error:  # the frontend checks grammars, so this is a model or a client of its own
             state.error = error.message
         self._slots[start.slot] = state
+
+    def _restore(self, start: SequenceStart) -> None:
+        """Give a new sequence's slot what the prefix cache holds of it."""
+        if start.restore:
+            assert self.blocks is not None, "blocks to restore and no prefix cache"
+            self.store.ensure(start.slot, start.capacity)
+            self.blocks.restore(start.slot, start.restore, start.restore_state)
+            n = len(start.restore) * self.blocks.block_size
+            features = self.store.read_features(start.slot, n) if self.model.captures else None
+            if features is not None:
+                start_evaluating([features])  # before the slot is written to: then that happens in place
+                self._restored.append((FeatureRows(request_id=start.request_id, start=0, num_rows=n), features))
+
+    def _keep(self, stores: Sequence[BlockStore]) -> None:
+        """Copy blocks of slots into the prefix cache, behind everything that is queued already."""
+        if stores:
+            assert self.blocks is not None, "blocks to store and no prefix cache"
+            for stored in stores:
+                self.blocks.keep(stored)
+            start_evaluating(self.blocks.pending())
+
+    def _differing(self, check: BlockStore) -> mx.array:
+        assert self.blocks is not None, "blocks to check and no prefix cache"
+        differing = self.blocks.differing(check, CHECK_TOLERANCE)
+        start_evaluating([differing])
+        return differing
 
     def _groups(self, step: Step) -> Iterator[list[StepRow]]:
         """Rows that share a forward: all decode rows (of one width where states are recurrent), each prefill alone."""
@@ -175,7 +233,13 @@ class Engine:
         features = self.model.features()
         if features is not None:
             self._features.append((ordered, features))
+            if self.blocks is not None:
+                self.store.write_features(batch, features)
         batch.close()
+        for row in ordered:
+            if row.keep_state is not None:
+                assert self.blocks is not None, "a state to keep and no prefix cache"
+                self.blocks.keep_state(row.slot, row.keep_state)
         result, at = [], 0
         for row in ordered:
             if row.is_sampled:
@@ -212,7 +276,10 @@ class Engine:
         state, tokens = self._slots[row.slot], row.token_ids or []
         first = row.start + _width(row) - row.num_drafts
         drafts = tokens[len(tokens) - row.num_drafts :] if row.num_drafts else []
-        return [SampledRow(state, first + i, drafts[:i]) for i in range(row.num_drafts + 1)]
+        tried: list[Proposal | None] = [None] * (row.num_drafts + 1)
+        if row.draft_distribution is not None and state.is_rejection_sampled:
+            tried[:-1] = proposals(drafts, row.draft_distribution)
+        return [SampledRow(state, first + i, drafts[:i], tried[i]) for i in range(row.num_drafts + 1)]
 
     @staticmethod
     def _add_masks(spans: Sequence[tuple[int, int]], sampled_rows: list[SampledRow], hidden: mx.array) -> None:
@@ -259,19 +326,25 @@ class Engine:
             step_id=pending.step.step_id,
             rows=results,
             phases={"build": pending.build_s, "device": waited - started, "read": read - waited},
+            differing=[
+                block_hash
+                for check, differs in pending.checks
+                for block_hash, is_different in zip(check.hashes, to_list(differs), strict=True)
+                if is_different
+            ],
         )
 
     def feature_rows(self, pending: PendingStep, result: StepResult) -> tuple[list[FeatureRows], mx.array] | None:
-        """The fused features of a finished step's committed positions: whose they are, and (n, H) rows."""
+        """The fused features of a finished step's committed and restored positions: whose they are, and (n, H) rows."""
         num_tokens = {row.slot: len(row.token_ids) for row in result.rows}
-        described: list[FeatureRows] = []
-        parts: list[mx.array] = []
+        described = [rows for rows, _ in pending.restored]
+        parts = [array for _, array in pending.restored]
         for rows, array in pending.features:
             for i, row in enumerate(rows):
                 n = _width(row)
                 if row.num_drafts:  # anchor and accepted drafts
                     n += num_tokens.get(row.slot, 0) - row.num_drafts - 1
-                if n > 0:
+                if n > 0 and pending.request_ids[row.slot]:
                     described.append(FeatureRows(request_id=pending.request_ids[row.slot], start=row.start, num_rows=n))
                     parts.append(array[i, :n])
         return (described, mx.concatenate(parts)) if parts else None

@@ -15,6 +15,7 @@ from shared.messages import (
     Cancel,
     EngineStatus,
     Hello,
+    LoadBlocks,
     Message,
     Output,
     Outputs,
@@ -39,14 +40,14 @@ class Rig:
     """A core, one frontend and a fake target; messages to the target wait in `queue` until `work` runs one."""
 
     def __init__(self, info: WorkerInfo | None = None, **changes: object) -> None:
-        self.core = Core(Settings(**changes), Metrics())  # type: ignore[arg-type]
+        self.core = Core(Settings(**{"draft_model": "none", **changes}), Metrics())  # type: ignore[arg-type]
         self.info = info or worker_info()
         self.now = 100.0
         self.outputs: dict[str, list[Output]] = {}
         self.rejected: dict[str, Rejected] = {}
         self.status: EngineStatus | None = None
         self.num_targets = 0
-        self.queue: deque[Step | Release] = deque()
+        self.queue: deque[Step | Release | LoadBlocks] = deque()
         self.send("front", Hello(role="frontend", instance_id="front", pid=1))
 
     def send(self, sender: str, message: Message) -> None:
@@ -64,7 +65,7 @@ class Rig:
                     self.rejected[message.request_id] = message
                 case EngineStatus():
                     self.status = message
-                case Step() | Release():
+                case Step() | Release() | LoadBlocks():
                     assert receiver == self.target_id
                     self.queue.append(message)
                 case Welcome() if receiver.startswith("target"):
@@ -88,6 +89,8 @@ class Rig:
         message = self.queue.popleft()
         if isinstance(message, Release):
             self.target.release(message)
+        elif isinstance(message, LoadBlocks):
+            self.send(self.target_id, self.target.load(message))
         else:
             self.send(self.target_id, self.target.run(message))
         return True
@@ -99,13 +102,9 @@ class Rig:
         raise AssertionError("the schedule does not end")
 
     def submit(self, name: str, prompt: list[int], max_tokens: int, **changes: object) -> None:
-        self.send(
-            "front",
-            Submit(
-                request_id=RequestId(name), prompt_token_ids=prompt, sampling=GREEDY, max_tokens=max_tokens,
-                **changes,  # type: ignore[arg-type]
-            ),
-        )  # fmt: skip
+        values = {"sampling": GREEDY, **changes}
+        submit = Submit(request_id=RequestId(name), prompt_token_ids=prompt, max_tokens=max_tokens, **values)  # type: ignore[arg-type]
+        self.send("front", submit)
 
     def tokens(self, name: str) -> list[int]:
         return [t for output in self.outputs.get(name, []) for t in output.token_ids]
