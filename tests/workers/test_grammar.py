@@ -119,7 +119,7 @@ def test_preemption_and_a_new_target_rebuild_the_state() -> None:
         num_preempted = 0
         while rig.work():
             if rng.random() < 0.12 and rig.core.running:
-                rig.core._preempt(rng.choice(rig.core.running))
+                rig.core.session.preempt(rng.choice(rig.core.running))
                 num_preempted += 1
                 rig.send("target", Heartbeat(instance_id="target"))
         rig.drain()
