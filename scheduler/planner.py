@@ -106,6 +106,8 @@ class Planner:
             length = len(sequence.token_ids) + sequence.num_pending
             if length - sequence.num_scheduled != 1 or length >= sequence.max_length or sequence.slot is None:
                 continue
+            if sequence.is_constrained and sequence.num_pending:
+                continue  # the target builds the mask from the token that is still on its way
             if sequence.num_strikes and sequence is not self.suspect:
                 continue
             is_plain = drafts_for is None and not self._keeps_states
@@ -227,6 +229,8 @@ class Planner:
                     sampling=sequence.submit.sampling,
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     token_ids=sequence.token_ids,
+                    grammar=sequence.submit.grammar,
+                    thinking=sequence.submit.thinking,
                     capacity=sequence.capacity,
                     restore=sequence.restore,
                     restore_state=sequence.restore_state,

@@ -6,15 +6,21 @@ Source: OpenAI's description of the harmony response format.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from frontend.reasoning import ReasoningFormat
+from frontend.tools.calls import CallTool, Rules, any_of, without
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.json_call import read_arguments
 from frontend.tools.sink import Sink, read_text
 
 NAME = "harmony"
 _CHANNEL, _MESSAGE, _START = "<|channel|>", "<|message|>", "<|start|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>")
+_RETURN = "<|return|>"
+_ENDS = ("<|end|>", "<|call|>", _RETURN)
 MARKERS = (_CHANNEL, _MESSAGE, _START, "<|constrain|>", *_ENDS)
+
+REASONING = ReasoningFormat("harmony", f"{_CHANNEL}analysis{_MESSAGE}", "<|end|>")
 
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
@@ -72,3 +78,37 @@ def _read_body(cursor: Cursor, sink: Sink, *, is_reasoning: bool) -> Steps[None]
     if end is not None and end != _START:
         cursor.pos += len(end)
     sink.end_part()
+
+
+def grammar(rules: Rules, tools: Sequence[CallTool], body: str | None, *, is_required: bool) -> str:
+    """A whole output behind its analysis: a final message, or a call, which ends the turn.
+
+    Args:
+        body: what the final message has to match; None: any text.
+        is_required: a call has to come.
+    """
+    choices: list[str] = []
+    if tools:
+        choices.append(any_of(rules, [_call(rules, tool) for tool in tools]))
+    if not is_required:
+        choices.append(f"{rules.literal(f'{_CHANNEL}final{_MESSAGE}')} {_final(rules, body)}")
+    return f"({rules.literal(_START + 'assistant')})? ({' | '.join(choices)})"
+
+
+def _final(rules: Rules, body: str | None) -> str:
+    """The final message's text and its end."""
+    if body is None and not rules.is_token(_RETURN):
+        return rules.text_until(_RETURN)
+    text = body or f"{rules.terminal(f'/(?s:.+)/ & {without(_CHANNEL, _START, *_ENDS)}')}?"
+    return f"{text}{_closed(rules, _RETURN)}"
+
+
+def _call(rules: Rules, tool: CallTool) -> str:
+    head = f"{_CHANNEL}commentary to=functions.{tool.name} <|constrain|>json{_MESSAGE}"
+    arguments = rules.json(tool.parameters, is_strict=tool.is_strict)
+    return f"{rules.literal(head)} {arguments}{_closed(rules, '<|call|>')}"
+
+
+def _closed(rules: Rules, marker: str) -> str:
+    """The marker, unless it is the very token that ends the output."""
+    return "" if rules.ends_output(marker) else f" {rules.literal(marker)}"
