@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from frontend.streams import ClientGone
-from shared.errors import HTTP_STATUS, ContextLength, NotFound, TandemError
+from shared.errors import HTTP_STATUS, ContextLength, InvalidRequest, NotFound, TandemError
 
 log = logging.getLogger("frontend")
 
@@ -47,13 +47,19 @@ def request_id_of(scope: Scope) -> str:
     return request_id.decode("ascii")
 
 
-def messages_body(message: str, status: int, request_id: str) -> bytes:
+def messages_body(message: str, status: int, request_id: str, *, code: str | None = None) -> bytes:
     error = {"type": _MESSAGES_TYPES.get(status, "api_error"), "message": message}
+    if code is not None:
+        error["code"] = code
     return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
 
 
 def messages_body_of(error: TandemError, request_id: str) -> bytes:
-    return messages_body(error.message, status_of(error), request_id)
+    message = error.message
+    if isinstance(error, ContextLength) and "prompt is too long" not in message:
+        message = f"prompt is too long: {message}"  # the words by which Anthropic's clients know it
+    code = error.code if isinstance(error, ContextLength) else None
+    return messages_body(message, status_of(error), request_id, code=code)
 
 
 def status_of(error: TandemError) -> int:
@@ -64,7 +70,7 @@ def body_of(error: TandemError) -> bytes:
     code: str | None = error.code
     if isinstance(error, NotFound) and error.param == "model":
         code = "model_not_found"
-    elif status_of(error) == 400 and not isinstance(error, ContextLength):
+    elif error.code == InvalidRequest.code:
         code = None  # `type` says invalid_request_error already
     return body(error.message, status_of(error), param=error.param, code=code)
 

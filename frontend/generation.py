@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -290,13 +291,23 @@ def prepare(
     return Generation(service, outputs, body.n)
 
 
+class Watched(Protocol):
+    """What goes on for a client: a generation, or the reading of one that runs in the background."""
+
+    def abandon(self) -> None:
+        """The client is gone."""
+
+    def close(self) -> None:
+        """The answer has ended."""
+
+
 class ClientWatcher:
     """Ends a generation at once when its client closes the connection, be it queued, streaming or not.
 
     It lives from the submission to the end of the answer, which for a stream is after the endpoint has returned.
     """
 
-    def __init__(self, request: Request, generation: Generation) -> None:
+    def __init__(self, request: Request, generation: Watched) -> None:
         self._request = request
         self._generation = generation
         self._task = asyncio.create_task(self._watch(), name="client watcher")
