@@ -8,7 +8,18 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from frontend import chat, completions, embeddings_api, errors, health, messages_api, metrics, models_api, tokenize_api
+from frontend import (
+    cache_api,
+    chat,
+    completions,
+    embeddings_api,
+    errors,
+    health,
+    messages_api,
+    metrics,
+    models_api,
+    tokenize_api,
+)
 from frontend.access import Access
 from frontend.auth import ApiKeys, parse_keys
 from frontend.embeddings_api import EmbeddingsBody
@@ -50,6 +61,7 @@ def create_app(service: Service) -> ASGIApp:
         tokenize_api,
         health,
         metrics,
+        cache_api,
     ):
         app.include_router(module.router)
     plain_openapi = app.openapi

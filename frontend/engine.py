@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, assert_never
 
 import msgspec
@@ -21,6 +21,8 @@ from shared import wire
 from shared.config import Settings
 from shared.errors import BadMessage, TandemError, Unavailable, from_code
 from shared.messages import (
+    CacheReply,
+    CacheRequest,
     Cancel,
     Drain,
     EngineStatus,
@@ -63,7 +65,7 @@ class EngineClient:
         self._instance_id = uuid.uuid4().hex
         self._decoder = wire.Decoder(ToFrontend)
         self._live: dict[RequestId, LiveRequest] = {}
-        self._pages: dict[int, asyncio.Future[bytes]] = {}
+        self._answers: dict[int, asyncio.Future[MetricsPage | CacheReply]] = {}
         self._num_queries = 0
         self._scheduler_id: str | None = None
         self._is_forgotten = False  # the scheduler said it does not know us, so it holds none of our requests
@@ -176,17 +178,28 @@ class EngineClient:
 
     async def metrics_page(self, timeout_s: float = 1.0) -> bytes | None:
         """The engine's Prometheus page, or None when the scheduler does not answer in time."""
+        answer = await self._ask(lambda query_id: MetricsRequest(query_id=query_id), timeout_s)
+        return answer.page if isinstance(answer, MetricsPage) else None
+
+    async def prefix_cache(self, clear: bool, timeout_s: float = 5.0) -> CacheReply | None:
+        """State of the prefix cache, emptied before with `clear`; None when the scheduler does not answer in time."""
+        answer = await self._ask(lambda query_id: CacheRequest(query_id=query_id, clear=clear), timeout_s)
+        return answer if isinstance(answer, CacheReply) else None
+
+    async def _ask(
+        self, request: Callable[[int], MetricsRequest | CacheRequest], timeout_s: float
+    ) -> MetricsPage | CacheReply | None:
         self._num_queries += 1
         query_id = self._num_queries
-        future = self._pages[query_id] = self._loop.create_future()
+        future = self._answers[query_id] = self._loop.create_future()
         try:
-            if not self._send(MetricsRequest(query_id=query_id)):
+            if not self._send(request(query_id)):
                 return None
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             return None
         finally:
-            del self._pages[query_id]
+            del self._answers[query_id]
 
     # ------------------------------------------------------------ socket
 
@@ -221,7 +234,7 @@ class EngineClient:
 
     def _handle(
         self,
-        message: Welcome | Heartbeat | SayHello | Outputs | Rejected | EngineStatus | MetricsPage | Drain,
+        message: Welcome | Heartbeat | SayHello | Outputs | Rejected | EngineStatus | MetricsPage | CacheReply | Drain,
     ) -> None:
         self._last_heard = self._loop.time()
         match message:
@@ -239,10 +252,10 @@ class EngineClient:
             case SayHello():
                 self._is_forgotten = True
                 self._hello()
-            case MetricsPage():
-                future = self._pages.get(message.query_id)
+            case MetricsPage() | CacheReply():
+                future = self._answers.get(message.query_id)
                 if future is not None and not future.done():
-                    future.set_result(message.page)
+                    future.set_result(message)
             case Drain():
                 self._is_draining = True
             case Heartbeat():

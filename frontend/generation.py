@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 from starlette.requests import Request
 
+from frontend.cache_api import cache_salt
 from frontend.output_events import Event, Text, joined_text
 from frontend.output_parser import OutputParser
 from frontend.output_parser import Request as ParserRequest
@@ -286,6 +287,7 @@ def prepare(
                 min_tokens=body.min_tokens,
                 priority=body.priority,
                 tenant=request.scope.get("tenant", ""),
+                cache_salt=cache_salt(request),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)

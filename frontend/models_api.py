@@ -35,8 +35,8 @@ async def get_model(request: Request, model_id: str) -> Response:
 def _card(service: Service) -> dict[str, Any]:
     """The context's size under the names by which clients look for it; null until a target has been ready once.
 
-    `max_model_len` is vLLM's name, `context_window` Groq's and Codex's, `context_length` OpenRouter's, `max_input_tokens`
-    and `max_tokens` Anthropic's (prompt and output share the context, so both have all of it but one token).
+    `max_model_len` is vLLM's name, `context_window` Groq's, `context_length` OpenRouter's, `max_input_tokens` and
+    `max_tokens` Anthropic's (prompt and output share the context, so both have all of it but one token).
     """
     limit = service.max_model_len
     created_at = datetime.fromtimestamp(service.started_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

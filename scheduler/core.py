@@ -11,9 +11,12 @@ from collections import deque
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
+import msgspec
+
 from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
+from scheduler.prefix.cache import PrefixCache
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.speculation import Speculator
@@ -21,7 +24,13 @@ from scheduler.waiting import WaitingQueue
 from shared.config import Settings
 from shared.errors import Busy, ContextLength, InvalidRequest, Unavailable
 from shared.messages import (
+    BlocksArchived,
+    BlocksLoaded,
+    BlockStore,
+    CacheReply,
+    CacheRequest,
     Cancel,
+    ClearArchive,
     DraftReply,
     EngineStatus,
     FinishReason,
@@ -83,6 +92,7 @@ class Core:
         self.running: list[Sequence] = []
         self.slots = SlotPool(0, 0, [1])
         self.planner: Planner | None = None  # while a target is ready
+        self.prefix: PrefixCache | None = None  # while a target is ready that has one
         self._requests: dict[RequestId, Sequence] = {}
         self._in_flight: deque[InFlight] = deque()
         self._num_steps = 0
@@ -91,6 +101,7 @@ class Core:
         self._out: list[Envelope] = []
         self._outputs: dict[str, list[Output]] = {}
         self._freed: list[int] = []
+        self._kept: list[BlockStore] = []  # of the freed slots
         self._last_result = 0.0
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
@@ -121,6 +132,10 @@ class Core:
                 self._step_result(sender, message, now)
             case MetricsRequest():
                 self._out.append((sender, MetricsPage(query_id=message.query_id, page=self._metrics_page())))
+            case CacheRequest():
+                self._out.append((sender, self._cache_reply(message)))
+            case BlocksLoaded() | BlocksArchived():
+                self._archive_message(sender, message)
             case WorkerFailed():
                 self._worker_failed(sender, now)
             case DraftReply():
@@ -213,7 +228,11 @@ class Core:
             info = message.info
             self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
             budget = self.settings.max_num_batched_tokens or info.max_step_tokens
-            self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens)
+            if info.prefix_cache is not None:
+                self.prefix = PrefixCache(
+                    info.prefix_cache, info.fingerprint, self.metrics.prefix, self.settings.prefix_check_rate
+                )
+            self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix)
             self.speculator.set_target(info.max_draft_tokens, info.step_costs)
         elif message.info.draft_kind is not None:
             info = message.info
@@ -243,12 +262,17 @@ class Core:
         self.metrics.set_worker("target", False)
         self._in_flight.clear()
         self._freed.clear()
+        self._kept.clear()
         for sequence in self.running:
             sequence.rewind()
             self.waiting.push(sequence)
+        for sequence in self._requests.values():
+            sequence.was_loaded = False
         self.running.clear()
         self.slots = SlotPool(0, 0, [1])
         self.planner = None
+        self.prefix = None
+        self.metrics.prefix.blocks["device"] = self.metrics.prefix.tier_bytes["device"] = 0
 
     @property
     def target(self) -> Peer | None:
@@ -341,14 +365,19 @@ class Core:
         error: str | None = None,
         token_ids: Sequenced[int] = (),
         logprobs: list[TokenLogprob] | None = None,
+        is_suspect: bool = False,
     ) -> None:
-        """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves."""
+        """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves.
+
+        Args:
+            is_suspect: what the sequence computed must not be reused.
+        """
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
         self.speculator.end(sequence.submit.request_id)
         if sequence.slot is not None:
-            self._free_slot(sequence)
+            self._free_slot(sequence, is_suspect=is_suspect)
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -363,8 +392,13 @@ class Core:
         )
         self._outputs_of(sequence.frontend).append(output)
 
-    def _free_slot(self, sequence: Sequence) -> None:
+    def _free_slot(self, sequence: Sequence, is_suspect: bool = False) -> None:
         assert sequence.slot is not None, "free a slot that is not held"
+        if self.prefix is not None:
+            if is_suspect:
+                self.prefix.drop(sequence)
+            elif (store := self.prefix.keep(sequence)) is not None:
+                self._kept.append(store)
         self.slots.free(sequence.slot)
         if sequence.is_started:
             self._freed.append(sequence.slot)
@@ -372,8 +406,8 @@ class Core:
     def _release_freed(self) -> None:
         target = self.target
         if self._freed and target is not None:
-            self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed)))
-        self._freed = []
+            self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed, stores=self._kept)))
+        self._freed, self._kept = [], []
 
     def _emit(self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Tokens of a request that goes on."""
@@ -399,6 +433,7 @@ class Core:
             drafts_for = self.speculator.drafts_for if k else None
             plan = self.planner.plan(now, drafts_for, self._preempt, self.settings.ttft_bound_s)
             self._release_freed()
+            self._send_loads(target)
             if not plan:
                 return
             self._is_drafted = False
@@ -409,6 +444,7 @@ class Core:
                 starts=plan.starts,
                 decodes=plan.decodes,
                 prefills=plan.prefills,
+                stores=plan.stores,
             )
             self._in_flight.append(_in_flight(step, plan, now, k))
             self._out.append((target.instance_id, step))
@@ -505,12 +541,15 @@ class Core:
         """Commit one row's tokens; how many the output took."""
         sequence.num_pending -= 1
         if row.error is not None or not 1 <= len(row.token_ids) <= num_drafts + 1:
-            self._end(sequence, "error", now, error=row.error or "the target worker sent a malformed result")
+            error = row.error or "the target worker sent a malformed result"
+            self._end(sequence, "error", now, error=error, is_suspect=True)
             return 0
         if num_drafts:
             # Of the rows that were sent, the rejected drafts are not part of the sequence: roll back.
             num_accepted = len(row.token_ids) - 1
             sequence.num_scheduled -= num_drafts - num_accepted
+            if self.prefix is not None and num_accepted < num_drafts:
+                self.prefix.forget_state(sequence)
             sequence.num_drafts += 1
             sequence.num_draft_tokens += num_drafts
             sequence.num_accepted_tokens += num_accepted
@@ -541,10 +580,53 @@ class Core:
                 return token_ids[: i + 1], "length"
         return token_ids, None
 
+    def _send_loads(self, target: Peer) -> None:
+        """What sequences wait for comes from the target's archive."""
+        if self.prefix is not None and self.prefix.to_load:
+            for load in self.prefix.to_load:
+                self._out.append((target.instance_id, msgspec.structs.replace(load, epoch=target.epoch)))
+            self.prefix.to_load = []
+
+    def _archive_message(self, sender: str, message: BlocksLoaded | BlocksArchived) -> None:
+        target = self.target
+        if target is None or sender != target.instance_id or message.epoch != target.epoch or self.prefix is None:
+            self.metrics.dropped["old_epoch"].inc()
+        elif isinstance(message, BlocksArchived):
+            self.prefix.archived(message)
+        elif not self.prefix.loaded(message):
+            self.metrics.dropped["unexpected"].inc()
+
+    def _cache_reply(self, request: CacheRequest) -> CacheReply:
+        prefix, target = self.prefix, self.target
+        if prefix is None or target is None:
+            return CacheReply(query_id=request.query_id, enabled=False)
+        num_cleared = 0
+        if request.clear:
+            num_cleared = prefix.clear()
+            self._out.append((target.instance_id, ClearArchive(epoch=target.epoch)))
+        prefix.measure()
+        counts = self.metrics.prefix
+        return CacheReply(
+            query_id=request.query_id,
+            enabled=True,
+            block_size=prefix.info.block_size,
+            blocks=counts.blocks,
+            tier_bytes=counts.tier_bytes,
+            capacity_blocks=prefix.info.num_blocks,
+            query_tokens=counts.query_tokens,
+            hit_tokens=counts.hit_tokens,
+            evictions=counts.evictions,
+            misses=dict(counts.misses),
+            checks=dict(counts.checks),
+            cleared_blocks=num_cleared,
+        )
+
     def _metrics_page(self) -> bytes:
         self.metrics.running.set(len(self.running))
         self.metrics.waiting.set(len(self.waiting))
         self.metrics.chosen_k.set(self.speculator.choose_k(len(self.running)))
+        if self.prefix is not None:
+            self.prefix.measure()
         total = self.slots.capacity_tokens
         self.metrics.kv_usage.set(self.slots.used_tokens / total if total else 0.0)
         return self.metrics.page()
@@ -554,6 +636,8 @@ class Core:
     def check_integrity(self) -> None:
         """Raises AssertionError where our own bookkeeping contradicts itself."""
         self.slots.check_integrity()
+        if self.prefix is not None:
+            self.prefix.check_integrity()
         live = {id(s) for s in self._requests.values()}
         assert {id(s) for s in self.running} | {id(s) for s in self.waiting} == live, "a live request is nowhere"
         assert all(s.slot is not None and s not in self.waiting for s in self.running), "running without a slot"

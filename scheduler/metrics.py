@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from scheduler.prefix.counts import PrefixCollector, PrefixCounts
 from scheduler.sequence import Sequence
 from shared import metric_names as names
 from shared.messages import Role
@@ -80,8 +81,8 @@ class Metrics:
         self.prompt_tokens = counter(names.PROMPT_TOKENS, "Prompt tokens of finished requests.")
         self.prompt_tokens_cached = counter(names.PROMPT_TOKENS_CACHED, "Prompt tokens taken from the prefix cache.")
         self.generation_tokens = counter(names.GENERATION_TOKENS, "Output tokens.")
-        self.prefix_queries = counter(names.PREFIX_QUERIES, "Prompt tokens looked up in the prefix cache.")
-        self.prefix_hits = counter(names.PREFIX_HITS, "Prompt tokens found in the prefix cache.")
+        self.prefix = PrefixCounts()
+        PrefixCollector(self.prefix, labels, self.registry)
         self.ttft = histogram(names.TTFT, "Arrival to first token.", names.TIME_BUCKETS)
         self.itl = WeightedHistogram(
             names.ITL, "Between two outputs of a request.", names.ITL_BUCKETS, labels, self.registry

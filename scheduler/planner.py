@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from scheduler.prefix.cache import PrefixCache
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.waiting import WaitingQueue
-from shared.messages import SequenceStart, StepRow
+from shared.messages import BlockStore, SequenceStart, StepRow
 
 DraftsFor = Callable[[Sequence], list[int] | None]
 
@@ -27,6 +28,7 @@ class Plan:
     decodes: list[StepRow] = field(default_factory=list)
     prefills: list[StepRow] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
+    stores: list[BlockStore] = field(default_factory=list)
     num_tokens: int = 0
 
     def __bool__(self) -> bool:
@@ -38,6 +40,7 @@ class Planner:
     slots: slots and KV budget of the target.
     max_step_tokens: token budget of a step.
     max_prefill_tokens: widest chunk that the target's caches take.
+    prefix: cached prefixes; None: every prompt is computed.
     """
 
     def __init__(
@@ -47,12 +50,15 @@ class Planner:
         slots: SlotPool,
         max_step_tokens: int,
         max_prefill_tokens: int,
+        prefix: PrefixCache | None = None,
     ) -> None:
         self.waiting = waiting
         self.running = running
         self.slots = slots
         self.max_step_tokens = max_step_tokens
         self.max_prefill_tokens = max_prefill_tokens
+        self.prefix = prefix
+        self._keeps_states = prefix is not None and prefix.info.is_recurrent
 
     def plan(
         self,
@@ -74,13 +80,15 @@ class Planner:
         if not self._is_late(now, ttft_bound_s):
             budget -= self._plan_decodes(plan, now, drafts_for, preempted)
         self._plan_prefills(plan, budget, now, preempted)
+        if self.prefix is not None:
+            self.prefix.end_plan()
         return plan
 
     def _is_late(self, now: float, bound_s: float) -> bool:
         if bound_s <= 0:
             return False
         head = self.waiting.peek()
-        late = [s for s in self.running if s.num_remaining > 1 and now - s.arrival > bound_s]
+        late = [s for s in self.running if s.num_remaining > 1 and not s.is_held and now - s.arrival > bound_s]
         return bool(late) or (head is not None and self.slots.num_free_slots > 0 and now - head.arrival > bound_s)
 
     def _plan_decodes(
@@ -97,7 +105,8 @@ class Planner:
             length = len(sequence.token_ids) + sequence.num_pending
             if length - sequence.num_scheduled != 1 or length >= sequence.max_length or sequence.slot is None:
                 continue
-            if drafts_for is None and sequence.num_pending and length <= sequence.capacity:
+            is_plain = drafts_for is None and not self._keeps_states
+            if is_plain and sequence.num_pending and length <= sequence.capacity:
                 # Pipelined decode, by far the most frequent row: 256 of them have to be planned within 0.2 ms.
                 decodes.append(StepRow(slot=sequence.slot, start=length - 1, capacity=sequence.capacity))
                 sequence.num_scheduled = length
@@ -123,6 +132,8 @@ class Planner:
         if drafts is None:
             return 0
         room = sequence.max_length - len(sequence.token_ids) - sequence.num_pending - 1
+        if self.prefix is not None and (border := self.prefix.num_drafts_to_border(sequence)) is not None:
+            room = min(room, border)
         drafts = drafts[: max(0, min(room, budget - 1))]
         if not self._grow(sequence, sequence.num_scheduled + 1 + len(drafts), preempted, plan):
             return 0
@@ -138,14 +149,31 @@ class Planner:
             sequence = self._next_prefill(prefilling)
             if sequence is None:
                 return
-            n = min(sequence.num_remaining, budget, self.max_prefill_tokens)
+            if self.prefix is not None and not self._restore(sequence, self.prefix):
+                continue
             first = sequence.num_scheduled
-            if not self._grow(sequence, first + n, preempted, plan):
+            end = first + min(sequence.num_remaining, budget, self.max_prefill_tokens)
+            if self.prefix is not None:
+                end = self.prefix.chunk_end(sequence, end)
+            n = end - first
+            if not self._grow(sequence, end, preempted, plan):
                 continue
             row = self._row(plan, sequence, sequence.token_ids[first : first + n], 0, n == sequence.num_remaining, now)
             plan.prefills.append(row)
             plan.num_tokens += n
             budget -= n
+            if self.prefix is not None and (store := self.prefix.store_prefilled(sequence)) is not None:
+                plan.stores.append(store)
+
+    @staticmethod
+    def _restore(sequence: Sequence, prefix: PrefixCache) -> bool:
+        """Before a sequence's first row: take what is cached. False: what it needs is on its way."""
+        if not sequence.is_started:
+            sequence.is_held = prefix.must_wait(sequence)
+            if sequence.is_held:
+                return False
+            prefix.start(sequence)
+        return True
 
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """The first in order of those that prefill already and those that wait for a slot."""
@@ -191,8 +219,12 @@ class Planner:
                     sampling=sequence.submit.sampling,
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     token_ids=sequence.token_ids,
+                    capacity=sequence.capacity,
+                    restore=sequence.restore,
+                    restore_state=sequence.restore_state,
                 )
             )
+        end = sequence.num_scheduled + (1 if token_ids is None else len(token_ids))
         row = StepRow(
             slot=sequence.slot,
             start=sequence.num_scheduled,
@@ -200,8 +232,9 @@ class Planner:
             token_ids=token_ids,
             num_drafts=num_drafts,
             is_sampled=is_sampled,
+            keep_state=self.prefix.state_for(sequence, end) if self.prefix is not None else None,
         )
-        sequence.num_scheduled += 1 if token_ids is None else len(token_ids)
+        sequence.num_scheduled = end
         if is_sampled:
             sequence.num_pending += 1
         plan.sequences.append(sequence)

@@ -41,11 +41,27 @@ class Sequence:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
 
+    # prefix cache
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_kept_blocks: int = 0  # of these blocks the cache knows: restored, stored, or somebody else's
+    stored_hashes: list[bytes] = field(default_factory=list)  # by this sequence in this incarnation
+    restore: list[int] = field(default_factory=list)  # blocks that the slot starts with
+    restore_state: int | None = None
+    state: tuple[int, int] | None = None  # (id, position) of the recurrent state kept last
+    load_id: int | None = None  # archived blocks are on their way
+    was_loaded: bool = False
+    is_held: bool = False  # its start waits for blocks that another sequence computes, or that are loaded
+
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.submit.prompt_token_ids)
         self.token_ids = [*self.submit.prompt_token_ids, *self.submit.output_token_ids]
         self.max_length = self.num_prompt_tokens + self.submit.max_tokens
         self.stop_token_ids = frozenset(self.submit.stop_token_ids)
+
+    @property
+    def marks(self) -> list[tuple[int, int, bytes]]:
+        """Media segments: (first position, positions, content hash)."""
+        return []
 
     @property
     def is_running(self) -> bool:
@@ -72,7 +88,12 @@ class Sequence:
         self.num_scheduled = 0
         self.num_pending = 0
         self.is_started = False
+        self.is_held = False
         self.incarnation += 1
+        self.block_hashes = []
+        self.num_kept_blocks = 0
+        self.stored_hashes = []
+        self.restore, self.restore_state, self.state, self.load_id = [], None, None, None
 
     def timings(self, now: float) -> Timings:
         scheduled = self.first_scheduled if self.first_scheduled is not None else now

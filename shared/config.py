@@ -46,6 +46,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_num_batched_tokens: int = 0  # tokens of one step; 0: chosen by the worker for its machine
     max_model_len: int = 0  # 0: the model's own limit, or what memory allows
     kv_cache_bytes: int = 0  # 0: chosen by the worker for its machine
+    prefix_cache: bool = True
+    prefix_cache_bytes: int = 0  # device memory for cached prefixes; 0: a share of the KV memory
+    prefix_host_bytes: int = -1  # copies in host memory; -1: chosen where device memory is separate, else none
+    prefix_ssd_bytes: int = 4 << 30  # copies on SSD, in the cache folder, that outlive a restart; 0: none
+    prefix_check_rate: float = 0.01  # share of hits that an idle target computes again and compares
     max_queue: int = 256  # waiting requests before 429
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
     ttft_bound_s: float = 0.0  # 0: none; otherwise prefill gets the whole step when a request waits longer
@@ -101,12 +106,11 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     values: dict[str, object] = {}
     for name, text in raw.items():
         value: object = text
-        if types[name] is bool:
-            value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}.get(
-                text.strip().lower(), text
-            )
-        elif text == "" and types[name] is not str:
+        if text == "" and types[name] is not str:
             continue
+        if types[name] is bool:
+            words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            value = words.get(text.strip().lower(), text)
         values[name] = value
     try:
         return msgspec.convert(values, Settings, strict=False)

@@ -37,6 +37,19 @@ class TensorSpec(Part, frozen=True, kw_only=True):
 # ---------------------------------------------------------------- every peer <-> scheduler
 
 
+class PrefixCacheInfo(Part, frozen=True, kw_only=True):
+    """What the target's prefix cache can hold, and what of a sequence it must hold to restore it."""
+
+    block_size: int  # tokens
+    num_blocks: int  # of the device pool
+    block_bytes: int
+    window: int = 0  # the longest sliding window: so many positions before a hit's end need their sliding rows
+    ring_tokens: int = 0  # positions before a sequence's end whose sliding rows no draft overwrites; 0: no such layer
+    is_recurrent: bool = False  # a hit needs the recurrent state at its end
+    num_states: int = 0
+    state_bytes: int = 0
+
+
 class WorkerInfo(Part, frozen=True, kw_only=True):
     """What a ready worker tells about itself."""
 
@@ -56,6 +69,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     draft_kind: str | None = None  # drafter only
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
     step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+    prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
 
 
 class StepCost(Part, frozen=True, kw_only=True):
@@ -133,7 +147,8 @@ class Submit(Message, frozen=True, kw_only=True):
     stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
     min_tokens: int = 0  # stop tokens do not end the output before this many
     priority: int = 0  # smaller runs first
-    tenant: str = ""  # prefix cache salt
+    tenant: str = ""  # whose request it is: a digest of the API key
+    cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
     timeout_s: float | None = None
 
 
@@ -150,7 +165,31 @@ class MetricsRequest(Message, frozen=True, kw_only=True):
     query_id: int
 
 
+class CacheRequest(Message, frozen=True, kw_only=True):
+    """Answered by CacheReply with the same `query_id`."""
+
+    query_id: int
+    clear: bool = False  # drop every cached block first
+
+
 # ---------------------------------------------------------------- scheduler -> frontend
+
+
+class CacheReply(Message, frozen=True, kw_only=True):
+    """State and counts of the prefix cache since the scheduler's start."""
+
+    query_id: int
+    enabled: bool
+    block_size: int = 0
+    blocks: dict[str, int] = field(default_factory=dict)  # tier -> blocks
+    tier_bytes: dict[str, int] = field(default_factory=dict)
+    capacity_blocks: int = 0  # of the device tier
+    query_tokens: int = 0
+    hit_tokens: int = 0
+    evictions: int = 0
+    misses: dict[str, int] = field(default_factory=dict)  # reason -> lookups that got less than they might have
+    checks: dict[str, int] = field(default_factory=dict)  # "equal", "different" -> blocks
+    cleared_blocks: int = 0
 
 
 class TopLogprob(Part, frozen=True, kw_only=True):
@@ -230,6 +269,8 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     """Binds a slot to a sequence; comes with the sequence's first row in this epoch.
 
     `token_ids` are all tokens known now (prompt, and output when the sequence resumes): penalties need them.
+    `restore` are blocks of the prefix cache that hold positions 0 .. len(restore)*block_size-1: the first row goes on
+    behind them.
     """
 
     slot: int
@@ -237,6 +278,9 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     sampling: SamplingParams
     num_prompt_tokens: int
     token_ids: list[int]
+    capacity: int = 0  # that of the first row
+    restore: list[int] = field(default_factory=list)
+    restore_state: int | None = None  # recurrent models: the state behind the last of these blocks
 
 
 class StepRow(Part, frozen=True, kw_only=True):
@@ -253,6 +297,18 @@ class StepRow(Part, frozen=True, kw_only=True):
     token_ids: list[int] | None = None
     num_drafts: int = 0
     is_sampled: bool = True
+    keep_state: int | None = None  # keep the slot's recurrent state after this row under this id
+
+
+class BlockStore(Part, frozen=True, kw_only=True):
+    """Copy blocks of a slot into the prefix cache's pool (or, as a check, compare them with it)."""
+
+    slot: int
+    indices: list[int]  # indices[i] is the block of positions indices[i]*block_size ..
+    block_ids: list[int]  # where it goes
+    hashes: list[bytes]
+    has_window: list[bool]  # its rows of sliding layers are intact
+    states: dict[int, int] = field(default_factory=dict)  # position in `indices` -> id of the state behind that block
 
 
 class Step(Message, frozen=True, kw_only=True):
@@ -263,13 +319,57 @@ class Step(Message, frozen=True, kw_only=True):
     starts: list[SequenceStart]
     decodes: list[StepRow]
     prefills: list[StepRow]
+    stores: list[BlockStore] = field(default_factory=list)  # after the rows
+    checks: list[BlockStore] = field(default_factory=list)  # after the stores
 
 
 class Release(Message, frozen=True, kw_only=True):
-    """These slots are free; steps sent before still use them."""
+    """These slots are free, once their `stores` are made; steps sent before still use them."""
 
     epoch: int
     slots: list[int]
+    stores: list[BlockStore] = field(default_factory=list)
+
+
+class LoadBlocks(Message, frozen=True, kw_only=True):
+    """Fetch blocks from the archive (host memory, SSD) into the device pool. Answered by BlocksLoaded."""
+
+    epoch: int
+    load_id: int
+    hashes: list[bytes]
+    block_ids: list[int]
+    states: dict[int, int] = field(default_factory=dict)  # position in `hashes` -> state id
+
+
+class BlocksLoaded(Message, frozen=True, kw_only=True):
+    """`is_loaded[i]` tells whether the i-th block of the LoadBlocks, with all that was asked of it, is in its place."""
+
+    epoch: int
+    load_id: int
+    is_loaded: list[bool]
+
+
+class ArchivedBlock(Part, frozen=True, kw_only=True):
+    block_hash: bytes
+    has_window: bool
+    has_state: bool
+
+
+class BlocksArchived(Message, frozen=True, kw_only=True):
+    """Target -> scheduler: blocks that the archive holds from now on, and blocks that it dropped."""
+
+    epoch: int
+    added: list[ArchivedBlock] = field(default_factory=list)
+    removed: list[bytes] = field(default_factory=list)
+    blocks: dict[str, int] = field(default_factory=dict)  # "host", "ssd" -> blocks held
+    tier_bytes: dict[str, int] = field(default_factory=dict)
+    num_errors: int = 0  # files that could not be written or read since the last message
+
+
+class ClearArchive(Message, frozen=True, kw_only=True):
+    """Scheduler -> target: drop every archived block."""
+
+    epoch: int
 
 
 class RowResult(Part, frozen=True, kw_only=True):
@@ -288,6 +388,7 @@ class StepResult(Message, frozen=True, kw_only=True):
     step_id: int
     rows: list[RowResult]  # sampled rows only
     phases: dict[str, float]
+    differing: list[bytes] = field(default_factory=list)  # hashes of checked blocks that differ from what is cached
 
 
 class WorkerFailed(Message, frozen=True, kw_only=True):
@@ -357,9 +458,9 @@ class Features(Message, frozen=True, kw_only=True):
     tensor: TensorSpec  # (sum of num_rows, H)
 
 
-FrontendToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest
-WorkerToScheduler = Hello | Heartbeat | Ready | StepResult | WorkerFailed | DraftReply
-ToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest | Ready | StepResult | WorkerFailed | DraftReply
-ToFrontend = Welcome | Heartbeat | SayHello | Outputs | Rejected | EngineStatus | MetricsPage | Drain
-ToTarget = Welcome | Heartbeat | SayHello | Step | Release | Drain
+FrontendToScheduler = Hello | Heartbeat | Submit | Cancel | MetricsRequest | CacheRequest
+WorkerToScheduler = Hello | Heartbeat | Ready | StepResult | WorkerFailed | DraftReply | BlocksLoaded | BlocksArchived
+ToScheduler = FrontendToScheduler | Ready | StepResult | WorkerFailed | DraftReply | BlocksLoaded | BlocksArchived
+ToFrontend = Welcome | Heartbeat | SayHello | Outputs | Rejected | EngineStatus | MetricsPage | CacheReply | Drain
+ToTarget = Welcome | Heartbeat | SayHello | Step | Release | LoadBlocks | ClearArchive | Drain
 ToDrafter = Welcome | Heartbeat | SayHello | DraftRequest | Drain

@@ -9,9 +9,11 @@ import msgspec
 
 from shared.config import Settings
 from shared.errors import BadModel
-from shared.messages import SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
+from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
 from workers.build_drafter import draft_config, install_fusion
+from workers.cache.blocks import BlockPool
+from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
 from workers.engine import Engine
@@ -33,6 +35,12 @@ MEMORY_SHARE_CPU = 0.25  # of the machine's memory, for keys and values
 MEMORY_SHARE_GPU = 0.85  # of what the weights leave free of the device's memory
 CPU_CACHE_BYTES = GIB // 2  # freed buffers that MLX keeps for reuse
 MAX_DRAFT_WIDTH = 32  # widest verify row
+BLOCK_SIZE = 32  # tokens of a prefix cache block
+PREFIX_SHARE = 0.4  # of the KV memory, for cached prefixes
+STATE_SHARE = 0.5  # of that, for the recurrent states of a model that has some
+MAX_BLOCKS = 1 << 17
+MAX_STATES = 512
+RING_MARGIN = 64  # positions that drafts and padding may have overwritten in a ring
 SLACK = 64  # positions behind each slot for the padding of verify rows and of prefill chunks
 
 
@@ -54,6 +62,10 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
     engine, info = make_engine(loaded, settings)
     install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
     warm_up(engine, info)
+    if info.prefix_cache is not None and info.prefix_cache.is_recurrent:
+        info = msgspec.structs.replace(
+            info, prefix_cache=_with_states(info.prefix_cache, engine, settings.prefix_cache_bytes)
+        )
     if settings.draft_model or settings.ngram:
         costs = step_costs(engine, info, settings.cache_folder)
         info = msgspec.structs.replace(info, step_costs=costs)
@@ -73,7 +85,13 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     step_tokens = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if is_cpu() else GPU_STEP_TOKENS)
     classes = capacity_classes(max_model_len)
     store = CacheStore(specs, classes, max(step_tokens, MAX_DRAFT_WIDTH), dtype, is_cpu(), SLACK)
-    engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size)
+    spare = budget - max_model_len * per_token  # one full context comes first
+    prefix_bytes = min(settings.prefix_cache_bytes or int(budget * PREFIX_SHARE), spare)
+    prefix = prefix_cache_info(specs, store, prefix_bytes, per_token) if settings.prefix_cache else None
+    if prefix is not None:
+        budget -= prefix.num_blocks * prefix.block_bytes
+    blocks = BlockPool(store, BLOCK_SIZE) if prefix is not None else None
+    engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size, blocks)
     info = WorkerInfo(
         model=loaded.name,
         architecture=loaded.architecture,
@@ -89,8 +107,38 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         max_step_tokens=step_tokens,
         eos_token_ids=loaded.eos_token_ids,
         max_draft_tokens=MAX_DRAFT_WIDTH - 1,
+        prefix_cache=prefix,
     )
     return engine, info
+
+
+def prefix_cache_info(
+    specs: list[LayerSpec], store: CacheStore, prefix_bytes: int, bytes_per_token: int
+) -> PrefixCacheInfo | None:
+    """What `prefix_bytes` hold; None where that is not one block."""
+    attention = [s for s in leaves(specs) if isinstance(s, AttentionSpec)]
+    windows = [s.window for s in attention if s.window is not None]
+    rings = [layer.capacities[-1] for layer in store.kv_layers if layer.spec.window is not None]
+    num_blocks = min(MAX_BLOCKS, max(0, prefix_bytes) // (BLOCK_SIZE * bytes_per_token))
+    if num_blocks == 0:
+        return None
+    return PrefixCacheInfo(
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        block_bytes=BLOCK_SIZE * bytes_per_token,
+        window=max(windows, default=0),
+        ring_tokens=min(rings) - RING_MARGIN if rings else 0,
+        is_recurrent=any(isinstance(s, RecurrentSpec) for s in leaves(specs)),
+    )
+
+
+def _with_states(info: PrefixCacheInfo, engine: Engine, prefix_bytes: int) -> PrefixCacheInfo:
+    """Give part of the memory to recurrent states, whose size is known after a first forward."""
+    state_bytes = max(1, engine.state_bytes)
+    total = max(info.num_blocks * info.block_bytes, prefix_bytes)
+    num_states = max(1, min(MAX_STATES, int(total * STATE_SHARE) // state_bytes))
+    num_blocks = max(1, min(MAX_BLOCKS, (total - num_states * state_bytes) // info.block_bytes))
+    return msgspec.structs.replace(info, num_states=num_states, state_bytes=state_bytes, num_blocks=num_blocks)
 
 
 def _kv_budget_bytes() -> int:
@@ -114,4 +162,5 @@ def warm_up(engine: Engine, info: WorkerInfo) -> None:
     decode = StepRow(slot=0, start=len(tokens), capacity=capacity)
     engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[start], decodes=[], prefills=[prefill])))
     engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[], decodes=[decode], prefills=[])))
+    engine.state_bytes = sum(layer.nbytes() for layer in engine.store.recurrent_layers)  # of the one slot in use
     engine.reset()

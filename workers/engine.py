@@ -13,15 +13,27 @@ from dataclasses import dataclass
 import mlx.core as mx
 import msgspec
 
-from shared.messages import FeatureRows, RequestId, RowResult, SequenceStart, Step, StepResult, StepRow, TokenLogprob
+from shared.messages import (
+    BlockStore,
+    FeatureRows,
+    RequestId,
+    RowResult,
+    SequenceStart,
+    Step,
+    StepResult,
+    StepRow,
+    TokenLogprob,
+)
 from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
+from workers.cache.blocks import BlockPool
 from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
 WIDTH_STEP = 64
+CHECK_TOLERANCE = 0.02  # of a block's largest value; bfloat16 forwards of different shapes differ by about 0.008
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
 
 AcceptRule = Callable[[Sequence[int], Sequence[int]], int]
@@ -40,6 +52,7 @@ class PendingStep:
     pending: list[mx.array]  # what must be evaluated where nothing is sampled
     features: list[tuple[list[StepRow], mx.array]]  # per forward: its rows and their fused features (B, L, H)
     request_ids: dict[int, RequestId]  # slot -> whose rows these are
+    checks: list[tuple[BlockStore, mx.array]]  # what was compared with the prefix cache, and where it differs
     build_s: float
 
 
@@ -50,13 +63,18 @@ class Engine:
         model: the target.
         store: its caches.
         num_slots: slot ids are 0 .. num_slots-1.
+        blocks: the prefix cache's device tier; None where it is switched off.
     """
 
-    def __init__(self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int, blocks: BlockPool | None = None
+    ) -> None:
         self.model = model
         self.store = store
+        self.blocks = blocks
         self.count_accepted: AcceptRule = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
+        self.state_bytes = 0  # of one slot's recurrent states, known after the warm-up
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
         self._snapshots: dict[int, RecurrentSnapshot] = {}
@@ -67,10 +85,14 @@ class Engine:
         self._num_slots = num_slots
 
     def reset(self) -> None:
-        """Forget every sequence."""
+        """Forget every sequence and every cached prefix."""
         self.release(list(self._slots))
+        if self.blocks is not None:
+            self.blocks.reset()
 
-    def release(self, slots: Sequence[int]) -> None:
+    def release(self, slots: Sequence[int], stores: Sequence[BlockStore] = ()) -> None:
+        """Free slots, after `stores` of theirs went to the prefix cache."""
+        self._keep(stores)
         for slot in slots:
             if self._slots.pop(slot, None) is not None:
                 self._snapshots.pop(slot, None)
@@ -88,6 +110,7 @@ class Engine:
         started = time.perf_counter()
         for start in step.starts:
             self._bind(start)
+            self._restore(start)
         for row in (*step.decodes, *step.prefills):
             assert row.slot in self._slots, f"step {step.step_id} uses slot {row.slot}, which holds no sequence"
             self.store.ensure(row.slot, row.capacity)
@@ -113,9 +136,12 @@ class Engine:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
         start_evaluating(pending)
+        self._keep(step.stores)
+        checks = [(check, self._differing(check)) for check in step.checks]
+        pending += [array for _, array in checks]
         ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
         elapsed = time.perf_counter() - started
-        return PendingStep(step, rows, spans, sampled_rows, sampled, pending, self._features, ids, elapsed)
+        return PendingStep(step, rows, spans, sampled_rows, sampled, pending, self._features, ids, checks, elapsed)
 
     def _bind(self, start: SequenceStart) -> None:
         if start.slot in self._slots:
@@ -124,6 +150,27 @@ class Engine:
         self._slots[start.slot] = SlotSampling.start(
             start.sampling, self.vocab_size, start.token_ids, start.num_prompt_tokens
         )
+
+    def _restore(self, start: SequenceStart) -> None:
+        """Give a new sequence's slot what the prefix cache holds of it."""
+        if start.restore:
+            assert self.blocks is not None, "blocks to restore and no prefix cache"
+            self.store.ensure(start.slot, start.capacity)
+            self.blocks.restore(start.slot, start.restore, start.restore_state)
+
+    def _keep(self, stores: Sequence[BlockStore]) -> None:
+        """Copy blocks of slots into the prefix cache, behind everything that is queued already."""
+        if stores:
+            assert self.blocks is not None, "blocks to store and no prefix cache"
+            for stored in stores:
+                self.blocks.keep(stored)
+            start_evaluating(self.blocks.pending())
+
+    def _differing(self, check: BlockStore) -> mx.array:
+        assert self.blocks is not None, "blocks to check and no prefix cache"
+        differing = self.blocks.differing(check, CHECK_TOLERANCE)
+        start_evaluating([differing])
+        return differing
 
     def _groups(self, step: Step) -> Iterator[list[StepRow]]:
         """Rows that share a forward: all decode rows (of one width where states are recurrent), each prefill alone."""
@@ -167,6 +214,10 @@ class Engine:
         if features is not None:
             self._features.append((ordered, features))
         batch.close()
+        for row in ordered:
+            if row.keep_state is not None:
+                assert self.blocks is not None, "a state to keep and no prefix cache"
+                self.blocks.keep_state(row.slot, row.keep_state)
         result, at = [], 0
         for row in ordered:
             if row.is_sampled:
@@ -236,6 +287,12 @@ class Engine:
             step_id=pending.step.step_id,
             rows=results,
             phases={"build": pending.build_s, "device": waited - started, "read": read - waited},
+            differing=[
+                block_hash
+                for check, differs in pending.checks
+                for block_hash, is_different in zip(check.hashes, to_list(differs), strict=True)
+                if is_different
+            ],
         )
 
     def feature_rows(self, pending: PendingStep, result: StepResult) -> tuple[list[FeatureRows], mx.array] | None:

@@ -103,7 +103,7 @@ class Target:
 
     def _begin(self, message: Step | Release, running: deque[PendingStep]) -> None:
         if isinstance(message, Release):
-            self.engine.release(message.slots)
+            self.engine.release(message.slots, message.stores)
         else:
             running.append(self.engine.begin(message))
 

@@ -15,6 +15,7 @@ from shared.messages import (
     Cancel,
     EngineStatus,
     Hello,
+    LoadBlocks,
     Message,
     Output,
     Outputs,
@@ -46,7 +47,7 @@ class Rig:
         self.rejected: dict[str, Rejected] = {}
         self.status: EngineStatus | None = None
         self.num_targets = 0
-        self.queue: deque[Step | Release] = deque()
+        self.queue: deque[Step | Release | LoadBlocks] = deque()
         self.send("front", Hello(role="frontend", instance_id="front", pid=1))
 
     def send(self, sender: str, message: Message) -> None:
@@ -64,7 +65,7 @@ class Rig:
                     self.rejected[message.request_id] = message
                 case EngineStatus():
                     self.status = message
-                case Step() | Release():
+                case Step() | Release() | LoadBlocks():
                     assert receiver == self.target_id
                     self.queue.append(message)
                 case Welcome() if receiver.startswith("target"):
@@ -88,6 +89,8 @@ class Rig:
         message = self.queue.popleft()
         if isinstance(message, Release):
             self.target.release(message)
+        elif isinstance(message, LoadBlocks):
+            self.send(self.target_id, self.target.load(message))
         else:
             self.send(self.target_id, self.target.run(message))
         return True

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import mlx.core as mx
+import msgspec
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from scheduler.core import Core, Envelope
@@ -32,6 +33,7 @@ from shared.messages import (
     Message,
     Output,
     Outputs,
+    PrefixCacheInfo,
     Ready,
     Rejected,
     Release,
@@ -44,6 +46,8 @@ from shared.messages import (
 )
 from tests.support.fake_target import worker_info
 from tests.workers.tiny_architectures import RUNS, config_of
+from workers.build import prefix_cache_info
+from workers.cache.blocks import BlockPool
 from workers.cache.spec import LayerSpec
 from workers.cache.store import CacheStore
 from workers.engine import Engine
@@ -103,11 +107,31 @@ def shuffle_weights(model: object, scale: float = 0.4) -> None:
 
 
 def make_engine(
-    model: TextModel, num_slots: int = 16, is_exact: bool = True, classes: Sequence[int] = CLASSES, max_width: int = 32
+    model: TextModel,
+    num_slots: int = 16,
+    is_exact: bool = True,
+    classes: Sequence[int] = CLASSES,
+    max_width: int = 32,
+    block_size: int | None = None,
 ) -> Engine:
+    """With a `block_size` the engine has a prefix cache."""
     specs: list[LayerSpec] = model.layer_specs()
     store = CacheStore(specs, list(classes), max_width, mx.float32, is_exact)
-    return Engine(ModelRunner(model), store, num_slots, model.vocab_size)
+    blocks = BlockPool(store, block_size) if block_size is not None else None
+    return Engine(ModelRunner(model), store, num_slots, model.vocab_size, blocks)
+
+
+def prefix_info(engine: Engine, num_blocks: int, num_states: int = 6) -> PrefixCacheInfo | None:
+    """As `workers.build` makes it, with a pool of a given size."""
+    if engine.blocks is None:
+        return None
+    info = prefix_cache_info(engine.store.specs, engine.store, 1 << 40, 1)
+    assert info is not None, "there is memory enough"
+    rings = [layer.capacities[-1] for layer in engine.store.kv_layers if layer.spec.window is not None]
+    return msgspec.structs.replace(
+        info, block_size=engine.blocks.block_size, num_blocks=num_blocks,
+        num_states=num_states if info.is_recurrent else 0, ring_tokens=min(rings) - 32 if rings else 0,
+    )  # fmt: skip
 
 
 class Drafts(Protocol):
@@ -160,7 +184,13 @@ class EngineRig:
     """
 
     def __init__(
-        self, engine: Engine, drafter: Drafts | None = None, k: int | None = None, max_draft: int = 8, **changes: object
+        self,
+        engine: Engine,
+        drafter: Drafts | None = None,
+        k: int | None = None,
+        max_draft: int = 8,
+        num_blocks: int = 24,
+        **changes: object,
     ) -> None:
         self.engine, self.drafter, self.k = engine, drafter, k
         engine.reset()
@@ -177,6 +207,7 @@ class EngineRig:
             vocab_size=engine.vocab_size, max_model_len=classes[-1], num_slots=engine._num_slots,
             kv_capacity_tokens=classes[-1] * engine._num_slots, capacity_classes=classes,
             max_step_tokens=MAX_STEP_TOKENS * 8, max_draft_tokens=max_draft,
+            prefix_cache=prefix_info(engine, num_blocks),
         )  # fmt: skip
         self.send("target", Hello(role="target", instance_id="target", pid=2))
         self.send("target", Ready(epoch=self.epochs["target"], info=info))
@@ -225,7 +256,7 @@ class EngineRig:
             return False
         message = self.queue.popleft()
         if isinstance(message, Release):
-            self.engine.release(message.slots)
+            self.engine.release(message.slots, message.stores)
             return True
         self.num_steps += 1
         pending = self.engine.begin(message)

@@ -13,11 +13,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import msgspec
 import zmq
 
 from shared import wire
 from shared.errors import BadMessage
 from shared.messages import (
+    CacheReply,
+    CacheRequest,
     Cancel,
     EngineStatus,
     FinishReason,
@@ -103,6 +106,7 @@ class FakeEngine:
         self.scheduler_id = ""
         self.received: list[Message] = []
         self.on_submit: Callable[[FakeEngine, Submit], None] | None = None
+        self.cache_reply: CacheReply | None = None
         self.metrics_page: bytes | None = b"# HELP vllm:x x\n# TYPE vllm:x gauge\nvllm:x 1.0\n"
         self.confirms_cancels = True
         self.error: BaseException | None = None
@@ -303,3 +307,5 @@ class FakeEngine:
             self.send_output(message.request_id, [], finish_reason="abort")
         elif isinstance(message, MetricsRequest) and self.metrics_page is not None:
             reply(MetricsPage(query_id=message.query_id, page=self.metrics_page))
+        elif isinstance(message, CacheRequest) and self.cache_reply is not None:
+            reply(msgspec.structs.replace(self.cache_reply, query_id=message.query_id))

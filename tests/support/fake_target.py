@@ -1,15 +1,29 @@
 """A target worker without a model: the next token is a pure function of the tokens before it.
 
-It checks what a real one relies on: rows continue where the slot's content ends, capacities hold, slots are bound.
+It checks what a real one relies on: rows continue where the slot's content ends, capacities hold, slots are bound. Its
+prefix cache holds tokens in the place of tensors, so a block that is restored for the wrong text is seen at once, and
+so is a slot whose sliding window or recurrent state is not that of its tokens.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from shared.messages import Release, RowResult, SequenceStart, Step, StepResult, StepRow, WorkerInfo
+from shared.messages import (
+    BlocksLoaded,
+    BlockStore,
+    LoadBlocks,
+    PrefixCacheInfo,
+    Release,
+    RowResult,
+    SequenceStart,
+    Step,
+    StepResult,
+    StepRow,
+    WorkerInfo,
+)
 from workers.accept import count_accepted
 
 VOCAB = 3
@@ -55,6 +69,14 @@ class Slot:
     tokens: list[int]  # content of the cache
     capacity: int
     last: int | None = None  # last sampled token, as if on the device
+    in_window: set[int] = field(default_factory=set)  # positions whose rows the sliding layers hold
+    state: list[int] | None = field(default_factory=list)  # tokens that the recurrent state has seen
+
+
+@dataclass
+class CachedBlock:
+    tokens: list[int]  # the whole prefix up to the block's end
+    has_window: bool
 
 
 class FakeTarget:
@@ -62,10 +84,63 @@ class FakeTarget:
         self.info = info
         self.slots: dict[int, Slot] = {}
         self.random = random.Random(seed)
+        self.cache = info.prefix_cache
+        self.blocks: dict[int, CachedBlock] = {}
+        self.states: dict[int, list[int] | None] = {}
+        self.archive: dict[bytes, tuple[CachedBlock, list[int] | None]] = {}  # outlives the process if handed on
 
     def release(self, message: Release) -> None:
+        for store in message.stores:
+            self._store(store)
         for slot in message.slots:
             del self.slots[slot]
+
+    def load(self, message: LoadBlocks) -> BlocksLoaded:
+        """Blocks that the archive holds; the others are reported as gone."""
+        is_loaded = []
+        for i, (block_hash, block_id) in enumerate(zip(message.hashes, message.block_ids, strict=True)):
+            held = self.archive.get(block_hash)
+            if held is not None and i in message.states and held[1] is None:
+                held = None
+            is_loaded.append(held is not None)
+            if held is not None:
+                self.blocks[block_id] = held[0]
+                if i in message.states:
+                    self.states[message.states[i]] = held[1]
+        return BlocksLoaded(epoch=message.epoch, load_id=message.load_id, is_loaded=is_loaded)
+
+    def _store(self, store: BlockStore) -> None:
+        assert self.cache is not None, "blocks to store and no cache"
+        slot, size = self.slots[store.slot], self.cache.block_size
+        for i, (index, block_id, has_window) in enumerate(
+            zip(store.indices, store.block_ids, store.has_window, strict=True)
+        ):
+            end = (index + 1) * size
+            assert end <= len(slot.tokens), "a block that is not computed"
+            assert 0 <= block_id < self.cache.num_blocks
+            if has_window and self.cache.ring_tokens:
+                assert slot.in_window >= set(range(index * size, end)), "sliding rows that are overwritten"
+            self.blocks[block_id] = CachedBlock(slot.tokens[:end], has_window)
+            if i in store.states:
+                assert self.states[store.states[i]] == slot.tokens[:end], "the state of another place"
+            state = list(slot.tokens[:end]) if i in store.states else None
+            old, old_state = self.archive.get(store.hashes[i], (None, None))
+            archived = CachedBlock(slot.tokens[:end], has_window or (old is not None and old.has_window))
+            self.archive[store.hashes[i]] = (archived, state or old_state)  # a copy only ever gains
+
+    def _restore(self, slot: Slot, start: SequenceStart) -> None:
+        assert self.cache is not None, "blocks to restore and no cache"
+        size, end = self.cache.block_size, len(start.restore) * self.cache.block_size
+        for i, block_id in enumerate(start.restore):
+            block = self.blocks[block_id]
+            assert block.tokens == start.token_ids[: (i + 1) * size], "a block of another text"
+            if block.has_window:
+                slot.in_window |= set(range(i * size, (i + 1) * size))
+        slot.tokens = start.token_ids[:end]
+        if self.cache.is_recurrent:
+            assert start.restore_state is not None, "a recurrent model restored without a state"
+            slot.state = self.states[start.restore_state]
+            assert slot.state == slot.tokens, "the state of another text"
 
     def run(self, step: Step) -> StepResult:
         assert step.decodes or step.prefills, "an empty step"
@@ -76,12 +151,27 @@ class FakeTarget:
             self._bind(start)
         assert sum(s.capacity for s in self.slots.values()) <= self.info.kv_capacity_tokens, "over the KV budget"
         results = [r for row in rows if (r := self._row(row)) is not None]
+        for store in step.stores:
+            self._store(store)
         return StepResult(epoch=step.epoch, step_id=step.step_id, rows=results, phases={"device": 0.001})
 
     def _bind(self, start: SequenceStart) -> None:
         assert start.slot not in self.slots, "a slot bound while in use"
         assert 0 <= start.slot < self.info.num_slots
-        self.slots[start.slot] = Slot([], 0)
+        slot = self.slots[start.slot] = Slot([], start.capacity)
+        if start.restore:
+            self._restore(slot, start)
+
+    def _check_layers(self, cache: PrefixCacheInfo, slot: Slot, start: int) -> None:
+        """What sliding layers read is there; then the row's own positions overwrite the oldest of the ring."""
+        if cache.ring_tokens:
+            slot.in_window = {p for p in slot.in_window if p < start}
+            wanted = set(range(max(0, start - cache.window + 1), start))
+            assert slot.in_window >= wanted, "the window has a hole"
+            written = range(start, len(slot.tokens))
+            slot.in_window |= set(written)
+            ring = cache.ring_tokens + self.info.max_draft_tokens
+            slot.in_window -= {p - ring for p in written}
 
     def _row(self, row: StepRow) -> RowResult | None:
         slot = self.slots[row.slot]
@@ -95,6 +185,10 @@ class FakeTarget:
             inputs = [slot.last]
         slot.tokens = slot.tokens[: row.start] + inputs
         assert len(slot.tokens) <= slot.capacity, "over the slot's capacity"
+        if self.cache is not None:
+            self._check_layers(self.cache, slot, row.start)
+            if row.keep_state is not None:
+                self.states[row.keep_state] = list(slot.tokens)
         if not row.is_sampled:
             return None
         first = len(slot.tokens) - row.num_drafts

@@ -16,6 +16,7 @@ from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
 
 MAX_VERIFY_WIDTH = 32  # wider steps are prefill chunks
+RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
 GROW_ROWS = 4  # pools grow by this many rows, then by half
 
 
@@ -61,7 +62,7 @@ class KVLayer:
     def __init__(self, spec: AttentionSpec, capacities: list[int], max_width: int, slack: int, dtype: mx.Dtype) -> None:
         self.spec = spec
         self.dtype = dtype
-        ring = None if spec.window is None else -(-(spec.window + max_width) // 64) * 64
+        ring = None if spec.window is None else -(-(spec.window + max_width + RING_SPARE) // 32) * 32
         self.capacities = [c + slack if ring is None else min(c + slack, ring) for c in capacities]
         self.keys: list[mx.array | None] = [None] * len(capacities)
         self.values: list[mx.array | None] = [None] * len(capacities)

@@ -94,6 +94,10 @@ class CacheStore:
         for layer in self.recurrent_layers:
             layer.release(slot)
 
+    def set_length(self, slot: int, length: int) -> None:
+        """Positions 0 .. length-1 of a slot were filled from elsewhere."""
+        self._lengths[slot] = length
+
     def clear(self, slot: int) -> None:
         """Zero a slot's keys and values, which hold NaN."""
         for layer in self.kv_layers:

@@ -1,0 +1,126 @@
+"""The prefix cache with real models in the real core: the same tokens as without it, and blocks that are right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import mlx.core as mx
+import pytest
+
+from shared.messages import BlockStore, Cancel, RequestId
+from tests.support.engine_rig import (
+    VOCAB,
+    WINDOW,
+    EngineRig,
+    decoder_target,
+    make_engine,
+    mlx_lm_target,
+)
+from workers.engine import Engine
+from workers.models.base import TextModel
+
+BLOCK = 4
+MODELS: dict[str, Callable[[], TextModel]] = {
+    "full": decoder_target,
+    "sliding": lambda: decoder_target(window=WINDOW),
+    "hybrid": lambda: mlx_lm_target("qwen3_next"),
+    "short-convolution": lambda: mlx_lm_target("lfm2"),
+    "state-space": lambda: mlx_lm_target("mamba2"),
+    "latent": lambda: mlx_lm_target("deepseek_v3"),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return make_engine(MODELS[request.param](), num_slots=6, block_size=BLOCK)
+
+
+def plain_tokens(
+    engine: Engine, prompt: list[int], num_tokens: int, cache: dict[tuple[int, ...], list[int]]
+) -> list[int]:
+    """A run of its own, on the same engine without its cache."""
+    key = (*prompt, -num_tokens)
+    if key not in cache:
+        blocks, engine.blocks = engine.blocks, None
+        try:
+            cache[key] = EngineRig(engine).run({"r": prompt}, num_tokens)["r"]
+        finally:
+            engine.blocks = blocks
+    return cache[key]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("ngram", [False, True])
+def test_random_chats_give_the_tokens_of_single_runs_without_a_cache(engine: Engine, seed: int, ngram: bool) -> None:
+    rng = random.Random(seed)
+    vocab = min(VOCAB, engine.vocab_size)
+    chats = EngineRig(engine, num_blocks=rng.choice((7, 40)), k=3 if ngram else None, ngram=ngram)
+    texts = [[rng.randrange(vocab) for _ in range(rng.randrange(8, 40))] for _ in range(2)]
+    asked: dict[str, tuple[list[int], int]] = {}
+    for i in range(9):
+        text = list(rng.choice(texts))
+        if rng.random() < 0.3:
+            text[rng.randrange(len(text))] = rng.randrange(vocab)
+        prompt = [*text, *(rng.randrange(vocab) for _ in range(rng.randrange(1, 6)))][:80]
+        asked[f"r{i}"] = (prompt, rng.randrange(2, 12))
+        chats.submit(f"r{i}", *asked[f"r{i}"])
+        if rng.random() < 0.3:
+            chats.submit(f"stranger{i}", prompt[::-1], 6)
+        for _ in range(rng.randrange(6)):
+            chats.work()
+        if rng.random() < 0.3:
+            chats.send("front", Cancel(request_id=RequestId(f"stranger{i}")))
+        if rng.random() < 0.6:
+            texts.append([*prompt, *chats.tokens(f"r{i}")])  # the next turn of this chat, or what is there of it
+    chats.drain()
+    got = {name: chats.tokens(name) for name in asked}
+    assert chats.core.metrics.prefix.hit_tokens > 0, "nothing was ever restored"
+    seen: dict[tuple[int, ...], list[int]] = {}
+    assert got == {name: plain_tokens(engine, *case, seen) for name, case in asked.items()}
+
+
+def test_a_restored_slot_holds_what_a_prefill_computes(engine: Engine) -> None:
+    """The keys and values themselves: blocks of a hit agree with the same blocks computed again."""
+    rng = random.Random(1)
+    prompt = [rng.randrange(min(VOCAB, engine.vocab_size)) for _ in range(37)]
+    rig = EngineRig(engine, num_blocks=40)
+    rig.run({"a": prompt}, 3)
+    assert engine.blocks is not None
+    index = rig.core.prefix.index  # type: ignore[union-attr] # a target is ready
+    entries = list(index._resident.values())
+    assert entries
+    rig.submit("b", [*prompt, 1, 2, 3], 8)
+    rig.work()
+    slot = rig.core.running[0].slot
+    assert slot is not None
+    n = len(rig.core.running[0].restore)
+    assert n >= (1 if engine.store.is_recurrent else 8)
+    hashes = rig.core.running[0].block_hashes[:n]
+    ids = [index.get(h).block_id for h in hashes]  # type: ignore[union-attr] # just restored
+    stored = BlockStore(slot=slot, indices=list(range(n)), block_ids=ids, hashes=hashes, has_window=[True] * n)  # type: ignore[arg-type]
+    assert not mx.any(engine.blocks.differing(stored, 1e-6))
+    if any(layer.spec.window is None for layer in engine.store.kv_layers):
+        wrong = BlockStore(
+            slot=slot,
+            indices=list(range(n)),
+            block_ids=[*ids[1:], ids[0]],
+            hashes=hashes,
+            has_window=[True] * n,  # type: ignore[arg-type]
+        )
+        assert mx.all(engine.blocks.differing(wrong, 0.02)) or n == 1
+    rig.drain()
+
+
+def test_a_failed_row_leaves_nothing_in_the_cache() -> None:
+    engine = make_engine(decoder_target(), num_slots=4, block_size=BLOCK)
+    rig = EngineRig(engine, num_blocks=40)
+    good = engine.model.head
+    engine.model.head = lambda rows: good(rows) * float("nan")  # type: ignore[method-assign]
+    prompt = list(range(20))
+    rig.submit("bad", prompt, 3)
+    rig.drain()
+    engine.model.head = good  # type: ignore[method-assign]
+    assert rig.outputs["bad"][-1].finish_reason == "error"
+    assert rig.core.prefix is not None
+    assert rig.core.prefix.index.num_resident == 0

@@ -1,0 +1,197 @@
+"""The device tier of the prefix cache: a pool of blocks for each attention layer, and kept recurrent states.
+
+A block is `block_size` positions of one sequence: keys and values (num_kv_heads, block_size, dim) in every layer. The
+scheduler says which block goes where; slots are given blocks by copy, so a block never changes while it is somebody's.
+A sliding layer restores only its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from shared.messages import BlockStore
+from workers.arrays import start_evaluating
+from workers.cache.kv import KVLayer
+from workers.cache.store import CacheStore
+
+SEGMENT_BLOCKS = 64  # the pool grows by so many blocks: nothing is reserved for a cache that stays small
+
+State = list[list[mx.array | None] | None]
+"""For each recurrent layer its arrays, one row each; None where the slot had none yet."""
+
+
+class BlockPool:
+    """Args:
+    store: the slots' caches.
+    block_size: positions of a block.
+    """
+
+    def __init__(self, store: CacheStore, block_size: int) -> None:
+        self.block_size = block_size
+        self._store = store
+        self._keys: list[list[mx.array]] = [[] for _ in store.kv_layers]  # layer -> segments (SEGMENT_BLOCKS, H, n, D)
+        self._values: list[list[mx.array]] = [[] for _ in store.kv_layers]
+        self._states: dict[int, State] = {}
+
+    def reset(self) -> None:
+        """Forget every block and state; the pool's memory stays."""
+        self._states.clear()
+
+    # ------------------------------------------------ slot -> pool
+
+    def keep(self, stored: BlockStore) -> None:
+        """Copy blocks of a slot into the pool."""
+        for i, layer in enumerate(self._store.kv_layers):
+            chosen = self._chosen(layer, stored)
+            if not chosen:
+                continue
+            for pools, segments in ((layer.keys, self._keys[i]), (layer.values, self._values[i])):
+                rows = self._slot_blocks(layer, pools, stored.slot, [stored.indices[j] for j in chosen])
+                self._write(segments, [stored.block_ids[j] for j in chosen], rows)
+
+    def _chosen(self, layer: KVLayer, stored: BlockStore) -> list[int]:
+        """Which of the blocks this layer has rows of."""
+        return [j for j in range(len(stored.indices)) if layer.spec.window is None or stored.has_window[j]]
+
+    def _slot_blocks(self, layer: KVLayer, pools: list[mx.array | None], slot: int, indices: Sequence[int]) -> mx.array:
+        """Blocks (n, H, block_size, D) out of a slot's row."""
+        capacity_class, row = self._store.placement.where(slot)
+        pool, capacity, size = pools[capacity_class], layer.capacities[capacity_class], self.block_size
+        assert pool is not None, "a slot without a pool"
+        first, end = indices[0] * size, (indices[-1] + 1) * size
+        if end <= capacity and indices[-1] - indices[0] == len(indices) - 1:
+            rows = pool[row, :, first:end]
+        else:
+            positions = np.concatenate([np.arange(i * size, (i + 1) * size) for i in indices])
+            rows = pool[row][:, mx.array(positions % capacity)]
+        heads, _, dim = rows.shape
+        return rows.reshape(heads, len(indices), size, dim).swapaxes(0, 1)
+
+    def _write(self, segments: list[mx.array], block_ids: Sequence[int], rows: mx.array) -> None:
+        while len(segments) <= max(block_ids) // SEGMENT_BLOCKS:
+            segments.append(mx.zeros((SEGMENT_BLOCKS, *rows.shape[1:]), rows.dtype))
+        for segment in sorted({b // SEGMENT_BLOCKS for b in block_ids}):
+            here = [i for i, b in enumerate(block_ids) if b // SEGMENT_BLOCKS == segment]
+            target = segments[segment]
+            target[mx.array([block_ids[i] % SEGMENT_BLOCKS for i in here])] = (
+                rows if len(here) == len(block_ids) else rows[mx.array(here)]
+            )
+            segments[segment] = target
+
+    def keep_state(self, slot: int, state_id: int) -> None:
+        """Copy a slot's recurrent states, as they are after the rows queued so far."""
+        kept: State = []
+        for layer in self._store.recurrent_layers:
+            held = layer.snapshot(slot)
+            kept.append(None if held is None else [_row(a, held[1]) for a in held[0]])
+        self._states[state_id] = kept
+        start_evaluating(_arrays(kept))  # else the batch's arrays, of all its rows, live as long as this copy is lazy
+
+    # ------------------------------------------------ pool -> slot
+
+    def restore(self, slot: int, block_ids: Sequence[int], state_id: int | None) -> None:
+        """Fill positions 0 .. len(block_ids)*block_size-1 of a slot that has room for them."""
+        num_tokens = len(block_ids) * self.block_size
+        self._store.set_length(slot, num_tokens)
+        for i, layer in enumerate(self._store.kv_layers):
+            first = 0 if layer.spec.window is None else max(0, num_tokens - layer.spec.window) // self.block_size
+            for pools, segments in ((layer.keys, self._keys[i]), (layer.values, self._values[i])):
+                self._fill(layer, pools, slot, first, self._read(segments, block_ids[first:]))
+        if state_id is not None:
+            for recurrent, arrays in zip(self._store.recurrent_layers, self._states[state_id], strict=True):
+                recurrent.restore(slot, None if arrays is None else (arrays, 0))
+        # Before anything writes to the pool again: then that write happens in place.
+        start_evaluating(self._store.pending())
+
+    def _read(self, segments: list[mx.array], block_ids: Sequence[int]) -> mx.array:
+        """Blocks (n, H, block_size, D), in the order asked for."""
+        parts = [segments[s][mx.array([b % SEGMENT_BLOCKS for b in run])] for s, run in _runs(block_ids)]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _fill(self, layer: KVLayer, pools: list[mx.array | None], slot: int, first: int, blocks: mx.array) -> None:
+        """Write blocks (n, H, block_size, D) at block index `first` of a slot."""
+        capacity_class, row = self._store.placement.where(slot)
+        pool, capacity = pools[capacity_class], layer.capacities[capacity_class]
+        assert pool is not None, "a slot without a pool"
+        n, heads, size, dim = blocks.shape
+        rows = blocks.swapaxes(0, 1).reshape(heads, n * size, dim)
+        start, end = first * size, (first + n) * size
+        if end <= capacity:
+            pool[row, :, start:end] = rows
+        else:
+            pool[row, :, mx.arange(start, end) % capacity] = rows.swapaxes(0, 1)
+        pools[capacity_class] = pool
+
+    # ------------------------------------------------ archive and self-check
+
+    def read_block(self, block_id: int, has_window: bool) -> list[mx.array]:
+        """Keys and values (H, block_size, D) of one block, layer by layer; sliding layers only with `has_window`."""
+        arrays = []
+        for layer, keys, values in zip(self._store.kv_layers, self._keys, self._values, strict=True):
+            if layer.spec.window is None or has_window:
+                for segments in (keys, values):
+                    arrays.append(segments[block_id // SEGMENT_BLOCKS][block_id % SEGMENT_BLOCKS])
+        return arrays
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[Sequence[mx.array]], has_window: bool) -> None:
+        """Put what `read_block` gave back, `blocks[i]` at block_ids[i]."""
+        at = 0
+        for layer, keys, values in zip(self._store.kv_layers, self._keys, self._values, strict=True):
+            if layer.spec.window is None or has_window:
+                for segments in (keys, values):
+                    self._write(segments, block_ids, mx.stack([block[at] for block in blocks]))
+                    at += 1
+
+    def read_state(self, state_id: int) -> State:
+        return self._states[state_id]
+
+    def write_state(self, state_id: int, state: State) -> None:
+        self._states[state_id] = state
+
+    def differing(self, stored: BlockStore, tolerance: float) -> mx.array:
+        """Boolean (n,): which blocks of a slot differ from those in the pool by more than `tolerance` of their scale.
+
+        Two forwards of different shapes round differently, so equality to the bit is not asked for.
+        """
+        result = mx.zeros((len(stored.indices),), mx.bool_)
+        for i, layer in enumerate(self._store.kv_layers):
+            if layer.spec.window is not None:
+                continue  # the scratch slot's ring keeps the last positions only
+            for pools, segments in ((layer.keys, self._keys[i]), (layer.values, self._values[i])):
+                fresh = self._slot_blocks(layer, pools, stored.slot, stored.indices).astype(mx.float32)
+                held = self._read(segments, stored.block_ids).astype(mx.float32)
+                scale = mx.abs(fresh).max(axis=(1, 2, 3)) + 1e-6
+                result = result | (mx.abs(fresh - held).max(axis=(1, 2, 3)) > tolerance * scale)
+        return result
+
+    # ------------------------------------------------ for the engine
+
+    def pending(self) -> list[mx.array]:
+        """Everything that may be unevaluated."""
+        return [a for pools in (*self._keys, *self._values) for a in pools]
+
+    def nbytes(self) -> int:
+        states = [a for state in self._states.values() for a in _arrays(state)]
+        return sum(a.nbytes for a in (*self.pending(), *states))
+
+
+def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """(segment, blocks) for each run of neighbours in one segment."""
+    run: list[int] = []
+    for block_id in block_ids:
+        if run and run[-1] // SEGMENT_BLOCKS != block_id // SEGMENT_BLOCKS:
+            yield run[-1] // SEGMENT_BLOCKS, run
+            run = []
+        run.append(block_id)
+    yield run[-1] // SEGMENT_BLOCKS, run
+
+
+def _row(array: mx.array | None, row: int) -> mx.array | None:
+    return None if array is None else mx.contiguous(array[row : row + 1])
+
+
+def _arrays(state: State) -> list[mx.array]:
+    return [a for layer in state if layer is not None for a in layer if a is not None]
