@@ -12,6 +12,7 @@ import msgspec
 
 from frontend.generation import Delta, Generation, TokenText
 from frontend.output_events import Text
+from frontend.pieces import Pieces
 from frontend.responses.context import Context
 from frontend.responses.event_log import EventLog
 from frontend.responses.output import OutputItems, new_id
@@ -29,6 +30,32 @@ QUIET_S = 15.0  # then response.in_progress is repeated: clients give up on stre
 
 Json = dict[str, Any]
 _json = msgspec.json.encode
+
+
+def take_tokens(pending: list[TokenText], text: str, pieces: Pieces) -> list[TokenText]:
+    """The tokens that wrote `text`, without those before it (of reasoning, markers, calls). They leave `pending`.
+
+    Text comes as soon as it is known to be text, so it is the last thing that looks like it.
+    """
+    if not pending:
+        return []
+    parts = [pieces.bytes_of(token.token_id) for token in pending]
+    written = text.encode()
+    start = b"".join(parts).rfind(written)
+    if start < 0:  # the detokenizer drops a space at a text's very beginning
+        taken = list(pending)
+        pending.clear()
+        return taken
+    end, place, first, last = start + len(written), 0, len(parts), len(parts)
+    for i, part in enumerate(parts):
+        if place < end:
+            last = i + 1
+        place += len(part)
+        if place > start and first == len(parts):
+            first = i
+    taken = pending[first:last]
+    del pending[:last]
+    return taken
 
 
 def event_bytes(content: Json) -> bytes:
@@ -174,8 +201,8 @@ class ResponseRun:
         pending += delta.tokens
         events = []
         for item in delta.events or ([Text(delta.text)] if delta.text else []):
-            events += self._items.show(item, pending)
-            pending.clear()
+            tokens = take_tokens(pending, item.text, self._service.pieces) if isinstance(item, Text) else []
+            events += self._items.show(item, tokens)
         return events
 
     def _numbered(self, content: Json) -> Json:
