@@ -16,6 +16,7 @@ from frontend.generation import ClientWatcher, Generation, prepare
 from frontend.responses import compact
 from frontend.responses.context import Prompt, encode, load
 from frontend.responses.event_log import EventLog, Reader
+from frontend.responses.items import shown
 from frontend.responses.run import ResponseRun, event_bytes
 from frontend.responses.schemas import (
     CompactBody,
@@ -126,7 +127,7 @@ async def input_items(request: Request, response_id: str) -> Response:
         if not places:
             raise InvalidRequest(f"after: this response has no item {query.after!r}", param="after")
         listed = listed[places[0] + 1 :]
-    page = [_shown(item) for item in listed[: query.limit]]
+    page = [shown(item) for item in listed[: query.limit]]
     answer = {
         "object": "list",
         "data": page,
@@ -228,12 +229,3 @@ def _follow(request: Request, events: EventLog, start: int) -> Response:
 
 def _error_event(error: TandemError) -> bytes:
     return event_bytes({"type": "error", "code": error.code, "message": error.message, "param": error.param})
-
-
-def _shown(item: dict[str, Any]) -> dict[str, Any]:
-    """As the API lists items: message content is always a list of parts."""
-    if item["type"] == "message" and isinstance(item["content"], str):
-        kind = "output_text" if item["role"] == "assistant" else "input_text"
-        part = {"type": kind, "text": item["content"]}
-        return item | {"content": [part | {"annotations": []} if kind == "output_text" else part]}
-    return item

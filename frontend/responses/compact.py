@@ -41,7 +41,7 @@ async def compacted(context: Context, generation: Generation) -> dict[str, Any]:
     if not summary:
         raise EngineFailure("the model wrote no summary")
     told = [p.item for p in context.placed if isinstance(p.item, items.Message) and p.item.role == "user"]
-    kept = as_dicts(told)
+    kept = [items.shown(item) for item in as_dicts(told)]
     for item in kept:
         item.setdefault("id", new_id("message"))
         item["status"] = "completed"

@@ -265,3 +265,12 @@ def _without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def shown(item: dict[str, Any]) -> dict[str, Any]:
+    """As the API lists items: message content is always a list of parts."""
+    if item["type"] == "message" and isinstance(item["content"], str):
+        kind = "output_text" if item["role"] == "assistant" else "input_text"
+        part = {"type": kind, "text": item["content"]}
+        return item | {"content": [part | {"annotations": []} if kind == "output_text" else part]}
+    return item
