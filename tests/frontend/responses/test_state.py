@@ -269,7 +269,7 @@ def test_compaction(agent: AgentServer, client: openai.OpenAI) -> None:
     assert compacted.usage.output_tokens > 0
     assert "line 1" in agent.prompts[0]
     assert "bug is fixed" not in compacted.output[-1].encrypted_content
-    again: list[Any] = [item.model_dump(exclude_none=True) for item in compacted.output]
+    again: list[Any] = [item.model_dump(exclude_none=True, warnings=False) for item in compacted.output]
     again[-1]["type"] = "compaction_summary"  # its former name
     response = client.responses.create(model="default", input=again)
     assert response.output_text == "Tested."
