@@ -154,7 +154,6 @@ SAMPLES: dict[str, list[tuple[Any, Json]]] = {
 WITHOUT_EFFECT = {
     ("/v1/responses", "max_tool_calls"): "counts calls of tools that the server runs, of which there are none",
     ("/v1/messages", "metadata"): "names an end user",
-    ("/v1/messages", "speed"): "",
 }
 for _path in ROUTES:
     for _field in ("user", "safety_identifier"):
