@@ -291,8 +291,10 @@ class EngineClient:
     def _announce(self, info: WorkerInfo) -> None:
         """The line that a person waits for after starting the server."""
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        drafter = self._settings.draft_checkpoint or ("n-gram" if self._settings.is_ngram else "none")
         what = (
-            f"model {info.model}, {info.dtype} on {info.device}, context {info.max_model_len}, {info.num_slots} slots"
+            f"model {info.model}, {info.dtype} on {info.device}, context {info.max_model_len}, {info.num_slots} slots, "
+            f"drafter {drafter}"
         )
         print(f"Tandem is ready on http://{host}:{self._settings.port} ({what})", flush=True)
 

@@ -17,6 +17,7 @@ from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
 from scheduler.prefix.cache import PrefixCache
+from scheduler.prefix.check import SelfCheck
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.speculation import Speculator
@@ -93,6 +94,7 @@ class Core:
         self.slots = SlotPool(0, 0, [1])
         self.planner: Planner | None = None  # while a target is ready
         self.prefix: PrefixCache | None = None  # while a target is ready that has one
+        self._check: SelfCheck | None = None
         self._requests: dict[RequestId, Sequence] = {}
         self._in_flight: deque[InFlight] = deque()
         self._num_steps = 0
@@ -106,8 +108,7 @@ class Core:
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
-        is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
-        self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
 
     # ------------------------------------------------ entry points
 
@@ -213,6 +214,8 @@ class Core:
             self.metrics.set_memory(peer.role, message.memory_bytes)
             self.metrics.dropped["by_peer"].inc(max(0, message.num_dropped_messages - peer.num_dropped_messages))
             peer.num_dropped_messages = message.num_dropped_messages
+            self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
+            peer.num_feature_bytes = message.num_feature_bytes
 
     def _ready(self, sender: str, message: Ready) -> None:
         peer = self.peers.get(sender)
@@ -233,7 +236,7 @@ class Core:
                     info.prefix_cache, info.fingerprint, self.metrics.prefix, self.settings.prefix_check_rate
                 )
             self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix)
-            self.speculator.set_target(info.max_draft_tokens, info.step_costs)
+            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
@@ -271,7 +274,7 @@ class Core:
         self.running.clear()
         self.slots = SlotPool(0, 0, [1])
         self.planner = None
-        self.prefix = None
+        self.prefix = self._check = None
         self.metrics.prefix.blocks["device"] = self.metrics.prefix.tier_bytes["device"] = 0
 
     @property
@@ -375,7 +378,7 @@ class Core:
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
-        self.speculator.end(sequence.submit.request_id)
+        self.speculator.end(sequence)
         if sequence.slot is not None:
             self._free_slot(sequence, is_suspect=is_suspect)
             self.running.remove(sequence)
@@ -426,7 +429,9 @@ class Core:
         target = self.target
         while self.planner is not None and target is not None and len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
             if not self.running and not len(self.waiting):
+                self._plan_check(self.planner, target, now)
                 return
+            self._end_check()
             k = self._draft(now)
             if k is None:
                 return
@@ -438,6 +443,9 @@ class Core:
                 return
             self._is_drafted = False
             self._num_steps += 1
+            if k:
+                described = map(self.speculator.described, plan.decodes, plan.sequences)  # prefills come last
+                plan.decodes = list(described)
             step = Step(
                 epoch=target.epoch,
                 step_id=self._num_steps,
@@ -451,6 +459,34 @@ class Core:
             self.metrics.iteration_tokens.observe(plan.num_tokens)
             if plan.decodes:
                 self.metrics.batch_occupancy.observe(len(plan.decodes))
+
+    def _plan_check(self, planner: Planner, target: Peer, now: float) -> None:
+        """Nobody wants anything: compute a cached prefix again."""
+        prefix = self.prefix
+        if prefix is None or self._in_flight:
+            return
+        if self._check is None and prefix.to_check:
+            token_ids, hashes = prefix.to_check.pop()
+            capacity = self.slots.class_for(len(token_ids))
+            if capacity is not None and self.slots.can_hold(capacity):
+                self._check = SelfCheck(self.slots.allocate(capacity), capacity, token_ids, hashes)
+        if self._check is None:
+            return
+        self._num_steps += 1
+        chunk = min(planner.max_step_tokens, planner.max_prefill_tokens)
+        step = self._check.next_step(target.epoch, self._num_steps, chunk, prefix)
+        self._in_flight.append(InFlight(step.step_id, {}, now, 0, 0, 0, is_decode_only=False))
+        self._out.append((target.instance_id, step))
+        if self._check.is_done:
+            self._end_check()
+            self._release_freed()
+
+    def _end_check(self) -> None:
+        """It is done, or a request needs the target."""
+        if self._check is not None:
+            self.slots.free(self._check.slot)
+            self._freed.append(self._check.slot)
+            self._check = None
 
     def _draft(self, now: float) -> int | None:
         """Get drafts for the next step; k, or None while the step has to wait for a result or for drafts."""
@@ -495,6 +531,8 @@ class Core:
             self.metrics.dropped["unexpected"].inc()
             return
         step = self._in_flight.popleft()
+        if self.prefix is not None and self.prefix.num_checked:
+            self.prefix.checked(result.differing)
         self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
         step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
         self._last_result = now
@@ -561,6 +599,7 @@ class Core:
             self.metrics.ttft.observe(now - sequence.arrival)
             self.metrics.queue_time.observe((sequence.first_scheduled or now) - sequence.arrival)
             self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+            self.metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
         sequence.last_token = now
         if reason is not None:
             self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs)
@@ -642,7 +681,7 @@ class Core:
         assert {id(s) for s in self.running} | {id(s) for s in self.waiting} == live, "a live request is nowhere"
         assert all(s.slot is not None and s not in self.waiting for s in self.running), "running without a slot"
         assert all(s.slot is None for s in self.waiting), "waiting with a slot"
-        held = [s.slot for s in self.running]
+        held = [s.slot for s in self.running] + ([self._check.slot] if self._check is not None else [])
         assert len(held) == len(set(held)), "two sequences write to one slot"
         assert len(held) + self.slots.num_free_slots == self.slots.num_slots, "free + used != total"
         drafted = {id(s): n for step in self._in_flight for s, i, n in step.rows.values() if i == s.incarnation}

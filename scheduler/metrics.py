@@ -145,11 +145,13 @@ class Metrics:
             names.SPEC_ACCEPTED_PER_POS, "Drafted tokens accepted, by position.", [*drafter, "position"],
             registry=self.registry,
         )  # fmt: skip
+        self.feature_bytes = counter(names.FEATURE_BYTES, "Hidden rows sent from the target to the drafter.")
         self.chosen_k = gauge(names.SPEC_CHOSEN_K, "Drafted tokens per row that the policy chooses now.")
         self._draft_s = histogram(names.DRAFT_SECONDS, "From asking for drafts to having them.", names.PHASE_BUCKETS)
         self.fallthrough = counters(
-            names.SPEC_FALLTHROUGH, "Rounds or rows without drafts.", "reason", ("timeout", "stale", "no_draft")
-        )
+            names.SPEC_FALLTHROUGH, "Rounds or rows without drafts.", "reason",
+            ("timeout", "stale", "no_draft", "bad_token", "bad_distribution"),
+        )  # fmt: skip
         self.add_drafter("none")
 
     def add_drafter(self, drafter: str) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from scheduler.costs import StepCosts, batch_bucket, follow
+from scheduler.drafts import draws, first, problem
 from scheduler.metrics import Metrics
-from scheduler.ngram import NgramIndex
+from scheduler.ngram import NOTHING, NgramIndex, Proposal, SharedSuffixIndex
 from scheduler.sequence import Sequence as Request
-from shared.messages import Draft, DraftReply, DraftRequest, DraftRow, RequestId, StepCost
+from shared.messages import Draft, DraftDistribution, DraftReply, DraftRequest, DraftRow, RequestId, StepCost, StepRow
 
 PROBE_INTERVAL = 48  # plain steps between two probes while parked
 PROBE_ROUNDS = 3  # a probe lasts so many rounds: one tells too little
@@ -31,6 +34,10 @@ MIN_CONFIDENCE = 0.25
 EFFICIENCY_WEIGHT = 0.05
 MIN_EFFICIENCY, MAX_EFFICIENCY = 0.2, 1.5
 AVAILABLE_WEIGHT = 0.05
+SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
+
+
+TEXT_SOURCES = ("ngram", "suffix")  # drafts out of text: the sequence's own, and recent outputs of the same tenant
 
 
 class AcceptanceRates:
@@ -80,8 +87,10 @@ class Speculated:
 
     index: NgramIndex | None
     num_indexed: int = 0
+    num_shared: int = 0  # output tokens that are in the shared index
     num_sent: int = 0  # committed tokens that the drafter was sent
     drafts: list[int] = field(default_factory=list)
+    distribution: DraftDistribution | None = None  # that the drafts were drawn from
     anchor: int = -1  # position that `drafts` follow
     source: str = ""
 
@@ -96,6 +105,7 @@ class Speculator:
     def __init__(self, use_ngram: bool, max_draft_tokens: int, metrics: Metrics) -> None:
         self.use_ngram = use_ngram
         self._max_ngram = max_draft_tokens if use_ngram else 0
+        self._shared = SharedSuffixIndex(max_tokens=SHARED_TOKENS)
         self.metrics = metrics
         self.costs = StepCosts()
         self._efficiency = Efficiency()
@@ -114,8 +124,12 @@ class Speculator:
         self._available = PRIOR  # share of rows for which the n-gram index has a proposal
         self._max_neural = 0
         self._max_verified = max_draft_tokens
+        self._vocab_size = 0
+        self._target_epoch = 0
         self._plain_steps = 0  # since the last probe, while parked
         self._probe_rounds = 0
+        for source in TEXT_SOURCES if use_ngram else ():
+            metrics.add_drafter(source)
 
     # ------------------------------------------------ life of drafter and sequences
 
@@ -133,9 +147,13 @@ class Speculator:
         """A drafter is there and answers. One that owes a reply is not asked again: it costs one time-out."""
         return self.drafter_id is not None and self._late is None
 
-    def set_target(self, max_draft_tokens: int, step_costs: Iterable[StepCost]) -> None:
+    def set_target(
+        self, max_draft_tokens: int, step_costs: Iterable[StepCost], vocab_size: int, epoch: int = 0
+    ) -> None:
         """A target is ready: what it can verify in one row, and what its steps cost."""
         self._max_verified = max_draft_tokens
+        self._vocab_size = vocab_size
+        self._target_epoch = epoch
         self.costs = StepCosts(step_costs)
         self._efficiency = Efficiency()
 
@@ -153,12 +171,16 @@ class Speculator:
         self._ended.clear()
         for state in self._states.values():
             state.num_sent = 0
-            if state.source != "ngram":
+            if state.source not in TEXT_SOURCES:
                 state.drafts = []
 
-    def end(self, request_id: RequestId) -> None:
-        if self._states.pop(request_id, None) is not None and self.drafter_id is not None:
-            self._ended.append(request_id)
+    def end(self, sequence: Request) -> None:
+        """A request is over; what it put out may help the next ones."""
+        state = self._states.pop(sequence.submit.request_id, None)
+        if self.use_ngram:
+            self._share(state or Speculated(None), sequence)
+        if state is not None and self.drafter_id is not None:
+            self._ended.append(sequence.submit.request_id)
 
     def _state(self, sequence: Request) -> Speculated:
         request_id = sequence.submit.request_id
@@ -250,24 +272,22 @@ class Speculator:
         for sequence in rows:
             state = self._state(sequence)
             anchor = len(sequence.token_ids) - 1
-            state.drafts, state.anchor, state.source = [], anchor, ""
+            state.drafts, state.anchor, state.source, state.distribution = [], anchor, "", None
             if state.index is not None:
-                self._index(state, sequence)
-                proposal = state.index.propose(k)
-                least = NGRAM_CERTAIN if self.is_neural else MIN_MATCH
-                is_good = proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE
-                self._available += AVAILABLE_WEIGHT * (float(is_good) - self._available)
-                if is_good:
-                    state.drafts, state.source = list(proposal.token_ids), "ngram"
+                proposal, source = self._proposal(state, sequence, k)
+                self._available += AVAILABLE_WEIGHT * (float(bool(proposal.token_ids)) - self._available)
+                if proposal.token_ids:
+                    state.drafts, state.source = list(proposal.token_ids), source
                     continue
             if self.is_neural:
-                start = state.num_sent
+                start, sampling = state.num_sent, sequence.submit.sampling
                 wanted.append(
                     DraftRow(
                         request_id=sequence.submit.request_id,
                         start=start,
                         token_ids=sequence.token_ids[start:],
                         num_tokens=min(k, self._max_neural),
+                        sampling=sampling if draws(sampling) else None,
                     )
                 )
                 state.num_sent = len(sequence.token_ids)
@@ -280,7 +300,13 @@ class Speculator:
             patience = max(patience, FIRST_PATIENCE_S)  # a whole prompt has to be taken in first
         self._waiting = (self._num_drafts, now, now + patience, k)
         ended, self._ended = self._ended, []
-        return DraftRequest(epoch=self.drafter_epoch, draft_id=self._num_drafts, rows=wanted, ended=ended)
+        return DraftRequest(
+            epoch=self.drafter_epoch,
+            draft_id=self._num_drafts,
+            rows=wanted,
+            target_epoch=self._target_epoch,
+            ended=ended,
+        )
 
     def reply(self, message: DraftReply, now: float) -> None:
         """Take drafts in; a late or stale reply is dropped."""
@@ -310,10 +336,13 @@ class Speculator:
     def _take(self, draft: Draft, k: int) -> None:
         state = self._states.get(draft.request_id)
         if state is None or state.anchor != draft.anchor:
+            self.metrics.count_fallthrough("stale")
             return
-        if not draft.token_ids:
-            self.metrics.count_fallthrough("no_draft")
-        state.drafts, state.source = draft.token_ids[:k], self.drafter_kind
+        reason = problem(draft, self._vocab_size) if draft.token_ids else "no_draft"
+        if reason is not None:
+            self.metrics.count_fallthrough(reason)
+            return
+        state.drafts, state.source, state.distribution = draft.token_ids[:k], self.drafter_kind, draft.distribution
 
     def drafts_for(self, sequence: Request) -> list[int]:
         """The drafts to verify behind this sequence's last token."""
@@ -322,13 +351,20 @@ class Speculator:
             return []
         return state.drafts
 
+    def described(self, row: StepRow, sequence: Request) -> StepRow:
+        """A planned row with the distribution of its drafts, where they were drawn."""
+        state = self._states.get(sequence.submit.request_id)
+        if row.num_drafts == 0 or state is None or state.distribution is None:
+            return row
+        return replace(row, draft_distribution=first(state.distribution, row.num_drafts))
+
     # ------------------------------------------------ results
 
     def verified(self, sequence: Request, num_drafts: int, num_accepted: int) -> None:
         """One row was verified."""
         state = self._states.get(sequence.submit.request_id)
         source = state.source if state is not None and state.source else "none"
-        (self._ngram if source == "ngram" else self._neural).add(num_drafts, num_accepted)
+        (self._ngram if source in TEXT_SOURCES else self._neural).add(num_drafts, num_accepted)
         self.metrics.count_draft(source, num_drafts, num_accepted)
 
     def stepped(
@@ -351,6 +387,27 @@ class Speculator:
             self._probe_rounds += 1
         if k and self._probe_rounds >= PROBE_ROUNDS:
             self._plain_steps = self._probe_rounds = 0
+
+    def _proposal(self, state: Speculated, sequence: Request, k: int) -> tuple[Proposal, str]:
+        """What the sequence's own text, else its tenant's recent outputs, let expect; nothing if that is vague."""
+        assert state.index is not None, "proposals without an index"
+        self._index(state, sequence)
+        self._share(state, sequence)
+        least = NGRAM_CERTAIN if self.is_neural else MIN_MATCH
+        proposal = state.index.propose(k)
+        if proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE:
+            return proposal, "ngram"
+        proposal = self._shared.propose(sequence.token_ids, k, sequence.submit.tenant)
+        if proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE:
+            return proposal, "suffix"
+        return NOTHING, ""
+
+    def _share(self, state: Speculated, sequence: Request) -> None:
+        """Put new output tokens into the index that the tenant's other requests see."""
+        new = sequence.token_ids[sequence.num_prompt_tokens + state.num_shared :]
+        if new:
+            self._shared.append(sequence.submit.request_id, new, sequence.submit.tenant)
+            state.num_shared += len(new)
 
     def _index(self, state: Speculated, sequence: Request) -> None:
         assert state.index is not None, "indexing without an index"

@@ -25,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # what is served
     model: str = "default"  # "default" (embedded), a folder, a .gguf file or a Hugging Face id
     model_name: str = ""  # name shown to clients; empty: taken from the model
-    draft_model: str = ""
+    draft_model: str = "auto"  # "auto", "ngram": out of text, no checkpoint; "none"; or a drafter as `model` is named
     draft_kind: str = ""
     draft_block_size: int = 0
     ngram: bool = False  # propose from the text itself before asking the drafter
@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_cache_bytes: int = 0  # device memory for cached prefixes; 0: a share of the KV memory
     prefix_host_bytes: int = -1  # copies in host memory; -1: chosen where device memory is separate, else none
     prefix_ssd_bytes: int = 4 << 30  # copies on SSD, in the cache folder, that outlive a restart; 0: none
+    prefix_dir: str = ""  # where these files are; empty: in the cache folder
     prefix_check_rate: float = 0.01  # share of hits that an idle target computes again and compares
     max_queue: int = 256  # waiting requests before 429
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
@@ -72,6 +73,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_keys: str = ""  # comma separated; empty: no authentication
 
     @property
+    def draft_checkpoint(self) -> str:
+        """The drafter to load; empty where none is asked for or drafts need no checkpoint."""
+        return "" if self.draft_model in ("", "none", "auto", "ngram") else self.draft_model
+
+    @property
+    def is_ngram(self) -> bool:
+        """Whether drafts come out of text. By default they do: it costs nothing where it does not pay."""
+        return self.draft_model in ("auto", "ngram") or self.draft_kind == "ngram" or self.ngram
+
+    @property
     def run_folder(self) -> Path:
         if self.run_dir:
             return Path(self.run_dir)
@@ -80,6 +91,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def cache_folder(self) -> Path:
         return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "tandem"
+
+    @property
+    def prefix_folder(self) -> Path:
+        return Path(self.prefix_dir).expanduser() if self.prefix_dir else self.cache_folder / "prefix"
 
     @property
     def engine_endpoint(self) -> str:

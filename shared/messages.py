@@ -46,8 +46,20 @@ class PrefixCacheInfo(Part, frozen=True, kw_only=True):
     window: int = 0  # the longest sliding window: so many positions before a hit's end need their sliding rows
     ring_tokens: int = 0  # positions before a sequence's end whose sliding rows no draft overwrites; 0: no such layer
     is_recurrent: bool = False  # a hit needs the recurrent state at its end
+    is_checkable: bool = True  # blocks hold keys and values that can be compared with a new computation
     num_states: int = 0
     state_bytes: int = 0
+
+
+class Exactness(Part, frozen=True, kw_only=True):
+    """How verifying differs from plain decoding on this machine, from a few greedy tokens decoded at start."""
+
+    widths: list[int]  # tokens verified at once
+    num_positions: int  # compared at each width
+    max_logit_difference: float
+    min_top_two_gap: float  # smallest distance between the two largest logits seen
+    num_flipped: int  # positions whose most likely token was another one
+    can_ties_flip: bool  # one flipped, or the smallest gap is within what two logits may differ by
 
 
 class WorkerInfo(Part, frozen=True, kw_only=True):
@@ -69,6 +81,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     draft_kind: str | None = None  # drafter only
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
     step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+    exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
 
 
@@ -110,6 +123,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     instance_id: str
     memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
     num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
+    num_feature_bytes: int = 0  # target: hidden rows sent to the drafter since it started
 
 
 class SayHello(Message, frozen=True, kw_only=True):
@@ -283,6 +297,17 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     restore_state: int | None = None  # recurrent models: the state behind the last of these blocks
 
 
+class DraftDistribution(Part, frozen=True, kw_only=True):
+    """What a sequence's k drafts were drawn from: for each a row of tokens with their chances; other tokens had none.
+
+    Both arrays are (k, width), row-major, little-endian. Entries with probability 0 fill short rows.
+    """
+
+    width: int
+    token_ids: bytes  # int32
+    probabilities: bytes  # float32; each row sums to 1
+
+
 class StepRow(Part, frozen=True, kw_only=True):
     """One sequence's share of a step: input tokens at positions start .. start+n-1.
 
@@ -297,6 +322,7 @@ class StepRow(Part, frozen=True, kw_only=True):
     token_ids: list[int] | None = None
     num_drafts: int = 0
     is_sampled: bool = True
+    draft_distribution: DraftDistribution | None = None  # None: drafts that are a function of the text
     keep_state: int | None = None  # keep the slot's recurrent state after this row under this id
 
 
@@ -415,13 +441,14 @@ class DraftRow(Part, frozen=True, kw_only=True):
     start: int
     token_ids: list[int]
     num_tokens: int
-    sampling: SamplingParams | None = None  # None: greedy drafts
+    sampling: SamplingParams | None = None  # None: the most likely tokens; else drawn, with their distribution
 
 
 class DraftRequest(Message, frozen=True, kw_only=True):
     epoch: int
     draft_id: int
     rows: list[DraftRow]
+    target_epoch: int  # whose features count from now on
     ended: list[RequestId] = field(default_factory=list)  # sequences whose state may be dropped
 
 
@@ -429,6 +456,7 @@ class Draft(Part, frozen=True, kw_only=True):
     request_id: RequestId
     anchor: int  # position of the anchor the drafts follow
     token_ids: list[int]
+    distribution: DraftDistribution | None = None  # where the tokens were drawn; one row for each
 
 
 class DraftReply(Message, frozen=True, kw_only=True):
@@ -454,6 +482,7 @@ class FeatureRows(Part, frozen=True, kw_only=True):
 class Features(Message, frozen=True, kw_only=True):
     """Fused hidden rows of committed tokens, all sequences' one after another in the one tensor frame that follows."""
 
+    epoch: int  # the target's; rows of an older one may belong to tokens that were never committed
     rows: list[FeatureRows]
     tensor: TensorSpec  # (sum of num_rows, H)
 

@@ -1,4 +1,4 @@
-"""The `tandem` command line: `serve` and `fetch`.
+"""The `tandem` command line: `serve`, `fetch` and `race`.
 
 Every option of `serve` sets the environment variable of the same name (`--max-queue` is TANDEM_MAX_QUEUE), which all
 processes read.
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import msgspec
 
 from shared import config
-from shared.errors import BadConfig, BadModel
+from shared.errors import BadConfig, BadModel, Unavailable
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
+from tandem import race
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +29,12 @@ def parser() -> argparse.ArgumentParser:
         serve.add_argument(f"--{setting.name.replace('_', '-')}", metavar="VALUE", help=f"default: {default}")
     fetch = commands.add_parser("fetch", help="download a model's files and print where they are")
     fetch.add_argument("model", nargs="?", default="default")
+    run = commands.add_parser("race", help="play prompts with and without a drafter; parity, acceptance, speed")
+    run.add_argument("--draft-model", required=True, help="as for serve: a checkpoint, or ngram")
+    run.add_argument("--model", default="default")
+    run.add_argument("--prompts", metavar="FILE", help="one prompt on each line; default: eight of our own")
+    run.add_argument("--max-tokens", type=int, default=128, help="of each answer")
+    run.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return top
 
 
@@ -39,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             files = resolve(options["model"], config.load())
             print(files.folder or files.gguf)
             return 0
+        if command == "race":
+            return race.main(options)
         return serve(options)
+    except Unavailable as error:
+        print(f"tandem: {error}", file=sys.stderr)
+        return 1
     except (BadConfig, BadModel) as error:
         print(f"tandem: {error}", file=sys.stderr)
         return EXIT_CONFIG

@@ -38,6 +38,7 @@ class Link:
     ) -> None:
         self.instance_id = uuid.uuid4().hex
         self.num_dropped = 0
+        self.num_feature_bytes = 0
         self._settings = settings
         self._role = role
         self._memory = memory
@@ -97,7 +98,10 @@ class Link:
             while not self._stopped.wait(self._settings.heartbeat_interval_s):
                 memory = {"resident": process.memory_info().rss, **self._memory()}
                 beat = Heartbeat(
-                    instance_id=self.instance_id, memory_bytes=memory, num_dropped_messages=self.num_dropped
+                    instance_id=self.instance_id,
+                    memory_bytes=memory,
+                    num_dropped_messages=self.num_dropped,
+                    num_feature_bytes=self.num_feature_bytes,
                 )
                 try:
                     socket.send(encode(beat), zmq.NOBLOCK)

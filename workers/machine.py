@@ -30,3 +30,8 @@ def device_name() -> str:
     if is_cpu():
         return "cpu"
     return str(mx.device_info().get("device_name", mx.default_device()))
+
+
+def has_own_memory() -> bool:
+    """Whether the device's memory is apart from the machine's (CUDA)."""
+    return not is_cpu() and not mx.metal.is_available()

@@ -13,17 +13,30 @@ from typing import TYPE_CHECKING
 
 from shared import config, log
 from shared.errors import BadConfig, BadModel, TandemError
-from shared.messages import Drain, Ready, Release, Step, StepResult, ToTarget, Welcome, WorkerFailed
+from shared.messages import (
+    ClearArchive,
+    Drain,
+    LoadBlocks,
+    Ready,
+    Release,
+    Step,
+    StepResult,
+    ToTarget,
+    Welcome,
+    WorkerFailed,
+)
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
 from workers import blas
 
 if TYPE_CHECKING:
+    from workers.archiver import Archiver
     from workers.engine import PendingStep
 
 logger = logging.getLogger("target")
 
 IDLE_POLL_S = 1.0
+ARCHIVE_POLL_S = 0.002  # while idle and blocks go to or come from the archive
 MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 
 
@@ -31,7 +44,7 @@ class Target:
     """Owns the engine. On a GPU one step runs while the next is being queued."""
 
     def __init__(self, settings: config.Settings) -> None:
-        from workers.build import build_engine
+        from workers.build import build_archiver, build_engine
         from workers.features import FeatureSender
         from workers.link import Link
         from workers.machine import is_cpu, memory
@@ -46,6 +59,7 @@ class Target:
             self.info.model, self.info.device, self.info.dtype, time.perf_counter() - started, self.info.num_slots,
             self.info.kv_capacity_tokens,
         )  # fmt: skip
+        self.archiver = build_archiver(self.engine, self.info, settings)
         self.sender = FeatureSender(settings) if self.engine.model.captures else None
         # MLX's CPU device runs a graph while it is being queued, so a second step would only delay the first's result.
         self.depth = 1 if is_cpu() else 2
@@ -72,7 +86,11 @@ class Target:
                         waiting.append(message)
                         if len(waiting) + len(running) <= self.depth:
                             continue  # look for more before waiting for the device
-                    case Step() | Release():
+                    case LoadBlocks() if message.epoch == self.epoch and self.archiver is not None:
+                        self.archiver.load(message)
+                    case ClearArchive() if message.epoch == self.epoch and self.archiver is not None:
+                        self.archiver.clear()
+                    case Step() | Release() | LoadBlocks() | ClearArchive():
                         self.link.num_dropped += 1
                     case Drain():
                         self.is_draining = True
@@ -80,6 +98,8 @@ class Target:
                     self._begin(waiting.popleft(), running)
                 if running:
                     self._finish(running.popleft())
+                if self.archiver is not None:
+                    self._archive(self.archiver, is_idle=not running and not waiting)
         except Exception as error:
             logger.exception("a step failed")
             self.link.send(WorkerFailed(epoch=self.epoch, reason=str(error)[:500]))
@@ -87,6 +107,8 @@ class Target:
         finally:
             if self.sender is not None:
                 self.sender.close()
+            if self.archiver is not None:
+                self.archiver.close()
             self.link.close()
 
     def _patience(self, num_waiting: int, num_running: int) -> float:
@@ -96,6 +118,8 @@ class Target:
         queued before the device falls idle, and never delays a result.
         """
         if num_waiting + num_running == 0:
+            if self.archiver is not None and (self.archiver.is_loading or self.archiver.has_work):
+                return ARCHIVE_POLL_S
             return IDLE_POLL_S
         if num_waiting == 0 and num_running < self.depth:
             return min(self.step_s / 2, MAX_LOOK_AHEAD_S)
@@ -106,6 +130,17 @@ class Target:
             self.engine.release(message.slots, message.stores)
         else:
             running.append(self.engine.begin(message))
+        if self.archiver is not None and message.stores:
+            self.archiver.stored(message.stores)
+
+    def _archive(self, archiver: Archiver, is_idle: bool) -> None:
+        """A little of the work between the device pool and the archive."""
+        while (loaded := archiver.loaded()) is not None:
+            if loaded.epoch == self.epoch:
+                self.link.send(loaded)
+        archiver.copy_some(is_idle)
+        if (news := archiver.news(self.epoch)) is not None:
+            self.link.send(news)
 
     def _finish(self, step: PendingStep) -> None:
         result = self.engine.finish(step)
@@ -119,13 +154,18 @@ class Target:
 
         features = self.engine.feature_rows(done, result) if self.sender is not None else None
         if features is not None and self.sender is not None:
-            self.sender.send(features[0], *to_numpy(features[1]))
+            self.sender.send(self.epoch, features[0], *to_numpy(features[1]))
+            self.link.num_feature_bytes = self.sender.num_bytes
 
-    def _welcome(self, message: Welcome) -> None:
+    def _welcome(self, greeting: Welcome) -> None:
         """A (new) scheduler: it knows of no sequence here."""
-        self.epoch = message.epoch
+        self.epoch = greeting.epoch
         self.engine.reset()
         self.link.send(Ready(epoch=self.epoch, info=self.info))
+        if self.archiver is not None:
+            self.archiver.reset()
+            for message in self.archiver.everything(self.epoch):
+                self.link.send(message)
 
 
 def main() -> int:

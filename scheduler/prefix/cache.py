@@ -61,6 +61,7 @@ class PrefixCache:
         self.index = PrefixIndex(info.num_blocks, info.num_states)
         self.to_load: list[LoadBlocks] = []  # to be sent by the owner, epoch not yet set
         self.to_check: list[tuple[list[int], list[bytes]]] = []  # (tokens, hashes) of hits to compute again
+        self.num_checked = 0  # blocks of the comparison that is on its way
         self._fingerprint = fingerprint
         self._seeds: dict[str, bytes] = {}
         self._computing: dict[bytes, Sequence] = {}  # blocks that a running prefill will have
@@ -115,7 +116,9 @@ class PrefixCache:
         sequence.num_scheduled = n * self.info.block_size
         sequence.restore = [e.block_id for e in hit.entries if e.block_id is not None]
         sequence.restore_state = hit.entries[-1].state_id if self.info.is_recurrent else None
-        if self._random.random() < self._check_rate and not self.to_check and not sequence.marks:
+        # A media segment would need its encoder again; one check at a time is enough.
+        is_chosen = self.info.is_checkable and self._random.random() < self._check_rate
+        if is_chosen and not self.to_check and not sequence.marks:
             self.to_check.append((sequence.token_ids[: sequence.num_scheduled], hashes[:n]))
 
     def _usable(self, chain: list[Entry]) -> Hit:
@@ -296,6 +299,14 @@ class PrefixCache:
         for block_hash in sequence.block_hashes[sequence.num_kept_blocks :]:
             if self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
+
+    def checked(self, differing: list[bytes]) -> None:
+        """The target compared `num_checked` blocks with a new computation."""
+        self.counts.checks["different"] += len(differing)
+        self.counts.checks["equal"] += self.num_checked - len(differing)
+        self.num_checked = 0
+        for block_hash in differing:
+            self.index.discard(block_hash)
 
     # ------------------------------------------------ archive
 

@@ -40,7 +40,7 @@ class Rig:
     """A core, one frontend and a fake target; messages to the target wait in `queue` until `work` runs one."""
 
     def __init__(self, info: WorkerInfo | None = None, **changes: object) -> None:
-        self.core = Core(Settings(**changes), Metrics())  # type: ignore[arg-type]
+        self.core = Core(Settings(**{"draft_model": "none", **changes}), Metrics())  # type: ignore[arg-type]
         self.info = info or worker_info()
         self.now = 100.0
         self.outputs: dict[str, list[Output]] = {}
@@ -102,13 +102,9 @@ class Rig:
         raise AssertionError("the schedule does not end")
 
     def submit(self, name: str, prompt: list[int], max_tokens: int, **changes: object) -> None:
-        self.send(
-            "front",
-            Submit(
-                request_id=RequestId(name), prompt_token_ids=prompt, sampling=GREEDY, max_tokens=max_tokens,
-                **changes,  # type: ignore[arg-type]
-            ),
-        )  # fmt: skip
+        values = {"sampling": GREEDY, **changes}
+        submit = Submit(request_id=RequestId(name), prompt_token_ids=prompt, max_tokens=max_tokens, **values)  # type: ignore[arg-type]
+        self.send("front", submit)
 
     def tokens(self, name: str) -> list[int]:
         return [t for output in self.outputs.get(name, []) for t in output.token_ids]

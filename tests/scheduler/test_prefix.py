@@ -109,7 +109,8 @@ def test_random_chats_give_the_same_tokens_as_without_a_cache(
     seed: int, kind: str, num_blocks: int, ngram: bool, archives: bool
 ) -> None:
     rng = random.Random(seed)
-    chats = rig(kind, num_blocks, ngram=ngram, max_num_batched_tokens=rng.choice((5, 16)))
+    changes = {"max_num_batched_tokens": rng.choice((5, 16)), "prefix_check_rate": rng.choice((0.0, 1.0))}
+    chats = rig(kind, num_blocks, ngram=ngram, **changes)
     texts = [[rng.randrange(3) for _ in range(rng.randrange(1, 14))] for _ in range(2)]  # shared beginnings
     archive = chats.target.archive
     wanted: dict[str, list[int]] = {}
@@ -216,6 +217,45 @@ def test_a_lookup_and_an_insert_take_microseconds_per_block() -> None:
     index.touch(hashes)
     assert (time.perf_counter() - started) / 3000 < 200e-6
     assert len(found) == 3000
+
+
+def test_an_idle_target_checks_hits_and_drops_what_differs() -> None:
+    chats = rig(prefix_check_rate=1.0)
+    prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0]
+    for name in "ab":
+        chats.submit(name, prompt, 2)
+        chats.drain()
+    counts = chats.core.metrics.prefix
+    assert counts.checks == {"equal": 2, "different": 0}
+    chats.submit("c", prompt, 2)
+    while chats.finish_reasons("c") != ["length"]:
+        chats.work()
+    second = chats.target.blocks[1]
+    second.tokens[5] = 1 - second.tokens[5]  # the device forgot a bit
+    chats.drain()
+    assert counts.checks["different"] == 1
+    chats.submit("d", prompt, 2)
+    chats.drain()
+    timings = chats.outputs["d"][-1].timings
+    assert timings is not None
+    assert timings.num_cached_tokens == 4, "the block that differs is gone, the one before it is not"
+    chats.assert_idle()
+
+
+def test_a_check_gives_way_to_a_request() -> None:
+    chats = rig(prefix_check_rate=1.0, max_num_batched_tokens=4)
+    prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0, 1, 2, 0, 0]
+    for name in "ab":
+        chats.submit(name, prompt, 2)
+        while not chats.finish_reasons(name):
+            chats.work()
+    assert chats.core._check is not None
+    chats.submit("c", [1, 1], 3)
+    assert chats.core._check is None
+    chats.drain()
+    assert chats.tokens("c") == greedy([1, 1], 3)
+    assert chats.core.metrics.prefix.checks == {"equal": 0, "different": 0}
+    chats.assert_idle()
 
 
 def test_a_target_that_forgets_blocks_is_noticed() -> None:

@@ -286,7 +286,7 @@ def speculator(wide_s: float, draft_s: float, rate: float, max_draft: int = 8) -
     """
     made = Speculator(False, max_draft, Metrics())
     costs = [StepCost(batch=b, width=w, seconds=s) for b in (1, 8) for w, s in ((1, PLAIN_S), (max_draft + 1, wide_s))]
-    made.set_target(max_draft, costs)
+    made.set_target(max_draft, costs, VOCAB)
     made.set_drafter("d", "model", 1, max_draft)
     made._draft_s = dict.fromkeys(range(1, max_draft + 1), draft_s)
     made._neural._rates = [rate] * max_draft

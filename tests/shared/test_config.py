@@ -25,6 +25,26 @@ def test_values_are_read_by_the_type_of_their_setting() -> None:
     assert (settings.model, settings.dtype) == ("7", "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("environ", "checkpoint", "is_ngram"),
+    [
+        ({}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "auto"}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "ngram"}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "none"}, "", False),
+        ({"TANDEM_DRAFT_MODEL": ""}, "", False),
+        ({"TANDEM_DRAFT_MODEL": "none", "TANDEM_NGRAM": "1"}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "/some/eagle"}, "/some/eagle", False),
+        ({"TANDEM_DRAFT_MODEL": "org/name", "TANDEM_NGRAM": "1"}, "org/name", True),
+    ],
+)
+def test_drafts_come_out_of_text_unless_a_drafter_or_none_is_asked_for(
+    environ: dict[str, str], checkpoint: str, is_ngram: bool
+) -> None:
+    settings = load(environ)
+    assert (settings.draft_checkpoint, settings.is_ngram) == (checkpoint, is_ngram)
+
+
 def test_empty_values_are_as_if_not_set() -> None:
     environ = {PREFIX + f.name.upper(): "" for f in msgspec.structs.fields(Settings) if f.name != "model"}
     changed = {f.name for f in msgspec.structs.fields(Settings) if f.type is str}

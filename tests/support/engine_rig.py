@@ -30,6 +30,7 @@ from shared.messages import (
     DraftRow,
     FeatureRows,
     Hello,
+    LoadBlocks,
     Message,
     Output,
     Outputs,
@@ -194,11 +195,11 @@ class EngineRig:
     ) -> None:
         self.engine, self.drafter, self.k = engine, drafter, k
         engine.reset()
-        self.core = Core(Settings(draft_block_size=max_draft, **changes), Metrics())  # type: ignore[arg-type]
+        self.core = Core(Settings(draft_block_size=max_draft, draft_model="none", **changes), Metrics())  # type: ignore[arg-type]
         self.core.speculator.forced_k = k
         self.now = 100.0
         self.epochs: dict[str, int] = {}
-        self.queue: deque[Step | Release] = deque()
+        self.queue: deque[Step | Release | LoadBlocks] = deque()
         self.outputs: dict[str, list[Output]] = {}
         self.num_steps = 0
         self.send("front", Hello(role="frontend", instance_id="front", pid=1))
@@ -234,7 +235,7 @@ class EngineRig:
                         self.outputs.setdefault(output.request_id, []).append(output)
                 case Rejected():
                     raise AssertionError(message.message)
-                case Step() | Release():
+                case Step() | Release() | LoadBlocks():
                     self.queue.append(message)
                 case DraftRequest():
                     requests.append(message)
@@ -258,6 +259,7 @@ class EngineRig:
         if isinstance(message, Release):
             self.engine.release(message.slots, message.stores)
             return True
+        assert isinstance(message, Step), "a rig without an archive is asked for its blocks"
         self.num_steps += 1
         pending = self.engine.begin(message)
         result = self.engine.finish(pending)

@@ -128,6 +128,15 @@ class FakeTarget:
             archived = CachedBlock(slot.tokens[:end], has_window or (old is not None and old.has_window))
             self.archive[store.hashes[i]] = (archived, state or old_state)  # a copy only ever gains
 
+    def _differing(self, check: BlockStore) -> list[bytes]:
+        assert self.cache is not None, "blocks to check and no cache"
+        size, tokens = self.cache.block_size, self.slots[check.slot].tokens
+        return [
+            block_hash
+            for index, block_id, block_hash in zip(check.indices, check.block_ids, check.hashes, strict=True)
+            if self.blocks[block_id].tokens != tokens[: (index + 1) * size]
+        ]
+
     def _restore(self, slot: Slot, start: SequenceStart) -> None:
         assert self.cache is not None, "blocks to restore and no cache"
         size, end = self.cache.block_size, len(start.restore) * self.cache.block_size
@@ -153,7 +162,9 @@ class FakeTarget:
         results = [r for row in rows if (r := self._row(row)) is not None]
         for store in step.stores:
             self._store(store)
-        return StepResult(epoch=step.epoch, step_id=step.step_id, rows=results, phases={"device": 0.001})
+        differing = [h for check in step.checks for h in self._differing(check)]
+        phases = {"device": 0.001}
+        return StepResult(epoch=step.epoch, step_id=step.step_id, rows=results, phases=phases, differing=differing)
 
     def _bind(self, start: SequenceStart) -> None:
         assert start.slot not in self.slots, "a slot bound while in use"

@@ -39,6 +39,7 @@ class Server:
             "port": self.port,
             "run_dir": self.run_dir,
             "heartbeat_interval_s": 0.3,
+            "prefix_dir": folder / "prefix",
             "blas_threads": 1,  # tests run beside other work, where two threads that wait for each other are slow
             **settings,
         }

@@ -55,7 +55,8 @@ def plain_tokens(
 def test_random_chats_give_the_tokens_of_single_runs_without_a_cache(engine: Engine, seed: int, ngram: bool) -> None:
     rng = random.Random(seed)
     vocab = min(VOCAB, engine.vocab_size)
-    chats = EngineRig(engine, num_blocks=rng.choice((7, 40)), k=3 if ngram else None, ngram=ngram)
+    k = 3 if ngram else None
+    chats = EngineRig(engine, num_blocks=rng.choice((7, 40)), k=k, ngram=ngram, prefix_check_rate=0.5)
     texts = [[rng.randrange(vocab) for _ in range(rng.randrange(8, 40))] for _ in range(2)]
     asked: dict[str, tuple[list[int], int]] = {}
     for i in range(9):
@@ -75,7 +76,9 @@ def test_random_chats_give_the_tokens_of_single_runs_without_a_cache(engine: Eng
             texts.append([*prompt, *chats.tokens(f"r{i}")])  # the next turn of this chat, or what is there of it
     chats.drain()
     got = {name: chats.tokens(name) for name in asked}
-    assert chats.core.metrics.prefix.hit_tokens > 0, "nothing was ever restored"
+    counts = chats.core.metrics.prefix
+    assert counts.hit_tokens > 0, "nothing was ever restored"
+    assert counts.checks["different"] == 0
     seen: dict[tuple[int, ...], list[int]] = {}
     assert got == {name: plain_tokens(engine, *case, seen) for name, case in asked.items()}
 
@@ -110,6 +113,23 @@ def test_a_restored_slot_holds_what_a_prefill_computes(engine: Engine) -> None:
         )
         assert mx.all(engine.blocks.differing(wrong, 0.02)) or n == 1
     rig.drain()
+
+
+def test_a_block_that_changed_is_found_by_the_check_and_dropped() -> None:
+    engine = make_engine(decoder_target(), num_slots=4, block_size=BLOCK)
+    rig = EngineRig(engine, num_blocks=40, prefix_check_rate=1.0)
+    prompt = list(range(20))
+    wanted = rig.run({"a": prompt}, 4)["a"]
+    assert engine.blocks is not None
+    pool = engine.blocks._values[3][0]
+    pool[2, 1, 3, 5] = 0.9
+    engine.blocks._values[3][0] = pool
+    rig.run({"b": prompt}, 4)
+    counts = rig.core.metrics.prefix
+    assert counts.checks["different"] == 1
+    assert counts.checks["equal"] > 0
+    assert rig.run({"c": prompt}, 4)["c"] == wanted
+    assert counts.checks["different"] == 1
 
 
 def test_a_failed_row_leaves_nothing_in_the_cache() -> None:
