@@ -21,10 +21,13 @@ from frontend.responses.run import ResponseRun, event_bytes
 from frontend.responses.schemas import (
     CompactBody,
     ContextBody,
+    FunctionTool,
     InputItemsQuery,
     InputTokensBody,
     ResponsesBody,
     RetrieveQuery,
+    TextFormat,
+    ToolChoice,
 )
 from frontend.responses.schemas import prepare as prepare_body
 from frontend.schemas import GenerationBody, openapi_body, openapi_query, parse, parse_query
@@ -190,12 +193,26 @@ def _check(body: ContextBody) -> None:
     if body.reasoning is not None and body.reasoning.summary and body.reasoning.generate_summary:
         raise InvalidRequest("reasoning.generate_summary: it is the former name of summary; give one of them",
                              param="reasoning.generate_summary")  # fmt: skip
+    _check_grammars(body)
     if not isinstance(body, ResponsesBody):
         return
     if body.background and not body.store:
         raise InvalidRequest("background: needs store to be true", param="background")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: needs stream to be true", param="stream_options")
+
+
+def _check_grammars(body: ContextBody) -> None:
+    """Raises InvalidRequest for what only a grammar could enforce."""
+    choice = body.tool_choice
+    forced = choice == "required" if isinstance(choice, str) else choice.type != "allowed_tools"
+    if forced or (isinstance(choice, ToolChoice) and choice.mode == "required"):
+        raise InvalidRequest("tool_choice: forcing a call is not supported yet", param="tool_choice")
+    for i, tool in enumerate(body.tools or []):
+        if isinstance(tool, FunctionTool) and tool.strict:
+            raise InvalidRequest(f"tools[{i}].strict: it is not supported yet", param=f"tools[{i}].strict")
+    if body.text is not None and not isinstance(body.text.format, TextFormat | None):
+        raise InvalidRequest("text.format: only type 'text' is supported yet", param="text.format")
 
 
 def _prepared(
