@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -47,10 +48,8 @@ def request_id_of(scope: Scope) -> str:
     return request_id.decode("ascii")
 
 
-def messages_body(message: str, status: int, request_id: str, *, code: str | None = None) -> bytes:
-    error = {"type": _MESSAGES_TYPES.get(status, "api_error"), "message": message}
-    if code is not None:
-        error["code"] = code
+def messages_body(message: str, status: int, request_id: str, extra: Mapping[str, object] | None = None) -> bytes:
+    error = {"type": _MESSAGES_TYPES.get(status, "api_error"), "message": message, **(extra or {})}
     return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
 
 
@@ -58,8 +57,12 @@ def messages_body_of(error: TandemError, request_id: str) -> bytes:
     message = error.message
     if isinstance(error, ContextLength) and "prompt is too long" not in message:
         message = f"prompt is too long: {message}"  # the words by which Anthropic's clients know it
-    code = error.code if isinstance(error, ContextLength) else None
-    return messages_body(message, status_of(error), request_id, code=code)
+    extra: dict[str, object] = {}
+    if isinstance(error, ContextLength):
+        extra["code"] = error.code
+    elif error.param == "thread":  # by this the SDK's tool runners know that they must send all messages themselves
+        extra["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return messages_body(message, status_of(error), request_id, extra)
 
 
 def status_of(error: TandemError) -> int:

@@ -156,6 +156,7 @@ _UNSUPPORTED = {
     "function_call": "it is deprecated; use tool_choice",
     "audio": "audio output is not supported",
     "prediction": "predicted outputs are not supported",
+    "thread": "conversations are not kept on the server; send all messages",
     "web_search_options": "there is no web search here",
     "reasoning_effort": "not supported; a model's own switch goes into chat_template_kwargs",
 }
