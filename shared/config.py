@@ -65,12 +65,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # liveness
     heartbeat_interval_s: float = 1.0
     heartbeat_timeout_s: float = 10.0
-    step_timeout_s: float = 300.0
+    step_timeout_s: float = 300.0  # at most; once steps are measured, a large multiple of what they take
+    max_early_deaths: int = 5  # of one process in a row, each within 20 s of its start; then the server gives up
 
     # machine
     blas: str = "auto"  # Linux CPU: "auto", "off", or the path of a library to load before MLX
     blas_threads: int = 0  # 0: chosen for the machine
     api_keys: str = ""  # comma separated; empty: no authentication
+    api_keys_file: str = ""  # more of them, one a line with an optional weight
+    admin_key: str = ""  # for what changes the server; empty: those endpoints are off
+
+    # limits of HTTP requests
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_connections: int = 2048
+    max_requests_per_key: int = 0  # running at once; 0: no limit
+    requests_per_minute_per_key: int = 0  # 0: no limit
+    body_timeout_s: float = 120.0  # for a request's body to arrive
+    slow_reader_s: float = 60.0  # a client that reads nothing for so long is disconnected
+
+    # media that requests point to (docs/operations.md)
+    allow_media_urls: bool = False  # fetch http and https URLs of public hosts
+    media_hosts: str = ""  # names, addresses and networks that may be fetched from even if private; comma separated
+    media_roots: str = ""  # folders whose files requests may name; comma separated
+    media_max_bytes: int = 64 * 1024 * 1024
+    media_timeout_s: float = 20.0
 
     @property
     def draft_checkpoint(self) -> str:
@@ -141,7 +159,7 @@ def prepare_run_folder(settings: Settings) -> Path:
     """
     folder = settings.run_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise BadConfig(f"run folder {folder} belongs to another user")
+    if folder.is_symlink() or folder.lstat().st_uid != os.getuid():  # the temporary directory is open to all
+        raise BadConfig(f"run folder {folder} belongs to another user, or is a link")
     folder.chmod(0o700)
     return folder

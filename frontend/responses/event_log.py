@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from frontend.streams import ClientGone
 
@@ -59,6 +59,9 @@ class Reader:
     def abandon(self) -> None:
         self._is_gone = True
         self.woken.set()
+
+    def disconnect_slow_reader(self, abort: Callable[[], None] | None) -> None:
+        """Nothing waits for this client: the events are kept anyway, and it is given the next when it has read the last."""
 
     def close(self) -> None:
         self._log.readers.discard(self)

@@ -78,5 +78,5 @@ def test_no_case_makes_the_server_fail(agent: AgentServer) -> None:
         )
         limit(hypothesis.seed(int(os.environ["FUZZ_SEED"]))(test) if "FUZZ_SEED" in os.environ else test)()
     print(f"{num_sent} cases: {statuses}")
-    assert num_sent >= NUM_CASES * 0.8
+    assert num_sent >= NUM_CASES * 0.9  # a route without parameters has one case
     assert statuses.get(200, 0) > NUM_CASES // 20, statuses
