@@ -61,7 +61,7 @@ class Reader:
         self.woken.set()
 
     def disconnect_slow_reader(self, abort: Callable[[], None] | None) -> None:
-        """Nothing waits for this client: the events are kept anyway, and it is given the next when it has read the last."""
+        """Nothing waits for this client: the events are kept anyway, and it gets the next when it has read the last."""
 
     def close(self) -> None:
         self._log.readers.discard(self)
