@@ -50,7 +50,8 @@ test: $(VENV)/.dev-$(BACKEND)
 
 # The reference drafters against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
 test-drafters: $(VENV)/.dev-$(BACKEND)
-	DRAFTERS_DOCUMENTS=10 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py
+	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py
+	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/system/test_real_drafters.py
 
 # The speculation policy in its clock model at every batch size.
 test-policy: $(VENV)/.dev-$(BACKEND)
@@ -59,6 +60,7 @@ test-policy: $(VENV)/.dev-$(BACKEND)
 # 200 random kills under 16 streams, then MINUTES of mixed traffic; figures in bench/results.
 MINUTES ?= 60
 soak: $(VENV)/.dev-$(BACKEND)
+	FAULTS_LONG=1 $(PYTHON) -m pytest tests/faults
 	$(PYTHON) -m tests.faults.soak --kills 200 --out bench/results/faults-kills.json
 	$(PYTHON) -m tests.faults.soak --minutes $(MINUTES) --out bench/results/soak.json
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, assert_never
 
 import msgspec
+import psutil
 import zmq
 
 from frontend.streams import LiveRequest, TokenStream, without_repeated
@@ -42,6 +43,7 @@ from shared.messages import (
     Welcome,
     WorkerInfo,
 )
+from shared.sockets import secure
 
 log = logging.getLogger("frontend")
 
@@ -74,6 +76,7 @@ class EngineClient:
         self._is_draining = False
         self._last_heard = float("-inf")
         self._beat = Beat(settings, "frontend")
+        self._process = psutil.Process()
         self.status: EngineStatus | None = None
         self.num_dropped_messages = 0
 
@@ -96,6 +99,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_HEADER_BYTES)
+        secure(self._socket, self._settings, self._settings.engine_endpoint, is_server=False)
         self._socket.connect(self._settings.engine_endpoint)
         self._loop.add_reader(self._socket.fileno(), self._read)
         self._ticker = asyncio.create_task(self._tick_forever(), name="engine heartbeat")
@@ -352,7 +356,11 @@ class EngineClient:
             is_met = self._scheduler_id is not None and silence <= 2 * interval
             if is_met:
                 self._send(
-                    Heartbeat(instance_id=self._instance_id, num_dropped_messages=self.num_dropped_messages),
+                    Heartbeat(
+                        instance_id=self._instance_id,
+                        num_dropped_messages=self.num_dropped_messages,
+                        memory_bytes={"resident": self._process.memory_info().rss},
+                    ),
                 )
                 now = self._loop.time()
                 for live in [live for live in self._live.values() if not live.is_sent or live.is_due(now)]:

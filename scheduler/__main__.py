@@ -19,11 +19,13 @@ from shared.beat import Beat
 from shared.errors import BadConfig, BadMessage
 from shared.messages import Heartbeat, ToScheduler
 from shared.model_files import display_name
+from shared.sockets import check_addresses, secure
 from shared.supervise import EXIT_CONFIG
 from shared.wire import Decoder, encode
 
 SEND_QUEUE = 100_000  # messages waiting for one peer before it counts as lost
 LINGER_MS = 1000
+MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 
 
 class Process:
@@ -45,6 +47,9 @@ class Process:
         self._stopping = False
         self._is_restart = False
         self._beat = Beat(settings, "scheduler")
+        self._process = psutil.Process()
+        if not settings.memory_limit_bytes:
+            self.core.memory.soft_limit_bytes = int(MEMORY_SHARE * psutil.virtual_memory().total)
 
     def restart(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """End without a word to the requests: their frontends bring them to the next scheduler."""
@@ -55,6 +60,7 @@ class Process:
 
     def run(self) -> None:
         config.prepare_run_folder(self.settings)
+        secure(self._socket, self.settings, self.settings.engine_endpoint, is_server=True)
         self._socket.bind(self.settings.engine_endpoint)
         interval = self.settings.heartbeat_interval_s
         next_tick = time.monotonic()
@@ -70,6 +76,7 @@ class Process:
                 if time.monotonic() >= next_tick:
                     self._send(self.core.tick(time.monotonic()))
                     self._replace_hung()
+                    self._note_memory()
                     self._beat.touch()
                     next_tick = time.monotonic() + interval
             if not self._is_restart:
@@ -98,6 +105,12 @@ class Process:
                 self.log.warning("dropped a bad message: %s", str(error)[:200])
                 continue
             self._send(self.core.handle(sender, message, time.monotonic()))
+
+    def _note_memory(self) -> None:
+        """Our own share of the budget; the others tell theirs with their heartbeats."""
+        memory = {"resident": self._process.memory_info().rss}
+        self.core.metrics.set_memory("scheduler", memory)
+        self.core.memory.note("scheduler", memory)
 
     def _replace_hung(self) -> None:
         """Kill workers whose step does not end; their supervisors start new ones. Others' pids are left alone."""
@@ -128,6 +141,7 @@ def main() -> int:
     try:
         settings = config.load()
         log.set_up("scheduler", settings.log_level)
+        check_addresses(settings)
         process = Process(settings)
     except BadConfig as error:
         print(f"scheduler: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ now and then (time-outs, lost peers), `shutdown` at the end. Each returns envelo
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections import deque
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from scheduler.memory_budget import MemoryBudget
 from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
@@ -117,10 +119,12 @@ class Core:
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
         self.suspects = Suspects()
+        self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
         self.step_timeout = StepTimeout(settings.step_timeout_s)
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
         self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator.forced_k = settings.draft_tokens or None
 
     # ------------------------------------------------ entry points
 
@@ -224,6 +228,7 @@ class Core:
         peer = self.peers.get(sender)
         if peer is not None:
             self.metrics.set_memory(peer.role, message.memory_bytes)
+            self.memory.note(peer.instance_id, message.memory_bytes)
             self.metrics.dropped["by_peer"].inc(max(0, message.num_dropped_messages - peer.num_dropped_messages))
             peer.num_dropped_messages = message.num_dropped_messages
             self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
@@ -268,6 +273,7 @@ class Core:
     def _lose(self, peer: Peer, now: float, strikes: int = OUTER_DEATH) -> None:
         """A peer is gone. Requests of a lost target wait for the next one; those of a lost frontend end."""
         self.peers.remove(peer.instance_id)
+        self.memory.forget(peer.instance_id)
         self.metrics.set_worker(peer.role, False)
         if peer.role == "target":
             self._drop_target(now, strikes)
@@ -382,6 +388,9 @@ class Core:
         if total > info.max_model_len:
             text = f"{len(submit.prompt_token_ids)} prompt tokens and max_tokens {submit.max_tokens} make {total}; "
             return "too_long", ContextLength(text + f"the context holds {info.max_model_len}")
+        if self.memory.is_full and not is_resumed:
+            text = f"memory is full: {self.memory.used_bytes} of {self.memory.soft_limit_bytes} bytes"
+            return "memory", Busy(text, retry_after_s=self._retry_after())
         limit = self.settings.max_queue
         if len(self.waiting) >= limit and not is_resumed and self.waiting.is_over_share(submit.tenant, limit):
             text = f"{len(self.waiting)} requests are waiting already"

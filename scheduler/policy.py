@@ -28,6 +28,7 @@ TRIAL_ROWS, FIRST_TRIAL_ROWS = 12, 32  # where rounds have few rows there are mo
 CLOSE_PLAIN = 0.6  # as CLOSE, for the first trial of plain decoding, by which everything else is judged
 CLOSE, CLOSE_INTERVAL = 0.88, 160  # a choice that is nearly as good costs little to try, so often (in results)
 MIN_TRIAL_INTERVAL = 24  # results between two trials
+TRIAL_CHECK = 4  # results between two looks at whether a trial is due
 FIRST_TRIAL_AFTER = 12  # results at a batch size where the best other choice was never measured
 MAX_TRIAL_INTERVAL_S = 60.0
 PLAUSIBLE = 0.4  # a draft length that promises less than this share of the best waits longer for its first trial
@@ -145,11 +146,13 @@ class Policy:
 
     def round_s(self, batch: int, k: int) -> float:
         """Seconds of a round: as measured, or modelled and corrected while there is little to go by."""
-        modelled = self._modelled_s(batch, k) * self._excess[k > 0]
         known = self._times.get((size_of(batch), k))
+        if known is not None and known.num >= NUM_CERTAIN:
+            return known.value
+        modelled = self._modelled_s(batch, k) * self._excess[k > 0]
         if known is None:
             return modelled
-        trust = min(1.0, known.num / NUM_CERTAIN)
+        trust = known.num / NUM_CERTAIN
         return trust * known.value + (1 - trust) * modelled
 
     # ------------------------------------------------ measuring
@@ -209,7 +212,7 @@ class Policy:
         """What is worth trying now: the choice that was measured longest ago among those that may win."""
         size = size_of(batch)
         num_since = self._num_since_trial[size]
-        if num_since < FIRST_TRIAL_AFTER or not candidates:
+        if num_since % TRIAL_CHECK or num_since < FIRST_TRIAL_AFTER or not candidates:
             return None
         best = self.best(batch, candidates)
         best_rate = self.rate(batch, best)

@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     draft_model: str = "auto"  # "auto", "ngram": out of text, no checkpoint; "none"; or a drafter as `model` is named
     draft_kind: str = ""
     draft_block_size: int = 0
+    draft_tokens: int = 0  # 0: as many as pay; otherwise so many in every step, whatever it costs (to measure)
     ngram: bool = False  # propose from the text itself before asking the drafter
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -38,6 +39,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     host: str = "127.0.0.1"
     port: int = 8080
     run_dir: str = ""  # sockets; empty: a private folder under the temporary directory, by port
+    engine_address: str = ""  # of the scheduler's socket: ipc:// or tcp://; empty: in the run folder
+    features_address: str = ""  # of the drafter's socket for hidden rows; empty: in the run folder
+    curve_keys_file: str = ""  # needed where one of these can be reached from outside (tandem keys FILE)
     cache_dir: str = ""  # downloads and caches; empty: ~/.cache/tandem
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -53,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_dir: str = ""  # where these files are; empty: in the cache folder
     prefix_check_rate: float = 0.01  # share of hits that an idle target computes again and compares
     max_queue: int = 256  # waiting requests before 429
+    memory_limit_bytes: int = 0  # of all processes together; no new requests beyond it; 0: nine tenths of the machine's
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
     ttft_bound_s: float = 0.0  # 0: none; otherwise prefill gets the whole step when a request waits longer
 
@@ -117,12 +122,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def engine_endpoint(self) -> str:
         """Where the scheduler's ROUTER listens: every other process connects here."""
-        return f"ipc://{self.run_folder}/engine.sock"
+        return self.engine_address or f"ipc://{self.run_folder}/engine.sock"
 
     @property
     def features_endpoint(self) -> str:
         """Where the drafter's PULL listens: the target pushes hidden rows here."""
-        return f"ipc://{self.run_folder}/features.sock"
+        return self.features_address or f"ipc://{self.run_folder}/features.sock"
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:

@@ -17,6 +17,7 @@ from shared.beat import Beat
 from shared.config import Settings
 from shared.errors import BadMessage
 from shared.messages import Heartbeat, Hello, Message, Role, SayHello
+from shared.sockets import secure
 from shared.supervise import last_exit
 from shared.wire import Decoder, encode
 
@@ -50,6 +51,7 @@ class Link:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.IDENTITY, self.instance_id.encode())
         self._socket.set(zmq.LINGER, LINGER_MS)
+        secure(self._socket, settings, settings.engine_endpoint, is_server=False)
         self._socket.connect(settings.engine_endpoint)
         self._stopped = threading.Event()
         self._file_beat = Beat(settings, role)
@@ -103,6 +105,7 @@ class Link:
         socket = self._context.socket(zmq.DEALER)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.SNDHWM, 2)
+        secure(socket, self._settings, self._settings.engine_endpoint, is_server=False)
         socket.connect(self._settings.engine_endpoint)
         process = psutil.Process()
         try:

@@ -84,9 +84,9 @@ def decoder_target(num_layers: int = 6, window: int | None = None, vocab_size: i
     return model
 
 
-def mlx_lm_target(architecture: str, seed: int = 0) -> TextModel:
-    """An architecture of mlx-lm, tiny."""
-    config = config_of(architecture, RUNS[architecture])
+def mlx_lm_target(architecture: str, seed: int = 0, **changes: object) -> TextModel:
+    """An architecture of mlx-lm, tiny; `changes` go into its configuration."""
+    config = config_of(architecture, RUNS[architecture]) | changes
     mx.random.seed(seed)
     model_class, args_class = mlx_lm_classes(config)
     model = model_class(args_class.from_dict(config))

@@ -95,6 +95,7 @@ class World:
     _device_free: float = 0.0
     _drafter_free: float = 0.0
     _num_requests: int = 0
+    _outliers: list[float] = field(default_factory=list)
     _running: list[str] = field(default_factory=list)
     _epochs: dict[str, int] = field(default_factory=dict)
 
@@ -171,8 +172,10 @@ class World:
                     pass
 
     def _noisy(self, seconds: float) -> float:
-        outlier = 3.0 if self.random.random() < 0.02 else 1.0
-        return seconds * outlier * math.exp(self.random.gauss(0.0, self.costs.noise))
+        if not self._outliers:  # one in each lot of fifty, so that its number is no matter of luck
+            self._outliers = [3.0, *[1.0] * 49]
+            self.random.shuffle(self._outliers)
+        return seconds * self._outliers.pop() * math.exp(self.random.gauss(0.0, self.costs.noise))
 
     def _step(self, step: Step) -> None:
         """It runs once it is built and the one before it is done; building hides behind that one."""
