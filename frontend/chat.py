@@ -12,12 +12,15 @@ from starlette.responses import Response
 from frontend import logprobs
 from frontend.answer import Answer, check_stream_options, respond
 from frontend.generation import TokenText, prepare
+from frontend.grammar import Calls, answer_of, grammar_for
 from frontend.metrics import HttpMetrics
 from frontend.output_events import Call, CallArguments, CallEnd, CallFailed, CallStart, Event, Reasoning, Text, settle
+from frontend.output_parser import OutputFormat
 from frontend.output_parser import Request as ParserRequest
 from frontend.prompts import render_chat
-from frontend.schemas import ChatBody, Tool, openapi_body, parse
+from frontend.schemas import ChatBody, NamedTool, Tool, openapi_body, parse
 from frontend.service import Service, read_body, service_of
+from frontend.thinking import ThinkingRequest, plan, thinking_for
 from shared.errors import InvalidRequest
 
 router = APIRouter()
@@ -30,12 +33,14 @@ async def chat_completions(request: Request) -> Response:
     body = parse(await read_body(request), ChatBody)
     service.check_model(body.model)
     _check(body)
-    service.engine.require_target()  # before the work of tokenizing
+    target = service.engine.require_target()  # before the work of tokenizing
     tools = usable_tools(service, body.tools, is_off=body.tool_choice == "none")
-    kwargs = dict(body.chat_template_kwargs or {})
-    if body.enable_thinking is not None:
-        kwargs["enable_thinking"] = body.enable_thinking
+    calls = calls_of(body, tools)
+    thinking = plan(service, _thinking_request(body))
+    kwargs = {**thinking.template_kwargs, **(body.chat_template_kwargs or {})}
     text = await render_chat(service, body.messages, tools=tools, kwargs=kwargs)
+    answer = answer_of(body.response_format, body.structured_outputs)
+    grammar = await grammar_for(service.grammars, target, thinking.output_format, answer=answer, calls=calls)
     has_new_name = body.max_completion_tokens is not None
     generation = prepare(
         service,
@@ -45,7 +50,15 @@ async def chat_completions(request: Request) -> Response:
         max_tokens=body.max_completion_tokens if has_new_name else body.max_tokens,
         max_tokens_param="max_completion_tokens" if has_new_name else "max_tokens",
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        parsing=parsing_of(request, text, tools, max_calls=None if body.parallel_tool_calls else 1),
+        parsing=parsing_of(
+            request,
+            text,
+            tools,
+            max_calls=None if body.parallel_tool_calls else 1,
+            output_format=thinking.output_format,
+        ),
+        grammar=grammar,
+        thinking=thinking_for(service, thinking, text, has_grammar=grammar is not None),
     )
     return await respond(request, body, generation, ChatAnswer(service, body, generation))
 
@@ -67,11 +80,49 @@ def usable_tools(service: Service, tools: Sequence[Tool] | None, *, is_off: bool
     return tools
 
 
-def parsing_of(request: Request, prompt: str, tools: Sequence[Tool] | None, *, max_calls: int | None) -> ParserRequest:
+def calls_of(body: ChatBody, tools: Sequence[Tool] | None) -> Calls | None:
+    """Which calls the output may or must hold.
+
+    Raises:
+        InvalidRequest: tool_choice names no tool of the request.
+    """
+    choice = body.tool_choice
+    if not tools:
+        return None
+    if isinstance(choice, NamedTool):
+        return named_call(tools, choice.function.name, "tool_choice.function.name")
+    return Calls(tools=tools, is_required=choice == "required", is_single=not body.parallel_tool_calls)
+
+
+def named_call(tools: Sequence[Tool], name: str, param: str) -> Calls:
+    """One call of the tool with this name. Raises InvalidRequest where there is none."""
+    if all(tool.function.name != name for tool in tools):
+        raise InvalidRequest(f"{param}: {name!r} is none of the request's tools", param=param)
+    return Calls(tools=tools, is_required=True, is_single=True, only=name)
+
+
+def _thinking_request(body: ChatBody) -> ThinkingRequest:
+    return ThinkingRequest(
+        is_enabled=body.enable_thinking,
+        effort=body.reasoning_effort,
+        budget=body.thinking_budget,
+        start=body.thinking_start_token,
+        end=body.thinking_end_token,
+    )
+
+
+def parsing_of(
+    request: Request,
+    prompt: str,
+    tools: Sequence[Tool] | None,
+    *,
+    max_calls: int | None,
+    output_format: OutputFormat,
+) -> ParserRequest:
     """How the outputs of this request are to be read."""
     metrics: HttpMetrics = request.app.state.metrics
     return ParserRequest(
-        output_format=service_of(request).output_format,
+        output_format=output_format,
         prompt=prompt,
         tools={t.function.name: t.function.parameters or {} for t in tools} if tools else None,
         max_calls=max_calls,
@@ -83,10 +134,11 @@ def _check(body: ChatBody) -> None:
     check_stream_options(body)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-    if body.tool_choice == "auto" and not body.tools:
+    if body.tool_choice not in (None, "none") and not body.tools:
         raise InvalidRequest("tool_choice: needs tools", param="tool_choice")
-    if body.enable_thinking is not None and "enable_thinking" in (body.chat_template_kwargs or {}):
-        raise InvalidRequest("enable_thinking: it is in chat_template_kwargs too", param="enable_thinking")
+    for name in ("enable_thinking", "reasoning_effort"):
+        if getattr(body, name) is not None and name in (body.chat_template_kwargs or {}):
+            raise InvalidRequest(f"{name}: it is in chat_template_kwargs too", param=name)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequest("max_tokens: give max_tokens or max_completion_tokens, not both", param="max_tokens")
 

@@ -57,6 +57,7 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise BadModel(f"the chat template does not parse: {error}") from error
         self._special_texts = special_texts
+        self.knows_effort = "reasoning_effort" in source
         self.knows_tools = "tools" in source
         self.knows_developer = "developer" in source
 

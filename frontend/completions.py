@@ -11,7 +11,9 @@ from starlette.responses import Response
 from frontend import logprobs
 from frontend.answer import Answer, check_stream_options, respond
 from frontend.generation import TokenText, prepare
+from frontend.grammar import answer_of, grammar_for
 from frontend.output_events import Event, joined_text
+from frontend.output_parser import OutputFormat
 from frontend.prompts import MAX_PROMPTS, encode_prompts
 from frontend.schemas import CompletionBody, openapi_body, parse
 from frontend.service import read_body, service_of
@@ -29,10 +31,12 @@ async def completions(request: Request) -> Response:
     check_stream_options(body)
     if body.best_of is not None and body.best_of != body.n:
         raise InvalidRequest("best_of: only a value equal to n is supported", param="best_of")
-    service.engine.require_target()  # before the work of tokenizing
+    target = service.engine.require_target()  # before the work of tokenizing
     prompts = await encode_prompts(service, body.prompt)
     if len(prompts) * body.n > MAX_PROMPTS:
         raise InvalidRequest(f"n: {len(prompts)} prompts times n are more than {MAX_PROMPTS} outputs", param="n")
+    answer = answer_of(body.response_format, body.structured_outputs)
+    plain = OutputFormat(tools=None, reasoning=None, is_harmony=False)  # a text that goes on has no parts
     generation = prepare(
         service,
         request,
@@ -41,6 +45,7 @@ async def completions(request: Request) -> Response:
         max_tokens=body.max_tokens,
         max_tokens_param="max_tokens",
         num_logprobs=body.logprobs,
+        grammar=await grammar_for(service.grammars, target, plain, answer=answer),
     )
     return await respond(request, body, generation, CompletionAnswer(service, body, generation))
 

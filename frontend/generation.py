@@ -21,7 +21,7 @@ from frontend.service import Service
 from frontend.stop import StopMatcher
 from frontend.streams import ClientGone, TokenStream
 from shared.errors import EngineFailure, InvalidRequest, TandemError, from_code
-from shared.messages import FinishReason, Output, RequestId, Submit, Timings, TokenLogprob
+from shared.messages import FinishReason, Grammar, Output, RequestId, Submit, Thinking, Timings, TokenLogprob
 
 # After a stop string the engine is asked to stop; its terminal Output brings the timings and comes within a step.
 STOP_WAIT_S = 1.0
@@ -263,6 +263,8 @@ def prepare(
     max_tokens_param: str,
     num_logprobs: int | None,
     parsing: ParserRequest | None = None,
+    grammar: Grammar | None = None,
+    thinking: Thinking | None = None,
 ) -> Generation:
     """Check a request against the model and build its sequences.
 
@@ -275,6 +277,8 @@ def prepare(
     """
     target = service.engine.require_target()
     sampling = for_sequences(body, service.text.sampling_defaults, target.vocab_size, num_logprobs)
+    if grammar is not None:
+        _check_with_grammar(body)
     stop_token_ids = list(body.stop_token_ids or [])
     check_token_ids(stop_token_ids, target.vocab_size, "stop_token_ids")
     if not body.ignore_eos:
@@ -294,6 +298,8 @@ def prepare(
                 max_tokens=limit,
                 stop_token_ids=sorted(set(stop_token_ids)),
                 min_tokens=body.min_tokens,
+                grammar=grammar,
+                thinking=thinking,
                 priority=body.priority,
                 tenant=request.scope.get("tenant", ""),
                 timeout_s=request.scope.get("timeout_s"),
@@ -301,6 +307,13 @@ def prepare(
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)
+
+
+def _check_with_grammar(body: GenerationBody) -> None:
+    """A grammar says where the output ends; these two ask for more."""
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(body, name):
+            raise InvalidRequest(f"{name}: an output with a grammar ends where the grammar does", param=name)
 
 
 class Watched(Protocol):

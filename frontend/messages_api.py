@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -12,17 +11,21 @@ from starlette.responses import Response
 
 from frontend import errors
 from frontend.answer import respond
-from frontend.chat import parsing_of, usable_tools
+from frontend.chat import named_call, parsing_of, usable_tools
 from frontend.generation import prepare
+from frontend.grammar import Answer, Calls, grammar_for, json_answer
 from frontend.messages_answer import MessagesAnswer
 from frontend.messages_prompt import chat_messages, chat_tools, thinks
 from frontend.messages_schemas import CountTokensBody, MessagesBody, Prompt
 from frontend.prompts import render_chat
 from frontend.schemas import GenerationBody, Tool, openapi_body, parse
 from frontend.service import Service, read_body, service_of
+from frontend.thinking import ThinkingPlan, ThinkingRequest, markers, plan, thinking_for
 from shared.errors import ContextLength, InvalidRequest
 
 router = APIRouter()
+
+_SCHEMA_PARAM = "tools[{}].input_schema"
 
 
 @router.post("/v1/messages", openapi_extra=openapi_body(MessagesBody))
@@ -36,7 +39,8 @@ async def messages(request: Request) -> Response:
         raise InvalidRequest(f"{place}: must be less than max_tokens", param=place)
     target = service.engine.require_target()
     tools = _tools(service, body)
-    text = await _render(service, body, tools)
+    thinking = _thinking(service, body)
+    text = await _render(service, body, tools, thinking)
     prompt = await service.encode(text, add_special_tokens=False, param="messages")
     room = target.max_model_len - len(prompt)
     if room < 1:  # the words by which clients know that they should make the conversation shorter
@@ -49,6 +53,9 @@ async def messages(request: Request) -> Response:
         top_k=body.top_k,
         stop=body.stop_sequences,
     )
+    grammar = await grammar_for(
+        service.grammars, target, thinking.output_format, answer=_answer(body), calls=_calls(body, tools)
+    )
     ends_after_call = body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use
     generation = prepare(
         service,
@@ -58,7 +65,15 @@ async def messages(request: Request) -> Response:
         max_tokens=min(body.max_tokens, room),
         max_tokens_param="max_tokens",
         num_logprobs=None,
-        parsing=parsing_of(request, text, tools, max_calls=1 if ends_after_call else None),
+        parsing=parsing_of(
+            request,
+            text,
+            tools,
+            max_calls=1 if ends_after_call else None,
+            output_format=thinking.output_format,
+        ),
+        grammar=grammar,
+        thinking=thinking_for(service, thinking, text, has_grammar=grammar is not None),
     )
     answer = MessagesAnswer(
         service,
@@ -76,7 +91,7 @@ async def count_tokens(request: Request) -> Response:
     service = service_of(request)
     body = parse(await read_body(request), CountTokensBody)
     service.check_model(body.model)
-    text = await _render(service, body, _tools(service, body))
+    text = await _render(service, body, _tools(service, body), _thinking(service, body))
     prompt = await service.encode(text, add_special_tokens=False, param="messages")
     return errors.json_response(msgspec.json.encode({"input_tokens": len(prompt)}))
 
@@ -86,9 +101,47 @@ def _tools(service: Service, body: Prompt) -> Sequence[Tool] | None:
     return usable_tools(service, chat_tools(body.tools), is_off=is_off)
 
 
-async def _render(service: Service, body: Prompt, tools: Sequence[Tool] | None) -> str:
-    kwargs: dict[str, Any] = {"enable_thinking": thinks(body)}
+async def _render(service: Service, body: Prompt, tools: Sequence[Tool] | None, thinking: ThinkingPlan) -> str:
+    return await render_chat(service, chat_messages(body), tools=tools, kwargs=thinking.template_kwargs)
+
+
+def _thinking(service: Service, body: Prompt) -> ThinkingPlan:
+    """As in Anthropic's API thinking has to be asked for. Clients send budget and effort to any model, so they only act
+    on one that reasons."""
+    is_enabled = thinks(body)
+    can_reason = markers(service.output_format) is not None
+    knows_effort = service.template is not None and service.template.knows_effort
     effort = body.output_config.effort if body.output_config is not None else None
-    if effort is not None:
-        kwargs["reasoning_effort"] = effort if effort in ("low", "medium") else "high"  # templates know these three
-    return await render_chat(service, chat_messages(body), tools=tools, kwargs=kwargs)
+    budget = body.thinking.budget_tokens if body.thinking is not None else None
+    return plan(
+        service,
+        ThinkingRequest(
+            is_enabled=is_enabled,
+            effort=effort if knows_effort or (can_reason and is_enabled) else None,
+            budget=budget if can_reason and is_enabled else None,
+        ),
+    )
+
+
+def _answer(body: Prompt) -> Answer | None:
+    nested = body.output_config.format if body.output_config is not None else None
+    if nested is not None and body.output_format is not None:
+        raise InvalidRequest("output_format: output_config.format is given too", param="output_format")
+    if nested is not None:
+        return json_answer(nested.schema, "output_config.format.schema")
+    return json_answer(body.output_format.schema, "output_format.schema") if body.output_format is not None else None
+
+
+def _calls(body: Prompt, tools: Sequence[Tool] | None) -> Calls | None:
+    choice = body.tool_choice
+    if choice is not None and choice.type in ("any", "tool") and not tools:
+        raise InvalidRequest("tool_choice: needs tools", param="tool_choice")
+    if not tools:
+        return None
+    if choice is not None and choice.type == "tool":
+        if choice.name is None:
+            raise InvalidRequest("tool_choice.name: required field is missing", param="tool_choice.name")
+        return msgspec.structs.replace(named_call(tools, choice.name, "tool_choice.name"), param=_SCHEMA_PARAM)
+    is_single = choice is not None and choice.disable_parallel_tool_use
+    is_required = choice is not None and choice.type == "any"
+    return Calls(tools=tools, is_required=is_required, is_single=is_single, param=_SCHEMA_PARAM)

@@ -50,7 +50,10 @@ def chat_messages(body: Prompt) -> list[ChatMessage]:
 
 def chat_tools(tools: list[MessagesTool] | None) -> list[Tool] | None:
     return [
-        Tool(type="function", function=Function(name=t.name, description=t.description, parameters=t.input_schema))
+        Tool(
+            type="function",
+            function=Function(name=t.name, description=t.description, parameters=t.input_schema, strict=t.strict),
+        )
         for t in tools or ()
     ] or None
 

@@ -74,12 +74,13 @@ class MessagesTool(Body, frozen=True, kw_only=True):
     description: str | None = None
     type: Literal["custom"] | None = None
     cache_control: CacheControl | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
     eager_input_streaming: bool | None = None  # inputs always stream as they come
 
 
 class MessagesToolChoice(Body, frozen=True, kw_only=True):
-    type: Literal["auto", "none"]
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None  # with type "tool"
     disable_parallel_tool_use: bool = False
 
 
@@ -104,8 +105,14 @@ class ContextManagement(Body, frozen=True, kw_only=True):
     edits: list[Edit] = field(default_factory=list)
 
 
+class JsonOutput(Body, frozen=True, kw_only=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
 class OutputConfig(Body, frozen=True, kw_only=True):
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None  # the template gets it as reasoning_effort
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None  # see frontend.thinking
+    format: JsonOutput | None = None
 
 
 class Prompt(Body, frozen=True, kw_only=True):
@@ -120,6 +127,7 @@ class Prompt(Body, frozen=True, kw_only=True):
     cache_control: CacheControl | None = None
     context_management: ContextManagement | None = None
     output_config: OutputConfig | None = None
+    output_format: JsonOutput | None = None  # the older place of output_config.format
 
 
 class CountTokensBody(Prompt, frozen=True, kw_only=True):

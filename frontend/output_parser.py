@@ -35,7 +35,13 @@ def choose(settings: Settings, template: str | None, tokenizer: Tokenizer) -> Ou
     tool_name = tools.choose(settings.tool_parser, template or "")
     return OutputFormat(
         tools=tools.get(tool_name) if tool_name is not None else None,
-        reasoning=reasoning.choose(settings.reasoning_parser, template or "", tokenizer),
+        reasoning=reasoning.choose(
+            settings.reasoning_parser,
+            template or "",
+            tokenizer,
+            settings.thinking_start_token,
+            settings.thinking_end_token,
+        ),
         is_harmony=tool_name == harmony.NAME,
     )
 

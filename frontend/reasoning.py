@@ -17,6 +17,10 @@ class ReasoningFormat(Struct, frozen=True):
         """Whether the template itself has begun the reasoning: then the output starts inside it."""
         return prompt.rstrip().endswith(self.start.rstrip())
 
+    def is_closed(self, prompt: str) -> bool:
+        """Whether the template itself has written reasoning's end, as those do that can turn it off."""
+        return prompt.rstrip().endswith(self.end.rstrip())
+
 
 # Gemma comes before the others: its marker is the most particular.
 _FORMATS = (
@@ -26,12 +30,24 @@ _FORMATS = (
 )
 
 
-def choose(name: str, template: str, tokenizer: Tokenizer) -> ReasoningFormat | None:
+def choose(name: str, template: str, tokenizer: Tokenizer, start: str = "", end: str = "") -> ReasoningFormat | None:
     """The format called `name`; without a name the one whose end marker is in the template or the vocabulary.
 
+    Args:
+        start, end: markers to use instead of the format's; both where there is no format.
+
     Raises:
-        BadConfig: no such format.
+        BadConfig: no such format, or one marker alone.
     """
+    known = _known(name, template, tokenizer)
+    if not start and not end:
+        return known
+    if known is None and not (start and end):
+        raise BadConfig("TANDEM_THINKING_START_TOKEN and TANDEM_THINKING_END_TOKEN: this model needs both")
+    return ReasoningFormat("settings", start or (known.start if known else ""), end or (known.end if known else ""))
+
+
+def _known(name: str, template: str, tokenizer: Tokenizer) -> ReasoningFormat | None:
     if name == "none":
         return None
     if not name:

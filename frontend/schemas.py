@@ -35,8 +35,26 @@ class StreamOptions(Body, frozen=True, kw_only=True):
     include_obfuscation: Literal[False] = False  # random padding against traffic analysis: not offered
 
 
+class JsonSchemaFormat(Body, frozen=True, kw_only=True):
+    name: Annotated[str, Meta(pattern=r"^[\w-]{1,64}$")]
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None  # the schema is enforced either way
+
+
 class ResponseFormat(Body, frozen=True, kw_only=True):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Body, frozen=True, kw_only=True):
+    """Exactly one of them, in vLLM's names. `grammar` is Lark or EBNF."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1, max_length=1024)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class GenerationBody(Body, frozen=True, kw_only=True):
@@ -64,6 +82,8 @@ class GenerationBody(Body, frozen=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0  # smaller runs first
     user: str | None = None
     metadata: dict[str, str] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class FunctionCall(Body, frozen=True, kw_only=True):
@@ -81,11 +101,20 @@ class Function(Body, frozen=True, kw_only=True):
     name: Annotated[str, Meta(pattern=r"^[\w.:-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Body, frozen=True, kw_only=True):
     function: Function
+    type: Literal["function"]
+
+
+class NamedFunction(Body, frozen=True, kw_only=True):
+    name: str
+
+
+class NamedTool(Body, frozen=True, kw_only=True):
+    function: NamedFunction
     type: Literal["function"]
 
 
@@ -109,10 +138,13 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None  # goes to the chat template
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_budget: Annotated[int, Meta(ge=0)] | None = None  # tokens of reasoning before it is closed
+    thinking_start_token: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    thinking_end_token: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True  # False: the output ends after its first call
-    response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
@@ -158,13 +190,16 @@ _UNSUPPORTED = {
     "prediction": "predicted outputs are not supported",
     "thread": "conversations are not kept on the server; send all messages",
     "web_search_options": "there is no web search here",
-    "reasoning_effort": "not supported; a model's own switch goes into chat_template_kwargs",
+    "guided_json": "use structured_outputs.json",
+    "guided_regex": "use structured_outputs.regex",
+    "guided_choice": "use structured_outputs.choice",
+    "guided_grammar": "use structured_outputs.grammar",
 }
 _LITERALS = {
     "echo": "echo is not supported",
     "store": "responses are not stored",
-    "response_format.type": "only {'type': 'text'} is supported",
-    "tool_choice": "only 'auto' and 'none': forcing a call needs grammar support, which is not there yet",
+    "response_format.type": "only 'text', 'json_object' and 'json_schema' are supported",
+    "tool_choice": "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}",
 }
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 _NAMED = re.compile(r"(?:unknown|required) field `(.+)`")
@@ -211,9 +246,11 @@ def parse_query(params: QueryParams, kind: type[SomeBody]) -> SomeBody:
 def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
     """Drop nulls from the body and from the structs in it; free-form values (schemas, kwargs) are left alone."""
     kept = {key: value for key, value in content.items() if value is not None}
-    for key in ("stream_options", "response_format", "thinking", "metadata", "tool_choice"):
+    for key in ("stream_options", "response_format", "json_schema", "structured_outputs", "thinking", "metadata"):
         if isinstance(kept.get(key), dict):
             kept[key] = _without_nulls(kept[key])
+    if isinstance(kept.get("tool_choice"), dict):
+        kept["tool_choice"] = _without_nulls(kept["tool_choice"])
     if isinstance(kept.get("messages"), list):
         kept["messages"] = [_without_nulls(m) if isinstance(m, dict) else m for m in kept["messages"]]
     return kept
@@ -234,10 +271,6 @@ def _explain(text: str) -> InvalidRequest:
         reason = _UNSUPPORTED.get(named.group(1), "unknown or unsupported field")
     elif named:
         reason = "required field is missing"
-    elif place == "tool_choice.type":
-        reason = "only 'auto' and 'none': forcing a call needs grammar support, which is not there yet"
-    elif place.startswith("tools[") and place.endswith(".strict"):
-        reason = "strict needs grammar support, which is not there yet"
     elif place in _LITERALS:
         reason = _LITERALS[place]
     else:

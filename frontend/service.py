@@ -11,6 +11,7 @@ from frontend import output_parser, tokenizer
 from frontend.chat_template import ChatTemplate
 from frontend.detokenize import Detokenizer
 from frontend.engine import EngineClient
+from frontend.grammar import GrammarChecker
 from frontend.pieces import Pieces
 from frontend.responses.state import Responses
 from frontend.streams import ClientGone
@@ -42,6 +43,7 @@ class Service:
         self.started_at = int(time.time())
         self.responses = Responses(settings)
         self.output_format = output_parser.choose(settings, text.chat_template, text.tokenizer)
+        self.grammars = GrammarChecker(text)
         self._model_ids = {"", "default", model_name, settings.model, settings.model_name}
 
     @property

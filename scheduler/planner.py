@@ -108,6 +108,8 @@ class Planner:
                 continue
             if sequence.num_strikes and sequence is not self.suspect:
                 continue
+            if sequence.is_constrained and sequence.num_pending:
+                continue  # the target builds the mask from the token that is still on its way
             is_plain = drafts_for is None and not self._keeps_states
             if is_plain and sequence.num_pending and length <= sequence.capacity:
                 # Pipelined decode, by far the most frequent row: 256 of them have to be planned within 0.2 ms.
@@ -227,6 +229,8 @@ class Planner:
                     sampling=sequence.submit.sampling,
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     token_ids=sequence.token_ids,
+                    grammar=sequence.submit.grammar,
+                    thinking=sequence.submit.thinking,
                     capacity=sequence.capacity,
                     restore=sequence.restore,
                     restore_state=sequence.restore_state,

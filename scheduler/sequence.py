@@ -25,6 +25,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     max_length: int = field(init=False)  # prompt and output tokens at the end
     stop_token_ids: frozenset[int] = field(init=False)  # those that end the output right away
+    is_constrained: bool = field(init=False)  # which tokens may come next depends on the last one's value
     slot: int | None = None
     capacity: int = 0
     num_scheduled: int = 0
@@ -60,6 +61,7 @@ class Sequence:
         self.token_ids = [*self.submit.prompt_token_ids, *self.submit.output_token_ids]
         self.max_length = self.num_prompt_tokens + self.submit.max_tokens
         self.stop_token_ids = frozenset(self.submit.stop_token_ids)
+        self.is_constrained = self.submit.grammar is not None or self.submit.thinking is not None
 
     @property
     def marks(self) -> list[tuple[int, int, bytes]]:

@@ -34,6 +34,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     trust_remote_code: bool = False
     tool_parser: str = ""  # how the model writes tool calls; empty: by the chat template; "none": not at all
     reasoning_parser: str = ""  # how it marks reasoning; empty: by template and vocabulary; "none": not at all
+    thinking_start_token: str = ""  # text that opens reasoning; empty: the reasoning parser's
+    thinking_end_token: str = ""  # text that closes it; empty: the reasoning parser's
+    enable_thinking: Literal["", "true", "false"] = ""  # for requests that do not say; empty: the template's own way
 
     # where
     host: str = "127.0.0.1"

@@ -151,6 +151,26 @@ class SamplingParams(Part, frozen=True, kw_only=True):
     num_logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely ones'
 
 
+class Grammar(Part, frozen=True, kw_only=True):
+    """What a sequence's answer has to match. `text` is a JSON Schema, a regular expression or Lark source."""
+
+    kind: Literal["json_schema", "json_object", "regex", "lark"]
+    text: str = ""  # empty with json_object: any JSON object
+
+
+class Thinking(Part, frozen=True, kw_only=True):
+    """Where a sequence's reasoning begins and ends: a grammar applies to what comes after it.
+
+    `start` is the text that opens reasoning; empty where the prompt has opened it already. `end` closes it.
+    """
+
+    start: str
+    end: str
+    start_token_ids: list[int] = field(default_factory=list)  # `start` as the model would write it
+    end_token_ids: list[int]  # `end` likewise; written for the model when the budget is spent
+    budget: int | None = None  # tokens between start and end; None: no limit
+
+
 class Submit(Message, frozen=True, kw_only=True):
     """Start (or, with `output_token_ids`, resume) a request. Answered by Outputs or Rejected."""
 
@@ -161,6 +181,8 @@ class Submit(Message, frozen=True, kw_only=True):
     output_token_ids: list[int] = field(default_factory=list)
     stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
     min_tokens: int = 0  # stop tokens do not end the output before this many
+    grammar: Grammar | None = None
+    thinking: Thinking | None = None  # only where a grammar waits for its end, or there is a budget
     priority: int = 0  # smaller runs first
     tenant: str = ""  # whose it is, for the prefix cache and fair sharing: a digest, never the API key
     cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
@@ -296,6 +318,8 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     sampling: SamplingParams
     num_prompt_tokens: int
     token_ids: list[int]
+    grammar: Grammar | None = None
+    thinking: Thinking | None = None
     capacity: int = 0  # that of the first row
     restore: list[int] = field(default_factory=list)
     restore_state: int | None = None  # recurrent models: the state behind the last of these blocks

@@ -8,8 +8,10 @@ import mlx.core as mx
 import msgspec
 import psutil
 
+from shared import tokenizer
 from shared.config import Settings
-from shared.errors import BadModel
+from shared.errors import BadModel, InvalidRequest
+from shared.grammar import Compiler
 from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
 from workers.archiver import Archiver
@@ -65,6 +67,7 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
         mx.set_cache_limit(CPU_CACHE_BYTES)
     loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
     engine, info = make_engine(loaded, settings)
+    engine.grammars = grammar_compiler(files, loaded)
     install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
     warm_up(engine, info)
     if engine.store.feature_layer is not None:
@@ -77,6 +80,16 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
         costs = step_costs(engine, info, settings.cache_folder)
         info = msgspec.structs.replace(info, step_costs=costs, exactness=probe(engine, info))
     return engine, info
+
+
+def grammar_compiler(files: ModelFiles, loaded: LoadedModel) -> Compiler | None:
+    """None, with a line in the log, for a tokenizer that grammars cannot be used with."""
+    try:
+        known = tokenizer.load(files)
+        return Compiler(known.tokenizer, {*known.eos_token_ids, *loaded.eos_token_ids}, loaded.vocab_size)
+    except (BadModel, InvalidRequest) as error:
+        logger.warning("no grammars with this model: %s", error)
+        return None
 
 
 def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, WorkerInfo]:

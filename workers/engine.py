@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import msgspec
 
+from shared.errors import InvalidRequest
+from shared.grammar import Compiler
 from shared.messages import (
     BlockStore,
     FeatureRows,
@@ -30,6 +32,7 @@ from workers.cache.blocks import BlockPool
 from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
+from workers.sampling import constraint
 from workers.sampling.rejection import Proposal, proposals
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
@@ -76,6 +79,7 @@ class Engine:
         self.blocks = blocks
         self.count_accepted: AcceptRule = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
+        self.grammars: Compiler | None = None  # None: the model has no tokenizer that grammars can be used with
         self.state_bytes = 0  # of one slot's recurrent states, known after the warm-up
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
@@ -133,6 +137,7 @@ class Engine:
         sampled = None
         if parts:
             hidden = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            self._add_masks(spans, sampled_rows, hidden)
             sampled = sample(self.model.head(hidden), sampled_rows)
             self._remember(rows, spans, sampled)
         pending = sampled.arrays() if sampled else []
@@ -153,9 +158,13 @@ class Engine:
         if start.slot in self._slots:
             self.release([start.slot])
         self._request_ids[start.slot] = start.request_id
-        self._slots[start.slot] = SlotSampling.start(
-            start.sampling, self.vocab_size, start.token_ids, start.num_prompt_tokens
-        )
+        state = SlotSampling.start(start.sampling, self.vocab_size, start.token_ids, start.num_prompt_tokens)
+        try:
+            output = start.token_ids[start.num_prompt_tokens :]
+            state.constraint = constraint.start(self.grammars, start.grammar, start.thinking, output)
+        except InvalidRequest as error:  # the frontend checks grammars, so this is a model or a client of its own
+            state.error = error.message
+        self._slots[start.slot] = state
 
     def _restore(self, start: SequenceStart) -> None:
         """Give a new sequence's slot what the prefix cache holds of it."""
@@ -272,6 +281,19 @@ class Engine:
             tried[:-1] = proposals(drafts, row.draft_distribution)
         return [SampledRow(state, first + i, drafts[:i], tried[i]) for i in range(row.num_drafts + 1)]
 
+    @staticmethod
+    def _add_masks(spans: Sequence[tuple[int, int]], sampled_rows: list[SampledRow], hidden: mx.array) -> None:
+        """Masks of rows with a constraint, computed on the host while the device runs the forward."""
+        constrained = [span for span in spans if sampled_rows[span[0]].state.constraint is not None]
+        if not constrained:
+            return
+        start_evaluating([hidden])
+        for first, end in constrained:
+            held = sampled_rows[first].state.constraint
+            assert held is not None, "chosen for it"
+            for i, mask in zip(range(first, end), held.masks(sampled_rows[end - 1].drafts), strict=True):
+                sampled_rows[i].mask = mask
+
     def _remember(self, rows: list[StepRow], spans: list[tuple[int, int]], sampled: Sampled) -> None:
         """Rows without drafts: their token feeds the next step without passing the host."""
         plain = [(row.slot, span[0]) for row, span in zip(rows, spans, strict=True) if row.num_drafts == 0]
@@ -296,7 +318,8 @@ class Engine:
             tokens, is_finite = to_list(pending.sampled.tokens), to_list(pending.sampled.is_finite)
             logprobs = pending.sampled.read_logprobs(pending.sampled_rows)
             for row, (first, end) in zip(pending.rows, pending.spans, strict=True):
-                results.append(self._row_result(row, tokens[first:end], is_finite[first:end], first, logprobs))
+                state = pending.sampled_rows[first].state
+                results.append(self._row_result(row, state, tokens[first:end], is_finite[first:end], first, logprobs))
         read = time.perf_counter()
         return StepResult(
             epoch=pending.step.epoch,
@@ -327,7 +350,13 @@ class Engine:
         return (described, mx.concatenate(parts)) if parts else None
 
     def _row_result(
-        self, row: StepRow, tokens: list[int], is_finite: list[bool], first: int, logprobs: dict[int, TokenLogprob]
+        self,
+        row: StepRow,
+        state: SlotSampling,
+        tokens: list[int],
+        is_finite: list[bool],
+        first: int,
+        logprobs: dict[int, TokenLogprob],
     ) -> RowResult:
         drafts = (row.token_ids or [])[-row.num_drafts :] if row.num_drafts else []
         num_accepted = self.count_accepted(drafts, tokens)
@@ -336,6 +365,11 @@ class Engine:
             self._failed.add(row.slot)
             return RowResult(slot=row.slot, token_ids=[], error="the model put out NaN or infinite logits")
         kept = tokens[:n]
+        if state.constraint is not None:
+            state.constraint.advance(kept)
+        error = state.error or (state.constraint.error if state.constraint is not None else None)
+        if error is not None:
+            return RowResult(slot=row.slot, token_ids=[], error=f"grammar: {error}")
         if row.num_drafts and row.slot in self._slots:
             self._slots[row.slot].note(mx.array(kept, dtype=mx.int32))
             snapshot = self._snapshots.pop(row.slot, None)

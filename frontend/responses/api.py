@@ -13,7 +13,9 @@ from frontend.answer import ACCEPT_WAIT_S, respond
 from frontend.chat import parsing_of
 from frontend.errors import json_response
 from frontend.generation import ClientWatcher, Generation, prepare
+from frontend.grammar import grammar_for
 from frontend.responses import compact
+from frontend.responses.constraints import answer_of, calls_of
 from frontend.responses.context import Prompt, encode, load
 from frontend.responses.event_log import EventLog, Reader
 from frontend.responses.items import shown
@@ -21,19 +23,18 @@ from frontend.responses.run import ResponseRun, event_bytes
 from frontend.responses.schemas import (
     CompactBody,
     ContextBody,
-    FunctionTool,
     InputItemsQuery,
     InputTokensBody,
     ResponsesBody,
     RetrieveQuery,
-    TextFormat,
-    ToolChoice,
 )
 from frontend.responses.schemas import prepare as prepare_body
 from frontend.schemas import GenerationBody, openapi_body, openapi_query, parse, parse_query
 from frontend.service import Service, read_body, service_of
 from frontend.sse import EventStream
+from frontend.thinking import thinking_for
 from shared.errors import InvalidRequest, TandemError
+from shared.messages import Grammar
 
 router = APIRouter()
 
@@ -45,10 +46,18 @@ async def create(request: Request) -> Response:
     body = parse(await read_body(request), ResponsesBody, prepare_body)
     service.check_model(body.model)
     _check(body)
-    limit = service.engine.require_target().max_model_len
+    target = service.engine.require_target()
+    limit = target.max_model_len
     context = await load(service, _tenant(request), body)
     num_output = min(body.max_output_tokens or limit // 8, limit // 2)
     prompt = await encode(service, body, context, num_output=num_output)
+    grammar = await grammar_for(
+        service.grammars,
+        target,
+        prompt.thinking.output_format,
+        answer=answer_of(body.text),
+        calls=calls_of(body, context.table, prompt.tools),
+    )
     generation_body = GenerationBody(
         model=body.model, stream=body.stream, temperature=body.temperature, top_p=body.top_p
     )
@@ -60,6 +69,7 @@ async def create(request: Request) -> Response:
         max_tokens=body.max_output_tokens,
         max_calls=None if body.parallel_tool_calls else 1,
         num_logprobs=(body.top_logprobs or 0) if has_logprobs else None,
+        grammar=grammar,
     )
     run = ResponseRun(service, body, context, generation)
     if not body.background:
@@ -193,26 +203,12 @@ def _check(body: ContextBody) -> None:
     if body.reasoning is not None and body.reasoning.summary and body.reasoning.generate_summary:
         raise InvalidRequest("reasoning.generate_summary: it is the former name of summary; give one of them",
                              param="reasoning.generate_summary")  # fmt: skip
-    _check_grammars(body)
     if not isinstance(body, ResponsesBody):
         return
     if body.background and not body.store:
         raise InvalidRequest("background: needs store to be true", param="background")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: needs stream to be true", param="stream_options")
-
-
-def _check_grammars(body: ContextBody) -> None:
-    """Raises InvalidRequest for what only a grammar could enforce."""
-    choice = body.tool_choice
-    forced = choice == "required" if isinstance(choice, str) else choice.type != "allowed_tools"
-    if forced or (isinstance(choice, ToolChoice) and choice.mode == "required"):
-        raise InvalidRequest("tool_choice: forcing a call is not supported yet", param="tool_choice")
-    for i, tool in enumerate(body.tools or []):
-        if isinstance(tool, FunctionTool) and tool.strict:
-            raise InvalidRequest(f"tools[{i}].strict: it is not supported yet", param=f"tools[{i}].strict")
-    if body.text is not None and not isinstance(body.text.format, TextFormat | None):
-        raise InvalidRequest("text.format: only type 'text' is supported yet", param="text.format")
 
 
 def _prepared(
@@ -223,6 +219,7 @@ def _prepared(
     max_tokens: int | None,
     max_calls: int | None,
     num_logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> Generation:
     """`max_tokens` beyond the context is cut to what is left of it."""
     service: Service = service_of(request)
@@ -235,7 +232,15 @@ def _prepared(
         max_tokens=min(max_tokens or room, room),
         max_tokens_param="max_output_tokens",
         num_logprobs=num_logprobs,
-        parsing=parsing_of(request, prompt.text, prompt.tools, max_calls=max_calls),
+        parsing=parsing_of(
+            request,
+            prompt.text,
+            prompt.tools,
+            max_calls=max_calls,
+            output_format=prompt.thinking.output_format,
+        ),
+        grammar=grammar,
+        thinking=thinking_for(service, prompt.thinking, prompt.text, has_grammar=grammar is not None),
     )
 
 

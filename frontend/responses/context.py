@@ -11,13 +11,13 @@ from msgspec import Struct
 from frontend.chat import usable_tools
 from frontend.prompts import render_chat
 from frontend.responses import items
+from frontend.responses.constraints import thinking_of
 from frontend.responses.items import AnyItem
 from frontend.responses.output import new_id
 from frontend.responses.prompt import (
     Placed,
     Unsealer,
     chat_messages,
-    template_kwargs,
     without_old_reasoning,
     without_oldest,
 )
@@ -25,6 +25,7 @@ from frontend.responses.schemas import ContextBody
 from frontend.responses.tools import ToolTable, table
 from frontend.schemas import ChatMessage, Tool
 from frontend.service import Service
+from frontend.thinking import ThinkingPlan
 from shared.errors import ContextLength, InvalidRequest, NotFound
 
 MAX_ITEMS = 100_000
@@ -42,6 +43,7 @@ class Prompt(Struct, frozen=True):
     text: str
     token_ids: list[int]
     tools: Sequence[Tool] | None  # that the model was told of
+    thinking: ThinkingPlan
 
 
 async def load(service: Service, tenant: str, body: ContextBody) -> Context:
@@ -113,6 +115,7 @@ async def encode(service: Service, body: ContextBody, context: Context, *, num_o
         ContextLength: it does not fit.
     """
     tools = usable_tools(service, context.table.functions, is_off=False)
+    thinking = thinking_of(service, body.reasoning)
     limit = service.engine.require_target().max_model_len
     unsealer = Unsealer(context.key, context.tenant)
 
@@ -122,9 +125,9 @@ async def encode(service: Service, body: ContextBody, context: Context, *, num_o
             messages.append(ChatMessage(role="user", content=ask))
         if not messages:
             raise InvalidRequest("input: it is empty", param="input")
-        text = await render_chat(service, messages, tools=tools, kwargs=template_kwargs(body.reasoning))
+        text = await render_chat(service, messages, tools=tools, kwargs=thinking.template_kwargs)
         token_ids = await service.encode(text, add_special_tokens=False, param="input")
-        return Prompt(text, token_ids, tools)
+        return Prompt(text, token_ids, tools, thinking)
 
     async def fits(num_dropped: int) -> Prompt | None:
         try:

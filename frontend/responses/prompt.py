@@ -10,7 +10,6 @@ from msgspec import Struct
 
 from frontend.responses import items, tools
 from frontend.responses.items import AnyItem
-from frontend.responses.schemas import ReasoningConfig
 from frontend.responses.seal import unseal
 from frontend.schemas import ChatMessage, FunctionCall, ToolCall
 from shared.errors import BadSeal, InvalidRequest
@@ -165,17 +164,6 @@ def _joined(parts: Sequence[items.AnyPart], place: str) -> str:
             case items.InputFile():
                 raise InvalidRequest(f"{where}: files are not supported", param=where)
     return "\n".join(texts)
-
-
-def template_kwargs(reasoning: ReasoningConfig | None) -> dict[str, Any]:
-    """Switches of the chat template; nothing where the request leaves it to the model."""
-    effort = reasoning.effort if reasoning is not None else None
-    if effort is None:
-        return {}
-    if effort == "none":
-        return {"enable_thinking": False}
-    known = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know low, medium and high
-    return {"enable_thinking": True, "reasoning_effort": known.get(effort, effort)}
 
 
 def without_old_reasoning(placed: Sequence[Placed]) -> list[Placed]:

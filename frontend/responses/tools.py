@@ -92,6 +92,13 @@ class ToolTable:
     def functions(self) -> list[Tool] | None:
         return [Tool(type="function", function=tool.function) for tool in self._known.values()] or None
 
+    def find(self, kind: str, name: str | None) -> str | None:
+        """The name that the model is told of the tool of this kind, and of this name where it has one."""
+        for told, tool in self._known.items():
+            if tool.kind == kind and (name is None or name == tool.name):
+                return told
+        return None
+
     def get(self, told_name: str) -> Known:
         """A name that is nobody's (the model made it up) is a function's, as the client will find out."""
         return self._known.get(told_name) or Known("function", Function(name=told_name), told_name)
@@ -155,7 +162,10 @@ def _flat(tools: Sequence[AnyTool]) -> Iterator[tuple[str, Known]]:
 def _function(tool: FunctionTool, group: NamespaceTool | None) -> Known:
     namespace = group.name if group is not None else None
     described = Function(
-        name=told_name(tool.name, namespace), description=_described(tool, group), parameters=tool.parameters
+        name=told_name(tool.name, namespace),
+        description=_described(tool, group),
+        parameters=tool.parameters,
+        strict=tool.strict,
     )
     return Known("function", described, tool.name, namespace)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from frontend.tools.calls import NEWLINE, CallSyntax, CallTool, Rules, each, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
 from frontend.tools.json_call import read_arguments
@@ -31,6 +34,27 @@ def _read(cursor: Cursor, sink: Sink, _start: str) -> Steps[None]:
     sink.end()
 
 
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    """Both versions' way: the model takes the one that its template taught it."""
+
+    def write(tool: CallTool) -> str:
+        arguments = rules.json(tool.parameters, is_strict=tool.is_strict)
+        fenced = f"{rules.literal(f'function{_SEPARATOR}{tool.name}' + NEWLINE + '```json' + NEWLINE)} {arguments}"
+        return (
+            f"{rules.literal(tool.name + _SEPARATOR)} {arguments} {rules.literal(_END)}"
+            f" | {fenced} {rules.literal(NEWLINE + '```' + _END)}"
+        )
+
+    body = f"{rules.literal(_START)} {each(rules, tools, write)}"
+    rest = f"{one_or_more(rules, body, rules.literal(NEWLINE) + '?', is_single)} {rules.literal(_SECTION_END)}"
+    return CallSyntax(_SECTION, rest, f"{rules.literal(_SECTION)} {rest}")
+
+
 FORMAT = ToolFormat(
-    name="deepseek", starts=(_START,), read=_read, frames=(_SECTION, _SECTION_END), inner=(_SEPARATOR, _END)
+    name="deepseek",
+    starts=(_START,),
+    read=_read,
+    grammar=_grammar,
+    frames=(_SECTION, _SECTION_END),
+    inner=(_SEPARATOR, _END),
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
+from frontend.tools.calls import CallSyntax, CallTool, Rules
 from frontend.tools.cursor import Cursor, Steps
 from frontend.tools.sink import Sink
 
@@ -22,6 +23,7 @@ class ToolFormat(Struct, frozen=True, kw_only=True):
     name: str
     starts: tuple[str, ...]
     read: Callable[[Cursor, Sink, str], Steps[None]]  # (cursor, sink, start marker)
+    grammar: Callable[[Rules, Sequence[CallTool], bool], CallSyntax]  # (rules, tools, one call only)
     frames: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()  # further markers that may be special tokens
     begins_bare: bool = False

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from frontend.tools.calls import CallSyntax, CallTool, Rules, each, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
+from frontend.tools.gemma4_grammar import arguments
 from frontend.tools.json_value import MAX_DEPTH
 from frontend.tools.sink import Sink
 from frontend.tools.written_values import Arguments, typed
@@ -78,4 +81,15 @@ def _read_value(cursor: Cursor, depth: int) -> Steps[Any]:
     return typed(text, None)
 
 
-FORMAT = ToolFormat(name="gemma4", starts=(_START,), read=_read, inner=(_END, _QUOTE))
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    def write(tool: CallTool) -> str:
+        if not _NAME.fullmatch(tool.name):
+            raise tool.refuse(f"{tool.name!r} cannot be a name in this model's calls")
+        return f"{rules.literal(f'call:{tool.name}')} {arguments(rules, tool, _QUOTE)}"
+
+    body = f"{each(rules, tools, write)} {rules.literal(_END)}"
+    rest = one_or_more(rules, body, rules.literal(_START), is_single)
+    return CallSyntax(_START, rest, f"{rules.literal(_START)} {rest}")
+
+
+FORMAT = ToolFormat(name="gemma4", starts=(_START,), read=_read, grammar=_grammar, inner=(_END, _QUOTE))

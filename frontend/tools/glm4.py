@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from frontend.tools.calls import NEWLINE, CallSyntax, CallTool, Rules, each, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
 from frontend.tools.sink import Sink
+from frontend.tools.written_grammar import written_parameters
 from frontend.tools.written_values import Arguments
 
 
@@ -37,7 +41,25 @@ def tagged(name: str, prefix: str) -> ToolFormat:
         arguments.end()
         sink.end()
 
-    return ToolFormat(name=name, starts=(start,), read=read, inner=(end, key_start, key_end, value_start, value_end))
+    def grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+        def write(tool: CallTool) -> str:
+            values = written_parameters(
+                rules,
+                tool,
+                head=lambda key: f"{key_start}{key}{key_end}\n{value_start}",
+                end=value_end,
+                tail="\n",
+                strips_newlines=False,
+                pads=False,
+            )
+            return f"{rules.literal(tool.name + NEWLINE)} {values}"
+
+        body = f"{each(rules, tools, write)} {rules.literal(end)}"
+        rest = one_or_more(rules, body, rules.literal(f"\n{start}"), is_single)
+        return CallSyntax(start, rest, f"{rules.literal(start)} {rest}")
+
+    inner = (end, key_start, key_end, value_start, value_end)
+    return ToolFormat(name=name, starts=(start,), read=read, grammar=grammar, inner=inner)
 
 
 FORMAT = tagged("glm4", "")

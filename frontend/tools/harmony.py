@@ -6,7 +6,10 @@ Source: OpenAI's description of the harmony response format.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from frontend.reasoning import ReasoningFormat
+from frontend.tools.calls import CallTool, Rules, any_of, without
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.json_call import read_arguments
 from frontend.tools.sink import Sink, read_text
@@ -15,6 +18,8 @@ NAME = "harmony"
 _CHANNEL, _MESSAGE, _START = "<|channel|>", "<|message|>", "<|start|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 MARKERS = (_CHANNEL, _MESSAGE, _START, "<|constrain|>", *_ENDS)
+
+REASONING = ReasoningFormat("harmony", f"{_CHANNEL}analysis{_MESSAGE}", "<|end|>")
 
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
@@ -72,3 +77,30 @@ def _read_body(cursor: Cursor, sink: Sink, *, is_reasoning: bool) -> Steps[None]
     if end is not None and end != _START:
         cursor.pos += len(end)
     sink.end_part()
+
+
+def grammar(rules: Rules, tools: Sequence[CallTool], body: str | None, *, is_required: bool) -> str:
+    """A whole output behind its analysis: a final message, or a call, which ends the turn.
+
+    Args:
+        body: what the final message has to match; None: any text.
+        is_required: a call has to come.
+    """
+    choices: list[str] = []
+    if tools:
+        choices.append(any_of(rules, [_call(rules, tool) for tool in tools]))
+    if not is_required:
+        text = body or f"{rules.terminal(f'/(?s:.+)/ & {without(_CHANNEL, _START, *_ENDS)}')}?"
+        choices.append(f"{rules.literal(f'{_CHANNEL}final{_MESSAGE}')} {text}{_closed(rules, '<|return|>')}")
+    return f"({rules.literal(_START + 'assistant')})? ({' | '.join(choices)})"
+
+
+def _call(rules: Rules, tool: CallTool) -> str:
+    head = f"{_CHANNEL}commentary to=functions.{tool.name} <|constrain|>json{_MESSAGE}"
+    arguments = rules.json(tool.parameters, is_strict=tool.is_strict)
+    return f"{rules.literal(head)} {arguments}{_closed(rules, '<|call|>')}"
+
+
+def _closed(rules: Rules, marker: str) -> str:
+    """The marker, unless it is the very token that ends the output."""
+    return "" if rules.ends_output(marker) else f" {rules.literal(marker)}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from frontend.tools.calls import NEWLINE, CallSyntax, CallTool, Rules, each, json_call, one_or_more
 from frontend.tools.cursor import Cursor, Steps
 from frontend.tools.format import ToolFormat
 from frontend.tools.json_call import read_json_call
 from frontend.tools.sink import Sink
 
-_END = "</tool_call>"
+_START, _END = "<tool_call>", "</tool_call>"
 
 
 def _read(cursor: Cursor, sink: Sink, _start: str) -> Steps[None]:
@@ -18,4 +21,12 @@ def _read(cursor: Cursor, sink: Sink, _start: str) -> Steps[None]:
     sink.end()
 
 
-FORMAT = ToolFormat(name="hermes", starts=("<tool_call>",), read=_read, inner=(_END,))
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    call = each(rules, tools, lambda tool: json_call(rules, tool))
+    body = f"{rules.literal(NEWLINE)} {call} {rules.literal(NEWLINE + _END)}"
+    between = rules.literal(f"\n{_START}")
+    rest = one_or_more(rules, body, between, is_single)
+    return CallSyntax(_START, rest, f"{rules.literal(_START)} {rest}")
+
+
+FORMAT = ToolFormat(name="hermes", starts=(_START,), read=_read, grammar=_grammar, inner=(_END,))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from frontend.tools.calls import PYTHON_ESCAPES, CallSyntax, CallTool, Rules, each, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
+from frontend.tools.schema import parameters, standing_alone
+from frontend.tools.sequence import separated
 from frontend.tools.sink import Sink
 from frontend.tools.written_values import Arguments
 
@@ -89,4 +93,23 @@ class _JsonWords(ast.NodeTransformer):
         return ast.Constant(_JSON_WORDS[node.id]) if node.id in _JSON_WORDS else node
 
 
-FORMAT = ToolFormat(name="lfm2", starts=(_START,), read=_read, inner=(_END,))
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    """Values are JSON as far as it is Python too; the parser takes JSON's words for Python's."""
+
+    def write(tool: CallTool) -> str:
+        members = []
+        for name in (tool.name, *(p.name for p in parameters(tool))):
+            if not _NAME.fullmatch(name):
+                raise tool.refuse(f"{name!r} cannot be a name in this model's calls")
+        for parameter in parameters(tool):
+            schema = standing_alone(tool, parameter.schema)
+            value = rules.json(schema, is_strict=tool.is_strict, escapes=PYTHON_ESCAPES)
+            members.append((f"{rules.literal(parameter.name + '=')} {value}", parameter.is_required))
+        return f"{rules.literal(tool.name + '(')} {separated(rules, members, ', ')} {rules.literal(')')}"
+
+    calls = one_or_more(rules, each(rules, tools, write), rules.literal(", "), is_single)
+    rest = f"{rules.literal('[')} {calls} {rules.literal(']' + _END)}"
+    return CallSyntax(_START, rest, f"{rules.literal(_START)} {rest}")
+
+
+FORMAT = ToolFormat(name="lfm2", starts=(_START,), read=_read, grammar=_grammar, inner=(_END,))

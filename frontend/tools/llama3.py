@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from frontend.tools.calls import CallSyntax, CallTool, Rules, each, json_call, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
 from frontend.tools.json_call import read_json_call
@@ -27,4 +30,10 @@ def _read(cursor: Cursor, sink: Sink, start: str) -> Steps[None]:
         yield from cursor.skip_space()
 
 
-FORMAT = ToolFormat(name="llama3", starts=(_TAG,), read=_read, begins_bare=True)
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    call = each(rules, tools, lambda tool: json_call(rules, tool, "parameters"))
+    calls = rules.add(one_or_more(rules, call, rules.literal("; "), is_single))
+    return CallSyntax(_TAG, calls, forced=calls, bare=calls)
+
+
+FORMAT = ToolFormat(name="llama3", starts=(_TAG,), read=_read, grammar=_grammar, begins_bare=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from frontend.tools.calls import NEWLINE, CallSyntax, CallTool, Rules, each, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
 from frontend.tools.sink import Sink
+from frontend.tools.written_grammar import written_parameters
 from frontend.tools.written_values import Arguments
 
+_INVOKE = "<invoke name="
 _SECTION, _SECTION_END = "<minimax:tool_call>", "</minimax:tool_call>"
 
 
@@ -32,4 +37,23 @@ def _unquoted(name: str) -> str:
     return name
 
 
-FORMAT = ToolFormat(name="minimax", starts=("<invoke name=",), read=_read, frames=(_SECTION, _SECTION_END))
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    def write(tool: CallTool) -> str:
+        values = written_parameters(
+            rules,
+            tool,
+            head=lambda name: f'<parameter name="{name}">',
+            end="</parameter>",
+            tail="\n",
+            strips_newlines=True,
+            pads=False,
+        )
+        head = rules.literal(f'{_INVOKE}"{tool.name}">\n')
+        return f"{head} {values} {rules.literal('</invoke>')}"
+
+    calls = one_or_more(rules, each(rules, tools, write), rules.literal("\n"), is_single)
+    rest = f"{rules.literal(NEWLINE)} {calls} {rules.literal(NEWLINE + _SECTION_END)}"
+    return CallSyntax(_SECTION, rest, f"{rules.literal(_SECTION)} {rest}")
+
+
+FORMAT = ToolFormat(name="minimax", starts=(_INVOKE,), read=_read, grammar=_grammar, frames=(_SECTION, _SECTION_END))

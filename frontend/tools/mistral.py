@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from frontend.tools.calls import CallSyntax, CallTool, Rules, each, json_call, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat, short_id
 from frontend.tools.json_call import read_arguments, read_json_call
@@ -55,4 +58,22 @@ def _read_name(cursor: Cursor) -> Steps[str]:
     return name.strip()
 
 
-FORMAT = ToolFormat(name="mistral", starts=(_START,), read=_read, inner=(_ARGS, _CALL_ID), history_id=short_id)
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    """The vocabulary tells the version: [ARGS] came with the later way of writing."""
+    if not rules.is_token(_ARGS):
+        call = each(rules, tools, lambda tool: json_call(rules, tool))
+        rest = f'"[" {one_or_more(rules, call, chr(34) + ", " + chr(34), is_single)} "]"'
+        return CallSyntax(_START, rest, f"{rules.literal(_START)} {rest}")
+    call_id = f"({rules.literal(_CALL_ID)} /[a-zA-Z0-9]{{9}}/)? " if rules.is_token(_CALL_ID) else ""
+
+    def write(tool: CallTool) -> str:
+        arguments = rules.json(tool.parameters, is_strict=tool.is_strict)
+        return f"{rules.literal(tool.name)} {call_id}{rules.literal(_ARGS)} {arguments}"
+
+    rest = one_or_more(rules, each(rules, tools, write), rules.literal(_START), is_single)
+    return CallSyntax(_START, rest, f"{rules.literal(_START)} {rest}")
+
+
+FORMAT = ToolFormat(
+    name="mistral", starts=(_START,), read=_read, grammar=_grammar, inner=(_ARGS, _CALL_ID), history_id=short_id
+)

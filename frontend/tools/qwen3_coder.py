@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from frontend.tools.calls import NEWLINE, CallSyntax, CallTool, Rules, each, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
 from frontend.tools.sink import Sink
+from frontend.tools.written_grammar import written_parameters
 from frontend.tools.written_values import Arguments
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
@@ -35,9 +39,28 @@ def _read(cursor: Cursor, sink: Sink, start: str) -> Steps[None]:
     sink.end()
 
 
+def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:
+    def write(tool: CallTool) -> str:
+        values = written_parameters(
+            rules,
+            tool,
+            head=lambda name: f"<parameter={name}>",
+            end="</parameter>",
+            tail="\n",
+            strips_newlines=True,
+            pads=True,
+        )
+        return f"{rules.literal(f'{_FUNCTION}{tool.name}>' + NEWLINE)} {values} {rules.literal(_FUNCTION_END)}"
+
+    body = f"{rules.literal(NEWLINE)} {each(rules, tools, write)} {rules.literal(NEWLINE + _CALL_END)}"
+    rest = one_or_more(rules, body, rules.literal(f"\n{_CALL}"), is_single)
+    return CallSyntax(_CALL, rest, f"{rules.literal(_CALL)} {rest}")
+
+
 FORMAT = ToolFormat(
     name="qwen3_coder",
     starts=(_CALL, _FUNCTION),  # these models sometimes leave the outer marker out
     read=_read,
+    grammar=_grammar,
     inner=(_CALL_END, _FUNCTION_END),
 )

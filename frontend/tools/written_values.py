@@ -39,7 +39,7 @@ class Arguments:
 
 def typed(text: str, schema: object) -> Any:  # noqa: ANN401 - any JSON value
     """`text` as the schema's type. Without a type: JSON where it is JSON, otherwise the text itself."""
-    types = _types(schema)
+    types = types_of(schema)
     if types == {"string"}:
         return text
     value = _literal(text.strip())
@@ -72,7 +72,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _types(schema: object) -> set[str]:
+def types_of(schema: object) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     kinds = schema.get("type")
@@ -85,7 +85,7 @@ def _types(schema: object) -> set[str]:
     choices = schema.get("anyOf") or schema.get("oneOf")
     if not isinstance(choices, list):
         return set()
-    parts = [_types(choice) for choice in choices]
+    parts = [types_of(choice) for choice in choices]
     return set().union(*parts) if all(parts) else set()
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from frontend import gguf_tokenizer
 from frontend.sampling import for_sequences
 from frontend.schemas import CompletionBody, parse
 from frontend.tokenizer import ModelText, encode, load
-from shared import gguf_file
+from shared import gguf_file, gguf_tokenizer
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
 from tests.frontend.conftest import TOKENIZER, ids

@@ -154,13 +154,18 @@ def test_history_gives_the_template_arguments_as_objects(agent: AgentServer, cli
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "grammar"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "read"}}}, "tool_choice", "grammar"),
+        ({"tool_choice": "required"}, "tool_choice", "tools"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}},
+            "tool_choice.function.name",
+            "fly",
+        ),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function", "missing"),
         ({"tool_choice": "auto"}, "tool_choice", "tools"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-            "tools[0].function.strict",
-            "gram",
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
+            "tools[0].function.parameters",
+            "not",
         ),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "name"),
         ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type", "type"),

@@ -1,6 +1,7 @@
 """From logits to tokens, for any mix of requests in one call.
 
-Order of operations: logit bias, penalties, temperature, top-k, top-p, min-p; then one draw by inverse transform.
+Order of operations: logit bias, penalties, grammar mask, temperature, top-k, top-p, min-p; then one draw by inverse
+transform.
 `probabilities` is the only place that builds a row's distribution: plain decode, verification and rejection sampling
 all use it, so the distribution that is tested is the one that is drawn from.
 """
@@ -11,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from shared.messages import SamplingParams, TokenLogprob, TopLogprob
 from workers.arrays import to_list
+from workers.sampling.constraint import Constraint, Mask
 from workers.sampling.rejection import Proposal, tried
 from workers.sampling.uniform import ACCEPT, DRAW, RESIDUAL, uniform
 
@@ -28,6 +31,8 @@ class SlotSampling:
     vocab_size: int
     prompt_mask: mx.array | None = None  # (V,) bool: ids of the prompt
     output_counts: mx.array | None = None  # (V,) float32: how often each id was put out
+    constraint: Constraint | None = None
+    error: str | None = None  # the sequence cannot be sampled: it fails alone
 
     @staticmethod
     def start(
@@ -55,7 +60,8 @@ class SlotSampling:
 
     @property
     def is_plain_greedy(self) -> bool:
-        return self.params.temperature == 0.0 and not self.params.logit_bias and not self.has_penalties
+        is_greedy = self.params.temperature == 0.0 and not self.params.logit_bias and not self.has_penalties
+        return is_greedy and self.constraint is None
 
     def note(self, tokens: mx.array) -> None:
         """Count output tokens (n,); they may still be lazy."""
@@ -71,6 +77,7 @@ class SampledRow:
     position: int
     drafts: Sequence[int] = ()
     proposal: Proposal | None = None  # the draft at this position, to be kept or rejected by rejection sampling
+    mask: Mask | None = None  # of the tokens that may be drawn; None allows all
 
 
 @dataclass
@@ -155,19 +162,39 @@ def _number(row: SampledRow, stream: int) -> float:
 
 
 def adjust(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
-    """Logits (n, V) with each row's bias and penalties."""
+    """Logits (n, V) with each row's bias and penalties; -inf where its mask forbids a token."""
     biased = [(i, t, b) for i, row in enumerate(rows) for t, b in row.state.params.logit_bias.items()]
     if biased:
         at_row, at_token, bias = (mx.array(list(column)) for column in zip(*biased, strict=True))
         logits = logits.at[at_row, at_token].add(bias.astype(mx.float32))
     penalised = [i for i, row in enumerate(rows) if row.state.has_penalties]
     if len(penalised) == len(rows):
-        return _penalise(logits, rows)
-    if penalised:
+        logits = _penalise(logits, rows)
+    elif penalised:
         index = mx.array(penalised)
         changed = _penalise(logits[index], [rows[i] for i in penalised])
         logits = mx.array(logits)  # the caller keeps its own
         logits[index] = changed
+    return _forbid(logits, rows)
+
+
+def _forbid(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
+    """The masks travel as bits, 32 tokens a word; ids beyond a mask are not the tokenizer's and are forbidden too."""
+    masked = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+    if not masked:
+        return logits
+    vocab_size = logits.shape[-1]
+    words = mx.array(np.stack([mask for _, mask in masked]))  # (m, W)
+    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(len(masked), -1)[:, :vocab_size].astype(mx.bool_)
+    if allowed.shape[1] < vocab_size:
+        allowed = mx.pad(allowed, [(0, 0), (0, vocab_size - allowed.shape[1])])
+    if len(masked) == len(rows):
+        return mx.where(allowed, logits, -mx.inf)
+    index = mx.array([i for i, _ in masked])
+    changed = mx.where(allowed, logits[index], -mx.inf)
+    logits = mx.array(logits)
+    logits[index] = changed
     return logits
 
 
