@@ -21,6 +21,7 @@ from frontend import (
     tokenize_api,
 )
 from frontend.access import Access
+from frontend.admin import AdminKey
 from frontend.auth import ApiKeys
 from frontend.embeddings_api import EmbeddingsBody
 from frontend.limits import Limits
@@ -77,4 +78,6 @@ def create_app(service: Service) -> ASGIApp:
     limited = Limits(app, service.settings)
     keys = load_keys(service.settings)
     guarded: ASGIApp = ApiKeys(limited, keys) if keys else limited
+    if service.settings.admin_key:
+        guarded = AdminKey(guarded, limited, service.settings.admin_key.encode())
     return Access(guarded, app.state.metrics)

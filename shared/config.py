@@ -81,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blas_threads: int = 0  # 0: chosen for the machine
     api_keys: str = ""  # comma separated; empty: no authentication
     api_keys_file: str = ""  # more of them, one a line with an optional weight
-    admin_key: str = ""  # for what changes the server; empty: those endpoints are off
+    admin_key: str = ""  # for what changes the server for everybody; empty: every caller may
 
     # limits of HTTP requests
     max_body_bytes: int = 32 * 1024 * 1024
