@@ -185,5 +185,7 @@ def free_text_then_calls(rules: Rules, syntax: CallSyntax, form: ToolFormat) -> 
     if rules.is_token(syntax.trigger):
         start = f"({text})? ({rules.literal(syntax.trigger)} {syntax.rest})?"
     else:
-        start = f"({text})? | {rules.lazy(f'(?s:.*){escape(syntax.trigger)}')} {syntax.rest}"
+        # As long as a lexeme can go on the parser does not look at others, so this one must not begin like a bare call.
+        before = "(?s:.*)" if syntax.bare is None else r"[ \t\r\n]*([^{ \t\r\n](?s:.*))?"
+        start = f"({text})? | {rules.lazy(f'{before}{escape(syntax.trigger)}')} {syntax.rest}"
     return start if syntax.bare is None else f"{start} | {syntax.bare}"

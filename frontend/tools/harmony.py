@@ -16,7 +16,8 @@ from frontend.tools.sink import Sink, read_text
 
 NAME = "harmony"
 _CHANNEL, _MESSAGE, _START = "<|channel|>", "<|message|>", "<|start|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>")
+_RETURN = "<|return|>"
+_ENDS = ("<|end|>", "<|call|>", _RETURN)
 MARKERS = (_CHANNEL, _MESSAGE, _START, "<|constrain|>", *_ENDS)
 
 REASONING = ReasoningFormat("harmony", f"{_CHANNEL}analysis{_MESSAGE}", "<|end|>")
@@ -90,9 +91,16 @@ def grammar(rules: Rules, tools: Sequence[CallTool], body: str | None, *, is_req
     if tools:
         choices.append(any_of(rules, [_call(rules, tool) for tool in tools]))
     if not is_required:
-        text = body or f"{rules.terminal(f'/(?s:.+)/ & {without(_CHANNEL, _START, *_ENDS)}')}?"
-        choices.append(f"{rules.literal(f'{_CHANNEL}final{_MESSAGE}')} {text}{_closed(rules, '<|return|>')}")
+        choices.append(f"{rules.literal(f'{_CHANNEL}final{_MESSAGE}')} {_final(rules, body)}")
     return f"({rules.literal(_START + 'assistant')})? ({' | '.join(choices)})"
+
+
+def _final(rules: Rules, body: str | None) -> str:
+    """The final message's text and its end."""
+    if body is None and not rules.is_token(_RETURN):
+        return rules.text_until(_RETURN)
+    text = body or f"{rules.terminal(f'/(?s:.+)/ & {without(_CHANNEL, _START, *_ENDS)}')}?"
+    return f"{text}{_closed(rules, _RETURN)}"
 
 
 def _call(rules: Rules, tool: CallTool) -> str:

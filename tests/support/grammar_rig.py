@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from shared.grammar import Compiler
 from shared.messages import Grammar, SamplingParams, Thinking
-from tests.support.engine_rig import CLASSES, Drafts, EngineRig, decoder_target, make_engine
+from tests.support.engine_rig import Drafts, EngineRig, decoder_target, make_engine
 from workers.engine import Engine
 
 EOS = 0
@@ -72,6 +72,8 @@ def thinking(*, is_open: bool, budget: int | None = None) -> Thinking:
 class GrammarRig(EngineRig):
     """Runs requests that each have a grammar of their own."""
 
+    PROMPT = (65, 66, 67)
+
     def __init__(
         self, drafter: Drafts | None = None, k: int | None = None, running: Engine | None = None, **changes: object
     ) -> None:
@@ -83,16 +85,13 @@ class GrammarRig(EngineRig):
         grammar: Grammar | None,
         max_tokens: int,
         sampling: SamplingParams,
-        prompt: Sequence[int] = (65, 66, 67),
+        prompt: Sequence[int] = PROMPT,
         **more: object,
     ) -> None:
         self.submit(name, list(prompt), max_tokens, sampling, grammar=grammar, stop_token_ids=[EOS], **more)
 
-    def texts(self, names: Sequence[str]) -> Mapping[str, str]:
-        return {name: text_of(self.tokens(name)) for name in names}
+    def text(self, name: str) -> str:
+        return text_of(self.tokens(name))
 
     def reason(self, name: str) -> str | None:
         return self.outputs[name][-1].finish_reason
-
-
-__all__ = ["CLASSES", "EOS", "GrammarRig", "compiler", "engine", "ids", "text_of", "thinking", "tokenizer"]
