@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from frontend.tools.calls import NEWLINE, CallSyntax, CallTool, Rules, each, one_or_more
+from frontend.tools.calls import CallSyntax, CallTool, Rules, each, one_or_more
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.format import ToolFormat
 from frontend.tools.sink import Sink
@@ -52,7 +52,9 @@ def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSy
         return f"{head} {values} {rules.literal('</invoke>')}"
 
     calls = one_or_more(rules, each(rules, tools, write), rules.literal("\n"), is_single)
-    rest = f"{rules.literal(NEWLINE)} {calls} {rules.literal(NEWLINE + _SECTION_END)}"
+    # The newline by itself: a lexeme that goes on with the end marker would hide the one before a further call.
+    newline = rules.literal("\n")
+    rest = f"{newline} {calls} {newline} {rules.literal(_SECTION_END)}"
     return CallSyntax(_SECTION, rest, f"{rules.literal(_SECTION)} {rest}")
 
 
