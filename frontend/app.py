@@ -8,19 +8,36 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from frontend import cache_api, chat, completions, errors, health, messages_api, metrics, models_api, tokenize_api
+from frontend import (
+    cache_api,
+    chat,
+    completions,
+    embeddings_api,
+    errors,
+    health,
+    messages_api,
+    metrics,
+    models_api,
+    tokenize_api,
+)
 from frontend.access import Access
 from frontend.admin import AdminKey
 from frontend.auth import ApiKeys
+from frontend.embeddings_api import EmbeddingsBody
 from frontend.limits import Limits
 from frontend.messages_schemas import CountTokensBody, MessagesBody
 from frontend.metrics import HttpMetrics
+from frontend.responses import api as responses_api
+from frontend.responses.schemas import CompactBody, InputTokensBody, ResponsesBody
 from frontend.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, openapi_components
 from frontend.service import Service
 from shared.api_keys import load_keys
 from shared.errors import TandemError
 
-_BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountTokensBody)
+_BODIES = (
+    ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountTokensBody,
+    ResponsesBody, CompactBody, InputTokensBody, EmbeddingsBody,
+)  # fmt: skip
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -37,7 +54,18 @@ def create_app(service: Service) -> ASGIApp:
     )
     app.state.service = service
     app.state.metrics = HttpMetrics()
-    for module in (chat, completions, messages_api, models_api, tokenize_api, health, metrics, cache_api):
+    for module in (
+        chat,
+        completions,
+        messages_api,
+        responses_api,
+        embeddings_api,
+        models_api,
+        tokenize_api,
+        health,
+        metrics,
+        cache_api,
+    ):
         app.include_router(module.router)
     plain_openapi = app.openapi
 

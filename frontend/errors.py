@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from frontend.streams import ClientGone
-from shared.errors import HTTP_STATUS, ContextLength, NotFound, TandemError
+from shared.errors import HTTP_STATUS, ContextLength, InvalidRequest, NotFound, TandemError
 
 log = logging.getLogger("frontend")
 
@@ -58,13 +59,21 @@ def request_id_of(scope: Scope) -> str:
     return request_id.decode("ascii")
 
 
-def messages_body(message: str, status: int, request_id: str) -> bytes:
-    error = {"type": _MESSAGES_TYPES.get(status, "api_error"), "message": message}
+def messages_body(message: str, status: int, request_id: str, extra: Mapping[str, object] | None = None) -> bytes:
+    error = {"type": _MESSAGES_TYPES.get(status, "api_error"), "message": message, **(extra or {})}
     return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
 
 
 def messages_body_of(error: TandemError, request_id: str) -> bytes:
-    return messages_body(error.message, status_of(error), request_id)
+    message = error.message
+    if isinstance(error, ContextLength) and "prompt is too long" not in message:
+        message = f"prompt is too long: {message}"  # the words by which Anthropic's clients know it
+    extra: dict[str, object] = {}
+    if isinstance(error, ContextLength):
+        extra["code"] = error.code
+    elif error.param == "thread":  # by this the SDK's tool runners know that they must send all messages themselves
+        extra["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return messages_body(message, status_of(error), request_id, extra)
 
 
 def status_of(error: TandemError) -> int:
@@ -75,7 +84,7 @@ def body_of(error: TandemError) -> bytes:
     code: str | None = error.code
     if isinstance(error, NotFound) and error.param == "model":
         code = "model_not_found"
-    elif status_of(error) == 400 and not isinstance(error, ContextLength):
+    elif error.code == InvalidRequest.code:
         code = None  # `type` says invalid_request_error already
     return body(error.message, status_of(error), param=error.param, code=code)
 

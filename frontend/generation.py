@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -315,13 +316,26 @@ def _check_with_grammar(body: GenerationBody) -> None:
             raise InvalidRequest(f"{name}: an output with a grammar ends where the grammar does", param=name)
 
 
+class Watched(Protocol):
+    """What goes on for a client: a generation, or the reading of one that runs in the background."""
+
+    def abandon(self) -> None:
+        """The client is gone."""
+
+    def disconnect_slow_reader(self, abort: Callable[[], None] | None) -> None:
+        """`abort` cuts the connection of a client that does not read what waits for it."""
+
+    def close(self) -> None:
+        """The answer has ended."""
+
+
 class ClientWatcher:
     """Ends a generation at once when its client closes the connection, be it queued, streaming or not.
 
     It lives from the submission to the end of the answer, which for a stream is after the endpoint has returned.
     """
 
-    def __init__(self, request: Request, generation: Generation) -> None:
+    def __init__(self, request: Request, generation: Watched) -> None:
         self._request = request
         self._generation = generation
         generation.disconnect_slow_reader(request.scope.get(ABORT))

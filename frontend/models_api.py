@@ -1,7 +1,8 @@
-"""GET /v1/models."""
+"""GET /v1/models, with the fields of OpenAI's cards and of Anthropic's, which do not contradict each other."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -18,7 +19,9 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """The one model that is served."""
-    return json_response(msgspec.json.encode({"object": "list", "data": [_card(service_of(request))]}))
+    card = _card(service_of(request))
+    page = {"object": "list", "data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]}
+    return json_response(msgspec.json.encode(page))
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -30,7 +33,13 @@ async def get_model(request: Request, model_id: str) -> Response:
 
 
 def _card(service: Service) -> dict[str, Any]:
-    """`max_model_len` and `context_window` are null until a target has been ready once."""
+    """The context's size under the names by which clients look for it; null until a target has been ready once.
+
+    `max_model_len` is vLLM's name, `context_window` Groq's, `context_length` OpenRouter's, `max_input_tokens` and
+    `max_tokens` Anthropic's (prompt and output share the context, so both have all of it but one token).
+    """
+    limit = service.max_model_len
+    created_at = datetime.fromtimestamp(service.started_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "id": service.model_name,
         "object": "model",
@@ -38,6 +47,12 @@ def _card(service: Service) -> dict[str, Any]:
         "owned_by": "tandem",
         "root": service.settings.model,
         "parent": None,
-        "max_model_len": service.max_model_len,
-        "context_window": service.max_model_len,
+        "max_model_len": limit,
+        "context_window": limit,
+        "context_length": limit,
+        "type": "model",
+        "display_name": service.model_name,
+        "created_at": created_at,
+        "max_input_tokens": limit - 1 if limit is not None else None,
+        "max_tokens": limit - 1 if limit is not None else None,
     }

@@ -6,11 +6,13 @@ A null counts as absent. Values that need to know the model (token ids, lengths)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import fields
+from starlette.datastructures import QueryParams
 
 from frontend.json_depth import check_depth
 from shared.errors import InvalidRequest
@@ -186,6 +188,7 @@ _UNSUPPORTED = {
     "function_call": "it is deprecated; use tool_choice",
     "audio": "audio output is not supported",
     "prediction": "predicted outputs are not supported",
+    "thread": "conversations are not kept on the server; send all messages",
     "web_search_options": "there is no web search here",
     "guided_json": "use structured_outputs.json",
     "guided_regex": "use structured_outputs.regex",
@@ -202,8 +205,10 @@ _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 _NAMED = re.compile(r"(?:unknown|required) field `(.+)`")
 
 
-def parse(raw: bytes, kind: type[SomeBody]) -> SomeBody:
-    """The request in a body.
+def parse(
+    raw: bytes, kind: type[SomeBody], prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content
+) -> SomeBody:
+    """The request in a body. `prepare` may bring its JSON into the form that `kind` has.
 
     Raises:
         InvalidRequest: not JSON, or a field is unknown, missing, of a wrong type or out of range; `param` names it.
@@ -216,7 +221,24 @@ def parse(raw: bytes, kind: type[SomeBody]) -> SomeBody:
         raise InvalidRequest("the body must be a JSON object")
     check_depth(raw, content)
     try:
-        return msgspec.convert(_without_nulls(content), kind)
+        return msgspec.convert(prepare(_without_nulls(content)), kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from error
+
+
+def parse_query(params: QueryParams, kind: type[SomeBody]) -> SomeBody:
+    """The request in a query string; lists are written `name=a&name=b` or, as OpenAI's clients do, `name[]=a`.
+
+    Raises:
+        InvalidRequest: a parameter is unknown or has a wrong value; `param` names it.
+    """
+    content: dict[str, Any] = {}
+    for name in dict.fromkeys(key.removesuffix("[]") for key in params):
+        values = [*params.getlist(name), *params.getlist(f"{name}[]")]
+        is_list = any(field.name == name and str(field.type).startswith("list") for field in fields(kind))
+        content[name] = values if is_list else values[-1]
+    try:
+        return msgspec.convert(content, kind, strict=False)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from error
 
@@ -238,9 +260,9 @@ def _explain(text: str) -> InvalidRequest:
     path = _PATH.search(text)
     place = path.group(1) if path else ""
     reason = text[: path.start()] if path else text
-    if place.startswith("messages[") and place.endswith(".type"):
+    if place.endswith(".type"):
         block = re.match(r"Invalid value '(.+)'", reason)
-        reason = f"blocks of type {block.group(1)!r} are not supported here" if block else reason
+        reason = f"type {block.group(1)!r} is not supported here" if block else reason
     named = _NAMED.search(reason)
     if named:
         place = f"{place}.{named.group(1)}" if place else named.group(1)
@@ -260,6 +282,17 @@ def openapi_body(kind: type[Body]) -> dict[str, Any]:
     """What a route says of its body in /openapi.json; `openapi_components` defines what it refers to."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def openapi_query(kind: type[Body]) -> dict[str, Any]:
+    """What a route says of its query in /openapi.json."""
+    _, components = msgspec.json.schema_components([kind])
+    properties = components[kind.__name__]["properties"]
+    return {
+        "parameters": [
+            {"in": "query", "name": name, "required": False, "schema": schema} for name, schema in properties.items()
+        ]
+    }
 
 
 def openapi_components(bodies: Iterable[type[Body]]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine = service.engine
+        self._responses = service.responses
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Unlike uvicorn's, does not raise the signal again afterwards: a stop that was asked for ends with code 0."""
@@ -47,6 +48,8 @@ class Server(uvicorn.Server):
         try:
             await super().serve(sockets)
         finally:
+            self._engine.stop()  # background responses fail, and are stored so
+            await self._responses.close()
             await self._engine.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

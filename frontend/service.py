@@ -13,6 +13,7 @@ from frontend.detokenize import Detokenizer
 from frontend.engine import EngineClient
 from frontend.grammar import GrammarChecker
 from frontend.pieces import Pieces
+from frontend.responses.state import Responses
 from frontend.streams import ClientGone
 from frontend.tokenizer import ModelText
 from shared.config import Settings
@@ -25,7 +26,7 @@ MAX_CHARS_PER_TOKEN = 256
 
 
 class Service:
-    """Shared by all requests; immutable but for the engine's state.
+    """Shared by all requests; immutable but for the engine's state and the stored responses.
 
     Raises:
         BadConfig: a setting names a parser that does not exist.
@@ -40,6 +41,7 @@ class Service:
         self.pieces = Pieces(text.tokenizer)
         self.template = ChatTemplate(text.chat_template, text.special_texts) if text.chat_template else None
         self.started_at = int(time.time())
+        self.responses = Responses(settings)
         self.output_format = output_parser.choose(settings, text.chat_template, text.tokenizer)
         self.grammars = GrammarChecker(text)
         self._model_ids = {"", "default", model_name, settings.model, settings.model_name}

@@ -65,6 +65,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
     ttft_bound_s: float = 0.0  # 0: none; otherwise prefill gets the whole step when a request waits longer
 
+    # stored responses (/v1/responses)
+    responses_file: str = ""  # SQLite; empty: in the cache folder, by port
+    responses_max_num: int = 10_000  # those used longest ago are dropped
+    responses_max_bytes: int = 512 * 1024 * 1024
+    responses_ttl_s: float = 30 * 86400.0  # after the last use
+
     # liveness
     heartbeat_interval_s: float = 1.0
     heartbeat_timeout_s: float = 10.0

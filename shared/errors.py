@@ -2,7 +2,8 @@
 
     TandemError
     ├── InvalidRequest        400  a field is missing, misspelt, unsupported or out of range
-    │   └── ContextLength     400  prompt and output do not fit into the context window
+    │   ├── ContextLength     400  prompt and output do not fit into the context window
+    │   └── BadSeal           400  content that a client kept for the server is not this server's, or was changed
     ├── NotFound              404  no such model, response or request
     ├── Busy                  429  the queue is full; try again after `retry_after_s`
     ├── Unavailable           503  no target worker is ready
@@ -41,6 +42,10 @@ class InvalidRequest(TandemError):
 
 class ContextLength(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class BadSeal(InvalidRequest):
+    code = "invalid_encrypted_content"  # OpenAI's
 
 
 class NotFound(TandemError):
@@ -98,6 +103,7 @@ class BadModel(TandemError):
 HTTP_STATUS: dict[str, int] = {
     InvalidRequest.code: 400,
     ContextLength.code: 400,
+    BadSeal.code: 400,
     NotFound.code: 404,
     Busy.code: 429,
     Unavailable.code: 503,

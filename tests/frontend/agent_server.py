@@ -56,7 +56,7 @@ class AgentServer:
 
 @contextmanager
 def running(folder: Path, **options: object) -> Iterator[AgentServer]:
-    settings = Settings(run_dir=str(folder), heartbeat_interval_s=0.2, **options)  # type: ignore[arg-type]
+    settings = Settings(run_dir=str(folder), cache_dir=str(folder / "cache"), heartbeat_interval_s=0.2, **options)  # type: ignore[arg-type]
     with FakeEngine(settings.engine_endpoint, info=worker_info(max_model_len=200_000)) as engine:
         server = RunningServer(settings, byte_text(chat_template=TEMPLATE))
         try:

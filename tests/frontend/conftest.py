@@ -106,7 +106,9 @@ class RunningServer:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(run_dir=str(tmp_path), heartbeat_interval_s=0.2, heartbeat_timeout_s=2.0)
+    return Settings(
+        run_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), heartbeat_interval_s=0.2, heartbeat_timeout_s=2.0
+    )
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ class Server:
             "model": str(model),
             "port": self.port,
             "run_dir": self.run_dir,
+            "responses_file": folder / f"responses-{self.port}.sqlite3",
             "heartbeat_interval_s": 0.3,
             "prefix_dir": folder / "prefix",
             "blas_threads": 1,  # tests run beside other work, where two threads that wait for each other are slow
