@@ -1,0 +1,1 @@
+"""Media that requests point to: fetched here, decoded elsewhere."""
