@@ -10,7 +10,7 @@ from frontend.media.processors import qwen
 from frontend.media.processors.base import Processor
 from shared.errors import BadModel
 
-FAMILIES = {name: qwen.from_configs for name in qwen.MODEL_TYPES}
+FAMILIES = dict.fromkeys(qwen.MODEL_TYPES, qwen.from_configs)
 
 
 def processor_of(folder: Path) -> Processor | None:

@@ -56,7 +56,7 @@ class QwenProcessor:
         resized = picture.resize((width, height), Image.Resampling.BICUBIC)
         frames = np.asarray(resized, dtype=np.uint8)[None]
         grid = [1, height // self.patch_size, width // self.patch_size]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "frames": frames,
             "mean": np.array(self.mean, dtype=np.float32),
             "std": np.array(self.std, dtype=np.float32),
