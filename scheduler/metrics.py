@@ -115,7 +115,10 @@ class Metrics:
             names.CANCELLED, "Cancelled requests.", "state", ("waiting", "prefilling", "decoding")
         )
         self.rejected = counters(
-            names.REJECTED, "Requests not accepted.", "reason", ("queue_full", "no_target", "too_long", "bad_request")
+            names.REJECTED,
+            "Requests not accepted.",
+            "reason",
+            ("queue_full", "no_target", "too_long", "bad_request", "memory"),
         )
         self.dropped = counters(
             names.DROPPED_MESSAGES, "Bad, truncated or stale messages.", "reason",

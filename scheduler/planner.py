@@ -30,6 +30,7 @@ class Plan:
     sequences: list[Sequence] = field(default_factory=list)
     stores: list[BlockStore] = field(default_factory=list)
     encodes: list[EncodeRow] = field(default_factory=list)
+    encoding: list[Sequence] = field(default_factory=list)  # whose media they are
     num_tokens: int = 0
 
     def __bool__(self) -> bool:
@@ -58,6 +59,7 @@ class Planner:
         self.slots = slots
         self.max_step_tokens = max_step_tokens
         self.max_prefill_tokens = max_prefill_tokens
+        self.suspect: Sequence | None = None  # the one suspect that may be worked on (suspects.py)
         self.prefix = prefix
         self._keeps_states = prefix is not None and prefix.info.is_recurrent
 
@@ -106,6 +108,8 @@ class Planner:
             length = len(sequence.token_ids) + sequence.num_pending
             if length - sequence.num_scheduled != 1 or length >= sequence.max_length or sequence.slot is None:
                 continue
+            if sequence.num_strikes and sequence is not self.suspect:
+                continue
             is_plain = drafts_for is None and not self._keeps_states
             if is_plain and sequence.num_pending and length <= sequence.capacity:
                 # Pipelined decode, by far the most frequent row: 256 of them have to be planned within 0.2 ms.
@@ -145,11 +149,16 @@ class Planner:
         return 1 + len(drafts)
 
     def _plan_prefills(self, plan: Plan, budget: int, now: float, preempted: Callable[[Sequence], None]) -> None:
-        prefilling = sorted((s for s in self.running if s.num_remaining > 1), key=lambda s: s.order)
+        prefilling = sorted(
+            (s for s in self.running if s.num_remaining > 1 and (not s.num_strikes or s is self.suspect)),
+            key=lambda s: s.order,
+        )
         while budget > 0:
             sequence = self._next_prefill(prefilling)
             if sequence is None:
                 return
+            if sequence.submit.media and not sequence.is_started and any(start.media for start in plan.starts):
+                return  # a message holds the arrays of one request
             if self.prefix is not None and not self._restore(sequence, self.prefix):
                 continue
             first = sequence.num_scheduled
@@ -162,6 +171,8 @@ class Planner:
                         self._start(plan, sequence, now)
                         assert sequence.slot is not None, "a planned sequence holds a slot"
                         plan.encodes.append(EncodeRow(slot=sequence.slot, index=index))
+                        plan.encoding.append(sequence)
+                        plan.num_tokens += item.num_tokens
                         sequence.num_encoded = index + 1
                     return
                 end = min(end, item.start)
@@ -190,6 +201,8 @@ class Planner:
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """The first in order of those that prefill already and those that wait for a slot."""
         head = self.waiting.peek()
+        if head is not None and head.num_strikes and head is not self.suspect:
+            head = None
         if head is not None and (not prefilling or head.order < prefilling[0].order) and self._admit(head):
             return head
         while prefilling:
@@ -210,7 +223,7 @@ class Planner:
             capacity = self.slots.class_for(len(sequence.token_ids) + 1)
         if capacity is None or not self.slots.can_hold(capacity):
             return False
-        self.waiting.remove(sequence)
+        self.waiting.admit(sequence)
         sequence.slot = self.slots.allocate(capacity)
         sequence.capacity = capacity
         self.running.append(sequence)

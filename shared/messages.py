@@ -101,6 +101,7 @@ class Hello(Message, frozen=True, kw_only=True):
     instance_id: str
     pid: int
     protocol_version: int = PROTOCOL_VERSION
+    last_exit: int | None = None  # of the process before it, as its supervisor saw it; negative: a signal
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -186,9 +187,10 @@ class Submit(Message, frozen=True, kw_only=True):
     stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
     min_tokens: int = 0  # stop tokens do not end the output before this many
     priority: int = 0  # smaller runs first
-    tenant: str = ""  # whose request it is: a digest of the API key
+    tenant: str = ""  # whose it is, for the prefix cache and fair sharing: a digest, never the API key
     cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
     timeout_s: float | None = None
+    is_resumed: bool = False  # it was accepted before: a new scheduler takes it even before a target is ready
     media: list[MediaItem] = field(default_factory=list)  # in the order of their places
 
 
@@ -268,6 +270,8 @@ class Output(Part, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None  # set exactly once in a request's life
     error: str | None = None  # with finish_reason "error"
     timings: Timings | None = None  # with finish_reason
+    start: int | None = None  # place of token_ids[0] in the output: a repeated or lost Outputs is noticed
+    error_code: str | None = None  # one of shared.errors' codes, with `error`; None: the engine's failure
 
 
 class Outputs(Message, frozen=True, kw_only=True):
@@ -372,7 +376,10 @@ class BlockStore(Part, frozen=True, kw_only=True):
 
 
 class Step(Message, frozen=True, kw_only=True):
-    """One scheduler iteration. Decode rows run as one batch, each prefill row as a forward of its own."""
+    """One scheduler iteration. Decode rows run as one batch, each prefill row as a forward of its own.
+
+    `step_id` counts from 1 in each epoch: a target that sees a gap says hello again.
+    """
 
     epoch: int
     step_id: int
@@ -389,6 +396,7 @@ class Release(Message, frozen=True, kw_only=True):
 
     epoch: int
     slots: list[int]
+    after_step: int = 0  # id of the last Step sent before it
     stores: list[BlockStore] = field(default_factory=list)
 
 

@@ -137,6 +137,7 @@ def main() -> int:
         return EXIT_CONFIG
     signal.signal(signal.SIGTERM, drafter.stop)
     signal.signal(signal.SIGINT, drafter.stop)
+    signal.signal(signal.SIGHUP, drafter.stop)
     drafter.run()
     return 0
 

@@ -17,6 +17,7 @@ import zmq
 from shared.config import Settings
 from shared.errors import BadMessage, BadModel
 from shared.messages import FeatureRows, Features, TensorSpec
+from shared.sockets import secure
 from shared.wire import Decoder, check_tensor_frames, encode
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class FeatureSender:
         self._socket.set(zmq.SNDHWM, QUEUE)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.IMMEDIATE, 1)
+        secure(self._socket, settings, settings.features_endpoint, is_server=False)
         self._socket.connect(settings.features_endpoint)
 
     def send(self, epoch: int, rows: Sequence[FeatureRows], tensor: np.ndarray[Any, Any], dtype: str) -> None:
@@ -111,6 +113,7 @@ class FeatureReceiver:
         self._socket = self._context.socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, QUEUE)
         self._socket.set(zmq.LINGER, 0)
+        secure(self._socket, settings, settings.features_endpoint, is_server=True)
         self._socket.bind(settings.features_endpoint)
 
     def receive(self, timeout_s: float) -> Iterator[tuple[int, FeatureRows, mx.array]]:

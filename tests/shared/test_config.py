@@ -81,5 +81,13 @@ def test_the_run_folder_is_private(tmp_path: Path) -> None:
     assert prepare_run_folder(settings).stat().st_mode & 0o777 == 0o700
 
 
+def test_a_run_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o755)
+    (tmp_path / "run").symlink_to(tmp_path / "mine")
+    with pytest.raises(BadConfig, match="link"):
+        prepare_run_folder(Settings(run_dir=str(tmp_path / "run")))
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o755
+
+
 def test_two_ports_have_two_run_folders() -> None:
     assert Settings(port=1).run_folder != Settings(port=2).run_folder

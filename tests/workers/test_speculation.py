@@ -29,7 +29,7 @@ from workers.cache.spec import AttentionSpec
 from workers.draft_engine import DraftEngine
 from workers.drafters.causal_lm import CausalLMDrafter
 from workers.drafters.checkpoint import detect
-from workers.drafters.registry import load_drafter, load_fusion
+from workers.drafters.registry import load_drafter, load_fusion, tables
 
 pytestmark = pytest.mark.mlx
 
@@ -100,6 +100,51 @@ def test_feature_drafters_leave_the_greedy_text_as_it_is(plain, tmp_path, target
     rig = EngineRig(engine, drafter, k=3)
     assert rig.run(prompts, NUM_TOKENS, schedule=random.Random(2)) == {name: expected[name] for name in prompts}
     assert rig.counts(list(prompts))[0] >= batch * NUM_TOKENS / 4, "hardly anything was drafted"
+
+
+DEEP = {"hidden_size": tiny.H, "vocab_size": VOCAB, "num_hidden_layers": 6}  # as the tiny checkpoints want it
+DEEP_HYBRIDS = {
+    "qwen3_next": {},
+    "lfm2": {"block_dim": tiny.H, "layer_types": ["conv", "full_attention", "conv"] * 2},
+}
+
+
+class Corrected(ForcedDrafts):
+    """A feature drafter that takes everything in and drafts; then its tokens give way to right and wrong ones."""
+
+    def __init__(self, inner, truth, chances):
+        super().__init__(truth, chances)
+        self.inner, self.num_drafted = inner, 0
+        self.take_tokens, self.take_features, self.end = inner.take_tokens, inner.take_features, inner.end
+
+    def draft(self, rows):
+        drafts = self.inner.draft(rows)
+        self.num_drafted += sum(bool(d.token_ids) for d in drafts)
+        return [self._draft(row) if drafted.token_ids else drafted for row, drafted in zip(rows, drafts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "batch"),
+    [*(("lfm2", kind, batch) for kind in ("eagle3", "dflash") for batch in (1, 4, 16)), ("qwen3_next", "eagle3", 3)],
+)
+def test_feature_drafters_on_hybrid_targets_with_acceptances_that_differ_by_row(tmp_path, target, kind, batch):
+    """The features of a recurrent target are those of committed tokens too, when accepted tokens are fed again."""
+    engine = make_engine(mlx_lm_target(target, **DEEP, **DEEP_HYBRIDS[target]))
+    prompts = dict(list(PROMPTS.items())[:batch])
+    expected = EngineRig(engine).run(prompts, NUM_TOKENS)
+    folder, _ = getattr(tiny, kind)(tmp_path / kind)
+    config = detect(folder)
+    engine.model.capture(config.taps, load_fusion(config, mx.float32))
+    drafter = load_drafter(config, mx.float32, *tables(mx.random.normal((VOCAB, tiny.H))))
+    chances = {name: (0.0, 0.4, 0.8, 1.0)[i % 4] for i, name in enumerate(prompts)}
+    truth = {name: prompts[name] + output for name, output in expected.items()}
+    corrected = Corrected(DraftEngine(drafter, needs_features=True), truth, chances)
+    rig = EngineRig(engine, corrected, k=4)
+    assert rig.run(prompts, NUM_TOKENS) == expected
+    assert corrected.num_drafted >= batch * NUM_TOKENS / 6, "hardly anything was drafted"
+    for name in prompts:
+        drafted, accepted = rig.counts([name])
+        assert accepted == {0.0: 0, 1.0: drafted}.get(chances[name], accepted)
 
 
 def random_model(seed):
