@@ -10,6 +10,7 @@ import numpy as np
 
 from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
+from workers.models.rope import Rotate
 
 
 class LayerCache(Protocol):
@@ -27,11 +28,13 @@ class LayerCache(Protocol):
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        rotation: Rotate | None = None,
     ) -> mx.array:
         """Write k and v, attend causally to all earlier positions, or to the last `window` of them.
 
         Args:
-            q: (B, num_heads, L, key_dim), with positions applied.
+            q: (B, num_heads, L, key_dim).
+            rotation: applied to q and k first, here because a kernel does it on the way; None: they are rotated.
             k, v: (B, num_kv_heads, L, key_dim or value_dim).
             sinks: (num_heads,) attention sink logits.
         Returns:
@@ -52,7 +55,10 @@ class NoCache:
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        rotation: Rotate | None = None,
     ) -> mx.array:
+        if rotation is not None:
+            q, k = rotation(q.swapaxes(1, 2)).swapaxes(1, 2), rotation(k.swapaxes(1, 2)).swapaxes(1, 2)
         length = q.shape[2]
         mask: str | mx.array | None = "causal" if length > 1 else None
         if window is not None and length > window:
