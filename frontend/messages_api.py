@@ -14,10 +14,11 @@ from frontend.answer import respond
 from frontend.chat import named_call, parsing_of, usable_tools
 from frontend.generation import prepare
 from frontend.grammar import Answer, Calls, grammar_for, json_answer
+from frontend.media.parts import MediaPart
 from frontend.messages_answer import MessagesAnswer
 from frontend.messages_prompt import chat_messages, chat_tools, thinks
 from frontend.messages_schemas import CountTokensBody, MessagesBody, Prompt
-from frontend.prompts import render_chat
+from frontend.prompts import encode_chat, render_chat
 from frontend.schemas import GenerationBody, Tool, openapi_body, parse
 from frontend.service import Service, read_body, service_of
 from frontend.thinking import ThinkingPlan, ThinkingRequest, markers, plan, thinking_for
@@ -40,8 +41,9 @@ async def messages(request: Request) -> Response:
     target = service.engine.require_target()
     tools = _tools(service, body)
     thinking = _thinking(service, body)
-    text = await _render(service, body, tools, thinking)
-    prompt = await service.encode(text, add_special_tokens=False, param="messages")
+    parts: list[MediaPart] = []
+    text = await _render(service, body, tools, thinking, parts)
+    prompt, media = await encode_chat(service, text, parts)
     room = target.max_model_len - len(prompt)
     if room < 1:  # the words by which clients know that they should make the conversation shorter
         raise ContextLength(f"prompt is too long: {len(prompt)} tokens > {target.max_model_len - 1} maximum")
@@ -62,6 +64,7 @@ async def messages(request: Request) -> Response:
         request,
         generation_body,
         [prompt],
+        media=media,
         max_tokens=min(body.max_tokens, room),
         max_tokens_param="max_tokens",
         num_logprobs=None,
@@ -91,8 +94,9 @@ async def count_tokens(request: Request) -> Response:
     service = service_of(request)
     body = parse(await read_body(request), CountTokensBody)
     service.check_model(body.model)
-    text = await _render(service, body, _tools(service, body), _thinking(service, body))
-    prompt = await service.encode(text, add_special_tokens=False, param="messages")
+    parts: list[MediaPart] = []
+    text = await _render(service, body, _tools(service, body), _thinking(service, body), parts)
+    prompt, _ = await encode_chat(service, text, parts)
     return errors.json_response(msgspec.json.encode({"input_tokens": len(prompt)}))
 
 
@@ -101,8 +105,10 @@ def _tools(service: Service, body: Prompt) -> Sequence[Tool] | None:
     return usable_tools(service, chat_tools(body.tools), is_off=is_off)
 
 
-async def _render(service: Service, body: Prompt, tools: Sequence[Tool] | None, thinking: ThinkingPlan) -> str:
-    return await render_chat(service, chat_messages(body), tools=tools, kwargs=thinking.template_kwargs)
+async def _render(
+    service: Service, body: Prompt, tools: Sequence[Tool] | None, thinking: ThinkingPlan, media: list[MediaPart]
+) -> str:
+    return await render_chat(service, chat_messages(body), tools=tools, kwargs=thinking.template_kwargs, media=media)
 
 
 def _thinking(service: Service, body: Prompt) -> ThinkingPlan:

@@ -55,4 +55,5 @@ def _card(service: Service) -> dict[str, Any]:
         "created_at": created_at,
         "max_input_tokens": limit - 1 if limit is not None else None,
         "max_tokens": limit - 1 if limit is not None else None,
+        "input_modalities": service.modalities,
     }

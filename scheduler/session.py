@@ -202,6 +202,7 @@ class Session:
                 step_id=self._num_steps,
                 starts=plan.starts,
                 decodes=plan.decodes,
+                encodes=plan.encodes,
                 prefills=plan.prefills,
                 stores=plan.stores,
             )
@@ -399,5 +400,13 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
     }
     width = max((row.num_drafts + 1 for row in plan.decodes), default=0)
     return InFlight(
-        step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills, plan.num_tokens, plan.sequences
+        step.step_id,
+        rows,
+        now,
+        k,
+        len(plan.decodes),
+        width,
+        not (plan.prefills or plan.encodes),
+        plan.num_tokens,
+        [*plan.sequences, *plan.encoding],
     )

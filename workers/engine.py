@@ -19,6 +19,7 @@ from shared.errors import InvalidRequest
 from shared.grammar import Compiler
 from shared.messages import (
     BlockStore,
+    EncodeRow,
     FeatureRows,
     RequestId,
     RowResult,
@@ -34,6 +35,8 @@ from workers.cache.blocks import BlockPool
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.features import as_bits
 from workers.kernels.base import MAX_VERIFY_WIDTH
+from workers.media import SlotMedia
+from workers.models.base import MediaModel
 from workers.runner import ModelRunner
 from workers.sampling import constraint
 from workers.sampling.rejection import Proposal, proposals
@@ -87,6 +90,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.grammars: Compiler | None = None  # None: the model has no tokenizer that grammars can be used with
         self.state_bytes = 0  # of one slot's recurrent states, known after the warm-up
+        self.media = SlotMedia(model.model) if isinstance(model.model, MediaModel) else None
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
         self._snapshots: dict[int, RecurrentSnapshot] = {}
@@ -107,6 +111,8 @@ class Engine:
         """Free slots, after `stores` of theirs went to the prefix cache."""
         self._keep(stores)
         for slot in slots:
+            if self.media is not None:
+                self.media.release(slot)
             if self._slots.pop(slot, None) is not None:
                 self._snapshots.pop(slot, None)
                 self._replay.pop(slot, None)
@@ -125,6 +131,7 @@ class Engine:
         for start in step.starts:
             self._bind(start)
             self._restore(start)
+        encoded = [self._encode(row) for row in step.encodes]
         for row in (*step.decodes, *step.prefills):
             assert row.slot in self._slots, f"step {step.step_id} uses slot {row.slot}, which holds no sequence"
             self.store.ensure(row.slot, row.capacity)
@@ -146,7 +153,7 @@ class Engine:
             self._add_masks(spans, sampled_rows, hidden)
             sampled = sample(self.model.head(hidden), sampled_rows)
             self._remember(rows, spans, sampled)
-        pending = sampled.arrays() if sampled else []
+        pending = [*encoded, *(sampled.arrays() if sampled else [])]
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
@@ -172,6 +179,13 @@ class Engine:
         except InvalidRequest as error:  # the frontend checks grammars, so this is a model or a client of its own
             state.error = error.message
         self._slots[start.slot] = state
+        if start.media:
+            assert self.media is not None, "media for a model that takes none"
+            self.media.bind(start.slot, start.num_prompt_tokens, start.media)
+
+    def _encode(self, row: EncodeRow) -> mx.array:
+        assert self.media is not None, "media for a model that takes none"
+        return self.media.encode(row.slot, row.index)
 
     def _restore(self, start: SequenceStart) -> None:
         """Give a new sequence's slot what the prefix cache holds of it."""
@@ -237,7 +251,9 @@ class Engine:
         width = self._padded(max(_width(row) for row in group))
         batch = self.store.open([r.slot for r in group], [r.start for r in group], width)
         ordered = [group[i] for i in batch.order]
-        hidden = self.model.hidden_rows(self._inputs(ordered, width), batch.layers, self._wanted(ordered))
+        inputs = self._inputs(ordered, width)
+        media = self.media.forward(ordered, inputs) if self.media is not None else None
+        hidden = self.model.hidden_rows(inputs, batch.layers, self._wanted(ordered), media)
         features = self.model.features()
         if features is not None:
             # Read on the host as they are: an operation built after the step would wait behind the step after it.
