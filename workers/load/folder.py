@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from shared.errors import BadModel
-from workers.models import decoder
+from workers.models.own import OWN
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
@@ -115,13 +115,11 @@ class _Classes:
         self.max_model_len = max_model_len
 
     def __call__(self, config: dict[str, Any]) -> tuple[Any, Any]:
-        model_type = config["model_type"]
-        if model_type in decoder.MODEL_TYPES:
-            return decoder.Model, self
-        return mlx_lm_classes(config)
+        own = OWN.get(config["model_type"])
+        return (own.model, self) if own is not None else mlx_lm_classes(config)
 
-    def from_dict(self, config: dict[str, Any]) -> decoder.DecoderConfig:
-        return decoder.DecoderConfig.from_hf(config, self.max_model_len)
+    def from_dict(self, config: dict[str, Any]) -> Any:  # noqa: ANN401 - each family has a type of its own
+        return OWN[config["model_type"]].read_config(config, self.max_model_len)
 
 
 def mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any]:

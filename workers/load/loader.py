@@ -14,9 +14,9 @@ from shared.model_files import ModelFiles
 from workers.load.fingerprint import fingerprint
 from workers.load.folder import load_folder
 from workers.load.gguf import load_gguf
-from workers.models import decoder
 from workers.models.base import TextModel
 from workers.models.mlxlm import MlxLmModel
+from workers.models.own import is_own
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 DEFAULT_MAX_MODEL_LEN = 4096  # for a configuration that does not tell its context length
@@ -71,11 +71,11 @@ def load(files: ModelFiles, dtype: str, trust_remote_code: bool = False, max_mod
     if is_cpu:
         _dequantize(model)
         _cast(model, compute)
-    if isinstance(model, decoder.Model):
+    if hasattr(model, "fuse"):
         model.fuse()
     mx.eval(model.parameters())
     model.eval()
-    ready: TextModel = model if isinstance(model, decoder.Model) else MlxLmModel(model, config["model_type"])
+    ready: TextModel = model if is_own(model) else MlxLmModel(model, config["model_type"])
     name = next(key for key, value in DTYPES.items() if value == compute)
     return LoadedModel(
         model=ready,

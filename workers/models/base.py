@@ -20,18 +20,20 @@ class LayerCache(Protocol):
     def attend(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: mx.array | None,
+        v: mx.array | None,
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        sees_spans: bool = False,
     ) -> mx.array:
         """Write k and v, attend causally to all earlier positions, or to the last `window` of them.
 
         Args:
             q: (B, num_heads, L, key_dim), with positions applied.
-            k, v: (B, num_kv_heads, L, key_dim or value_dim).
+            k, v: (B, num_kv_heads, L, key_dim or value_dim); None reads what another layer wrote in this forward.
             sinks: (num_heads,) attention sink logits.
+            sees_spans: the tokens of one image see each other, later ones too, where the batch tells of images.
         Returns:
             (B, num_heads, L, value_dim)
         """
@@ -42,15 +44,23 @@ class NoCache:
 
     offset = 0
 
+    def __init__(self) -> None:
+        self._rows: tuple[mx.array, mx.array] | None = None
+
     def attend(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: mx.array | None,
+        v: mx.array | None,
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        sees_spans: bool = False,
     ) -> mx.array:
+        if k is not None and v is not None:
+            self._rows = k, v
+        assert self._rows is not None, "shared keys were not written in this forward"
+        k, v = self._rows
         length = q.shape[2]
         mask: str | mx.array | None = "causal" if length > 1 else None
         if window is not None and length > window:

@@ -50,7 +50,8 @@ def rope_parameters(config: dict[str, Any], head_dim: int, max_model_len: int) -
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     base = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if (scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and kind != "proportional":
         raise BadModel("partial_rotary_factor is not supported for this architecture")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     inv_freq = 1.0 / base**exponents
@@ -60,6 +61,11 @@ def rope_parameters(config: dict[str, Any], head_dim: int, max_model_len: int) -
         match kind:
             case "default" | "mrope":
                 factor = 1.0
+            case "proportional":
+                # Gemma 4: the exponents of the whole head, but only its first `share` turns at all.
+                num_turning = int(share * head_dim // 2)
+                inv_freq, factor = np.where(np.arange(head_dim // 2) < num_turning, inv_freq, 0.0), 1.0
+                inv_freq = inv_freq / (scaling.get("factor") or 1.0)
             case "linear":
                 inv_freq, factor = inv_freq / scaling["factor"], 1.0
             case "dynamic":

@@ -1,0 +1,35 @@
+"""Which architectures Tandem defines itself, by `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from workers.models import decoder
+from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
+from workers.models.gemma.model import Gemma
+from workers.models.gemma.text import TextDecoder
+
+
+@dataclass(frozen=True)
+class Own:
+    """A model's class and how its configuration is read, from config.json and the longest sequence to be served."""
+
+    model: type[nn.Module]
+    read_config: Callable[[dict[str, Any], int], Any]
+
+
+OWN = {
+    **{name: Own(decoder.Model, decoder.DecoderConfig.from_hf) for name in decoder.MODEL_TYPES},
+    **{
+        name: Own(TextDecoder if name.endswith("_text") else Gemma, GemmaConfig.from_hf)
+        for name in (*GEMMA3_TYPES, *GEMMA4_TYPES)
+    },
+}
+
+
+def is_own(model: nn.Module) -> bool:
+    return any(type(model) is own.model for own in OWN.values())
