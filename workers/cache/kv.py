@@ -21,7 +21,7 @@ GROW_ROWS = 4  # pools grow by this many rows, then by half
 
 
 Spans = list[list[tuple[int, int]]]
-"""Per row of a batch: (first, end) positions of each stretch whose tokens see each other. A stretch lies in one step."""
+"""Per row of a batch: (first, end) positions of the stretches whose tokens see each other. Each lies in one step."""
 
 
 @dataclass

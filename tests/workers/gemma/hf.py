@@ -59,12 +59,10 @@ def hf_logits(model, tokens, **more):
     return output.logits.float().numpy()
 
 
-def hf_greedy(model, prompt, count):
-    """Tokens by a forward over the whole text for each of them."""
-    text = list(prompt)
-    for _ in range(count):
-        text.append(int(np.argmax(hf_logits(model, [text])[0, -1])))
-    return text[len(prompt) :]
+def hf_agrees(model, prompt, output):
+    """Is each token of `output` the reference's greedy choice after the prompt and those before it?"""
+    chosen = hf_logits(model, [prompt + output])[0].argmax(axis=-1)
+    return chosen[len(prompt) - 1 : -1].tolist() == output
 
 
 def save_and_load(model, folder):

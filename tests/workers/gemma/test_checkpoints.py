@@ -95,7 +95,6 @@ def test_mixed_quantisation_by_layer(tmp_path, overrides):
     config = {"model_type": "gemma4", "text_config": text, "tie_word_embeddings": True}
     mx.random.seed(3)
     model = Gemma(GemmaConfig.from_hf(config, 0))
-    model.update_modules({})
     plain = {"language_model.model.layers.1.mlp.down_proj", "language_model.model.layers.2.self_attn.o_proj"}
     quantisation = {"group_size": 32, "bits": 4, "mode": "affine"}
     by_path = {}
@@ -110,7 +109,7 @@ def test_mixed_quantisation_by_layer(tmp_path, overrides):
 
     nn.quantize(model, class_predicate=how, **{k: quantisation[k] for k in ("group_size", "bits")})
     weights = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
-    assert len(by_path) >= 3
+    assert len(by_path) >= 2
     config["quantization"] = quantisation | by_path | dict.fromkeys(plain, False)
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights, tmp_path / "model.safetensors", {"format": "mlx"})

@@ -80,4 +80,5 @@ def test_greedy_tokens_equal_transformers(transformers, tmp_path, case):
     prompts = {"short": [5, 9, 4], "long": np.random.default_rng(2).integers(3, hf.VOCAB, 45).tolist()}
     got = EngineRig(engine).run(prompts, 32)
     for name, prompt in prompts.items():
-        assert got[name] == hf.hf_greedy(reference, prompt, 32)
+        assert len(got[name]) == 32
+        assert hf.hf_agrees(reference, prompt, got[name])

@@ -65,7 +65,7 @@ class Gemma(nn.Module):
 
 
 def canonical_name(name: str) -> str:
-    """`model.language_model.layers.0...` -> `language_model.model.layers.0...`, `model.vision_tower...` without model."""
+    """`model.language_model.layers...` -> `language_model.model.layers...`; towers' names without `model.`."""
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     if name.startswith("model.language_model."):
