@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from workers.models import decoder
 from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
-from workers.models.gemma.model import Gemma
+from workers.models.gemma.model import Gemma, MultimodalConfig
 from workers.models.gemma.text import TextDecoder
 
 
@@ -25,7 +25,7 @@ class Own:
 OWN = {
     **{name: Own(decoder.Model, decoder.DecoderConfig.from_hf) for name in decoder.MODEL_TYPES},
     **{
-        name: Own(TextDecoder if name.endswith("_text") else Gemma, GemmaConfig.from_hf)
+        name: Own(TextDecoder, GemmaConfig.from_hf) if name.endswith("_text") else Own(Gemma, MultimodalConfig.from_hf)
         for name in (*GEMMA3_TYPES, *GEMMA4_TYPES)
     },
 }

@@ -16,7 +16,7 @@ from shared.model_files import ModelFiles
 from tests.workers.gemma import hf
 from workers.load import load
 from workers.models.gemma.config import GemmaConfig
-from workers.models.gemma.model import Gemma, canonical_name
+from workers.models.gemma.model import Gemma, MultimodalConfig, canonical_name
 
 pytestmark = pytest.mark.mlx
 
@@ -94,7 +94,7 @@ def test_mixed_quantisation_by_layer(tmp_path, overrides):
     text = {**hf.GEMMA4, **overrides, "model_type": "gemma4_text"}
     config = {"model_type": "gemma4", "text_config": text, "tie_word_embeddings": True}
     mx.random.seed(3)
-    model = Gemma(GemmaConfig.from_hf(config, 0))
+    model = Gemma(MultimodalConfig.from_hf(config, 0))
     plain = {"language_model.model.layers.1.mlp.down_proj", "language_model.model.layers.2.self_attn.o_proj"}
     quantisation = {"group_size": 32, "bits": 4, "mode": "affine"}
     by_path = {}

@@ -1,4 +1,4 @@
-"""A multimodal Gemma checkpoint: its text decoder under the names that such checkpoints have."""
+"""A multimodal Gemma: text decoder, image encoder and audio encoder under the names that checkpoints have."""
 
 # mypy: disable-error-code="misc, no-any-return"
 # mlx.nn has no types, so its modules are Any to mypy.
@@ -6,25 +6,81 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from shared.errors import BadModel
 from workers.cache.spec import LayerSpec
+from workers.models.gemma.audio import AudioConfig, AudioTower
+from workers.models.gemma.clipped import MediaEmbedder
 from workers.models.gemma.config import GemmaConfig
+from workers.models.gemma.siglip import Projector, SiglipConfig, SiglipTower
 from workers.models.gemma.text import TextDecoder
+from workers.models.gemma.vision import VisionConfig, VisionTower
 
-TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "vision_embedder", "multi_modal_projector")
+IMAGE_PARTS = ("vision_tower", "embed_vision", "multi_modal_projector")
+AUDIO_PARTS = ("audio_tower", "embed_audio")
+# `gemma4_unified` feeds raw patches and samples through one projection; that is not defined here.
+OTHER_PARTS = ("vision_embedder",)
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """`vision` and `audio` are None where the model has no such encoder, or one that is not supported."""
+
+    text: GemmaConfig
+    vision: VisionConfig | SiglipConfig | None
+    audio: AudioConfig | None
+    num_image_tokens: int  # of every image, Gemma 3 only
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], max_model_len: int) -> MultimodalConfig:
+        """Read a config.json.
+
+        Raises:
+            BadModel: as the parts' own readers say.
+        """
+        text = GemmaConfig.from_hf(config, max_model_len)
+        vision, audio = config.get("vision_config"), config.get("audio_config")
+        if text.model_type == "gemma3":
+            return cls(text, SiglipConfig.from_hf(vision) if vision else None, None, _num_image_tokens(config))
+        if text.model_type != "gemma4":
+            return cls(text, None, None, 0)
+        return cls(
+            text,
+            VisionConfig.from_hf(vision) if vision else None,
+            AudioConfig.from_hf(audio) if audio else None,
+            0,
+        )
+
+
+def _num_image_tokens(config: dict[str, Any]) -> int:
+    count = config.get("mm_tokens_per_image") or 256
+    if not isinstance(count, int) or int(count**0.5) ** 2 != count:
+        raise BadModel(f"gemma3: mm_tokens_per_image {count!r} is not a square")
+    return count
 
 
 class Gemma(nn.Module):
     """`SplitModel` and `TextModel`; parameters are named as MLX's checkpoints have them (`language_model.model.*`)."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: MultimodalConfig) -> None:
         super().__init__()
         self.config = config
-        self.language_model = TextDecoder(config)
+        self.language_model = TextDecoder(config.text)
+        hidden = config.text.hidden_size
+        if isinstance(config.vision, SiglipConfig):
+            self.vision_tower = SiglipTower(config.vision)
+            self.multi_modal_projector = Projector(config.vision, config.num_image_tokens, hidden)
+        elif config.vision is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.embed_vision = MediaEmbedder(config.vision.hidden_size, hidden, config.vision.rms_norm_eps)
+        if config.audio is not None:
+            self.audio_tower = AudioTower(config.audio)
+            self.embed_audio = MediaEmbedder(config.audio.output_size, hidden, config.audio.rms_norm_eps)
 
     @property
     def model(self) -> nn.Module:
@@ -35,11 +91,34 @@ class Gemma(nn.Module):
     def vocab_size(self) -> int:
         return self.language_model.vocab_size
 
+    @property
+    def has_vision(self) -> bool:
+        return "vision_tower" in self
+
+    @property
+    def has_audio(self) -> bool:
+        return "audio_tower" in self
+
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
 
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)
+
+    def encode_image(self, pixels: mx.array, grid: tuple[int, int]) -> mx.array:
+        """What stands for one image, (tokens, H).
+
+        Args:
+            pixels: Gemma 3: (3, size, size) in -1..1. Gemma 4: (rows * columns, 3 * patch_size**2) in 0..1.
+            grid: (rows, columns) of patches; Gemma 3 does not need it.
+        """
+        if isinstance(self.config.vision, SiglipConfig):
+            return self.multi_modal_projector(self.vision_tower(pixels[None]))[0]
+        return self.embed_vision(self.vision_tower(pixels, grid))
+
+    def encode_audio(self, frames: mx.array) -> mx.array:
+        """What stands for one clip of log-mel frames (T, mels): (ceil(T / 4), H)."""
+        return self.embed_audio(self.audio_tower(frames))
 
     def hidden(
         self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
@@ -55,13 +134,22 @@ class Gemma(nn.Module):
         return self.logits(self.hidden(inputs, cache, input_embeddings))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Hugging Face's names, of transformers 4 and 5, and MLX's, to this model's."""
-        text: dict[str, mx.array] = {}
-        for name, weight in weights.items():
-            part = canonical_name(name)
-            if part.startswith("language_model."):
-                text[part.removeprefix("language_model.")] = weight
-        return {f"language_model.{name}": weight for name, weight in self.language_model.sanitize(text).items()}
+        """Hugging Face's names, of transformers 4 and 5, and MLX's, to this model's.
+
+        Encoders that the checkpoint holds no weights of are dropped: text-only conversions keep their configuration.
+        """
+        named = {canonical_name(name): weight for name, weight in weights.items()}
+        text = {n.removeprefix("language_model."): w for n, w in named.items() if n.startswith("language_model.")}
+        made = {f"language_model.{name}": weight for name, weight in self.language_model.sanitize(text).items()}
+        for parts, tower in ((IMAGE_PARTS, "vision_tower"), (AUDIO_PARTS, "audio_tower")):
+            own = {n: w for n, w in named.items() if n.startswith(tuple(f"{part}." for part in parts))}
+            if tower in self and own:
+                convert = getattr(self[tower], "sanitize", None)
+                made |= own if convert is None else convert(own)
+            else:
+                for part in parts:
+                    self.pop(part, None)
+        return made
 
 
 def canonical_name(name: str) -> str:
@@ -71,4 +159,5 @@ def canonical_name(name: str) -> str:
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
     bare = name.removeprefix("model.")
-    return bare if bare.startswith((*TOWERS, "language_model.")) else name
+    parts = ("language_model", *IMAGE_PARTS, *AUDIO_PARTS, *OTHER_PARTS)
+    return bare if bare.startswith(tuple(f"{part}." for part in parts)) else name
