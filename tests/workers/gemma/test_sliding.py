@@ -52,7 +52,7 @@ def prompts():
 
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request):
-    """(model, each prompt's tokens when it runs alone, which a forward without a cache over the whole text confirms)."""
+    """(model, each prompt's tokens when it runs alone); an uncached forward over the whole text confirms them."""
     model = make_target(request.param)
     engine = make_engine(model, classes=CLASSES, max_width=128)
     expected = {}

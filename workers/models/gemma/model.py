@@ -72,6 +72,7 @@ class Gemma(nn.Module):
         self.config = config
         self.language_model = TextDecoder(config.text)
         hidden = config.text.hidden_size
+        self.vision_tower: Any
         if isinstance(config.vision, SiglipConfig):
             self.vision_tower = SiglipTower(config.vision)
             self.multi_modal_projector = Projector(config.vision, config.num_image_tokens, hidden)
