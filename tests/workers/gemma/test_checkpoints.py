@@ -149,3 +149,40 @@ def test_what_the_decoder_does_not_compute_is_refused(case):
     overrides, reason = REFUSED[case]
     with pytest.raises(BadModel, match=reason):
         GemmaConfig.from_hf({**hf.GEMMA4, "model_type": "gemma4_text", **overrides}, 0)
+
+
+GEMMA3N = {
+    "vocab_size": hf.VOCAB, "vocab_size_per_layer_input": 88, "hidden_size": 32, "intermediate_size": [48] * 5,
+    "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "hidden_size_per_layer_input": 8, "sliding_window": hf.WINDOW, "num_kv_shared_layers": 2, "laurel_rank": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    "activation_sparsity_pattern": [0.9, 0.5, 0.0, 0.0, 0.0], "altup_num_inputs": 3, "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+GEMMA3N_CASES = {
+    "all": {},
+    "another active stream, unscaled": {"altup_active_idx": 1, "altup_correct_scale": False},
+}  # fmt: skip
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", GEMMA3N_CASES)
+def test_gemma3n_through_the_adapter_equals_transformers(transformers, tmp_path, case):
+    """mlx-lm's definition on our caches: chunked prefill, rows of two lengths, keys read from an earlier layer."""
+    reference = hf.text_model(transformers, "gemma3n_text", {**GEMMA3N, **GEMMA3N_CASES[case]})
+    reference.save_pretrained(tmp_path)
+
+    def released(config):
+        config.pop("rope_parameters")
+        return config | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+
+    weights = load_file(tmp_path / "model.safetensors")
+    for layer in (3, 4):  # released checkpoints hold projections that nothing reads; transformers 5 does not save them
+        for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
+            unread = weights[f"model.layers.0.self_attn.{name}"]
+            weights[f"model.layers.{layer}.self_attn.{name}"] = np.zeros_like(unread)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    as_released(tmp_path, released)
+    model = load(ModelFiles(name="m", folder=tmp_path), "float32").model
+    expected = hf.hf_logits(reference, TOKENS)
+    np.testing.assert_allclose(hf.cached_logits(model, TOKENS), expected, rtol=0, atol=1e-4)
