@@ -29,7 +29,7 @@ ifdef DRAFT
 export TANDEM_DRAFT_MODEL := $(DRAFT)
 endif
 
-.PHONY: run test test-drafters check format bench lock clean
+.PHONY: run test test-drafters test-policy soak fuzz check format bench lock clean
 run: $(VENV)/.run-$(BACKEND)
 	@exec $(PYTHON) -m tandem serve
 
@@ -50,7 +50,23 @@ test: $(VENV)/.dev-$(BACKEND)
 
 # The reference drafters against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
 test-drafters: $(VENV)/.dev-$(BACKEND)
-	DRAFTERS_DOCUMENTS=10 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py
+	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py
+	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/system/test_real_drafters.py
+
+# The speculation policy in its clock model at every batch size.
+test-policy: $(VENV)/.dev-$(BACKEND)
+	POLICY_LONG=1 $(PYTHON) -m pytest tests/scheduler/test_policy_simulation.py
+
+# 200 random kills under 16 streams, then MINUTES of mixed traffic; figures in bench/results.
+MINUTES ?= 60
+soak: $(VENV)/.dev-$(BACKEND)
+	FAULTS_LONG=1 $(PYTHON) -m pytest tests/faults
+	$(PYTHON) -m tests.faults.soak --kills 200 --out bench/results/faults-kills.json
+	$(PYTHON) -m tests.faults.soak --minutes $(MINUTES) --out bench/results/soak.json
+
+# A million messages on the sockets, 20,000 HTTP bodies, 2,000 headers of model files.
+fuzz: $(VENV)/.dev-$(BACKEND)
+	FUZZ_LONG=1 $(PYTHON) -m pytest --timeout 7200 tests/fuzz
 
 check: $(VENV)/.dev-$(BACKEND)
 	$(PYTHON) -m ruff format --check .

@@ -75,6 +75,7 @@ class Record(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     status: int | None = None
     error: str | None = None
+    text: str = ""
     text_sha256: str | None = None
     timings: dict[str, Any] | None = None  # the server's own block, where it has one
 
@@ -180,6 +181,7 @@ async def _read_stream(response: httpx.Response, record: Record, sent: float) ->
         ValueError: an event is not JSON, too long, or an error of the server.
     """
     digest = hashlib.sha256()
+    texts: list[str] = []
     done = False
     async for data in _events(response):
         now = time.perf_counter() - sent
@@ -194,6 +196,7 @@ async def _read_stream(response: httpx.Response, record: Record, sent: float) ->
             if text:
                 record.chunk_s.append(now)
                 digest.update(text.encode())
+                texts.append(text)
             record.finish_reason = choice.get("finish_reason") or record.finish_reason
         usage = event.get("usage")
         if usage:
@@ -202,7 +205,7 @@ async def _read_stream(response: httpx.Response, record: Record, sent: float) ->
             details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
             record.cached_tokens = details.get("cached_tokens")
         record.timings = event.get("timings") or record.timings
-    record.text_sha256 = digest.hexdigest()
+    record.text, record.text_sha256 = "".join(texts), digest.hexdigest()
     if record.finish_reason is None:
         record.error = "stream ended without a finish reason" + ("" if done else " and without [DONE]")
 

@@ -52,7 +52,13 @@ ARMS = (
     Arm(
         name="tandem",
         command=TANDEM_COMMAND,
-        environment={"PYTHON": "{python}", "TANDEM_PORT": "{port}", "TANDEM_MODEL": "{folder}"},
+        # The SSD tier of its prefix cache would survive a restart, so each server gets a new folder.
+        environment={
+            "PYTHON": "{python}",
+            "TANDEM_PORT": "{port}",
+            "TANDEM_MODEL": "{folder}",
+            "TANDEM_PREFIX_DIR": "{scratch}",
+        },
         model="default",
     ),
     Arm(
@@ -145,7 +151,7 @@ def serving(arm: Arm, python: Path, folder: Path, extra: Mapping[str, str], log:
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as scratch:
         values = {"python": str(python), "folder": str(folder), "port": str(port), "scratch": scratch}
-        environment = os.environ | extra | {k: v.format(**values) for k, v in arm.environment.items()}
+        environment = os.environ | {k: v.format(**values) for k, v in arm.environment.items()} | dict(extra)
         command = [part.format(**values) for part in arm.command]
         process = subprocess.Popen(
             command,

@@ -48,7 +48,7 @@ class Bench:
     """A core with a frontend that submits and a target that answers every step at once."""
 
     def __init__(self, num_slots: int, num_waiting: int, prompt_tokens: int, output_tokens: int) -> None:
-        self.core = Core(Settings(max_queue=num_slots + num_waiting + 1), Metrics())
+        self.core = Core(Settings(max_queue=num_slots + num_waiting + 1, draft_model="none"), Metrics())
         self.now = 0.0  # the core has no clock; each step takes 10 ms of this one
         self.steps: deque[Step] = deque()
         self.num_submitted = 0

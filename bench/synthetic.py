@@ -84,7 +84,7 @@ class Loop:
     def __init__(self, engine: Engine, info: WorkerInfo, draft_s: float, k: int | None) -> None:
         """`k`: 0 without a drafter, a number for a fixed k, None for the policy."""
         self.engine, self.draft_s = engine, draft_s
-        self.core = Core(Settings(max_queue=4096), Metrics())
+        self.core = Core(Settings(max_queue=4096, draft_model="none"), Metrics())
         self.steps: list[Step | Release] = []
         self.requests: list[DraftRequest] = []
         self.num_tokens = 0

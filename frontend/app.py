@@ -10,11 +10,13 @@ from starlette.types import ASGIApp
 
 from frontend import cache_api, chat, completions, errors, health, messages_api, metrics, models_api, tokenize_api
 from frontend.access import Access
-from frontend.auth import ApiKeys, parse_keys
+from frontend.auth import ApiKeys
+from frontend.limits import Limits
 from frontend.messages_schemas import CountTokensBody, MessagesBody
 from frontend.metrics import HttpMetrics
 from frontend.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, openapi_components
 from frontend.service import Service
+from shared.api_keys import load_keys
 from shared.errors import TandemError
 
 _BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountTokensBody)
@@ -44,6 +46,7 @@ def create_app(service: Service) -> ASGIApp:
         return page
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the page
-    keys = parse_keys(service.settings.api_keys)
-    guarded: ASGIApp = ApiKeys(app, keys) if keys else app
+    limited = Limits(app, service.settings)
+    keys = load_keys(service.settings)
+    guarded: ASGIApp = ApiKeys(limited, keys) if keys else limited
     return Access(guarded, app.state.metrics)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from frontend.errors import body, is_messages_path, json_response, messages_body, request_id_of
+from shared.api_keys import ApiKey
 
 OPEN_PATHS = frozenset({"/health"})
-
-
-def parse_keys(api_keys: str) -> list[bytes]:
-    return [key.strip().encode() for key in api_keys.split(",") if key.strip()]
 
 
 class ApiKeys:
     """Lets a request pass when it carries one of `keys`. Sets `scope["tenant"]`, the prefix cache salt of its key."""
 
-    def __init__(self, app: ASGIApp, keys: list[bytes]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self._app = app
-        self._keys = [(key, hashlib.sha256(key).hexdigest()[:16]) for key in keys]
+        self._keys = [(key.key, key.tenant) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             return await self._app(scope, receive, send)
-        given = _given(scope)
+        given = given_key(scope)
         tenant = None
         for key, salt in self._keys:  # every key is compared, so that time tells nothing
             if hmac.compare_digest(given, key):
@@ -42,7 +39,7 @@ class ApiKeys:
         return await self._app(scope, receive, send)
 
 
-def _given(scope: Scope) -> bytes:
+def given_key(scope: Scope) -> bytes:
     """The bearer token, or x-api-key where there is none."""
     headers = dict(reversed(scope["headers"]))  # the first of each name counts
     scheme, _, key = bytes(headers.get(b"authorization", b"")).partition(b" ")

@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal, assert_never
 
 import msgspec
+import psutil
 import zmq
 
-from frontend.streams import LiveRequest, TokenStream
+from frontend.streams import LiveRequest, TokenStream, without_repeated
 from shared import wire
+from shared.beat import Beat
 from shared.config import Settings
 from shared.errors import BadMessage, TandemError, Unavailable, from_code
 from shared.messages import (
@@ -41,6 +43,7 @@ from shared.messages import (
     Welcome,
     WorkerInfo,
 )
+from shared.sockets import secure
 
 log = logging.getLogger("frontend")
 
@@ -72,6 +75,8 @@ class EngineClient:
         self._is_stopping = False
         self._is_draining = False
         self._last_heard = float("-inf")
+        self._beat = Beat(settings, "frontend")
+        self._process = psutil.Process()
         self.status: EngineStatus | None = None
         self.num_dropped_messages = 0
 
@@ -94,6 +99,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_HEADER_BYTES)
+        secure(self._socket, self._settings, self._settings.engine_endpoint, is_server=False)
         self._socket.connect(self._settings.engine_endpoint)
         self._loop.add_reader(self._socket.fileno(), self._read)
         self._ticker = asyncio.create_task(self._tick_forever(), name="engine heartbeat")
@@ -159,9 +165,12 @@ class EngineClient:
             Unavailable: no target is ready.
         """
         self.require_target()
-        stream = TokenStream(len(submits))
+        stream = TokenStream(len(submits), self._settings.slow_reader_s)
         for index, submit in enumerate(submits):
             live = LiveRequest(submit, index, stream)
+            now = self._loop.time()
+            live.heard(now)
+            live.deadline = now + submit.timeout_s if submit.timeout_s is not None else None
             self._live[submit.request_id] = live
             live.is_sent = self._send(submit)
         return stream
@@ -265,9 +274,21 @@ class EngineClient:
 
     def _route(self, output: Output) -> None:
         live = self._live.get(output.request_id)
-        if live is None:
-            return  # forgotten: the client is gone, and this was on its way
+        if live is None:  # forgotten: the client is gone, and this was on its way
+            if output.finish_reason is None:
+                self._send(Cancel(request_id=output.request_id, reason="client_gone"))
+            return
+        if output.start is not None and output.start != len(live.output_token_ids):
+            self.num_dropped_messages += 1
+            if output.start > len(live.output_token_ids):
+                live.is_sent = False  # the next tick submits it again, which brings what is missing
+                return
+            repeated = without_repeated(output, len(live.output_token_ids) - output.start)
+            if repeated is None:
+                return
+            output = repeated
         live.output_token_ids.extend(output.token_ids)
+        live.heard(self._last_heard)
         if output.finish_reason is not None:
             del self._live[output.request_id]
         live.stream.put(live.index, output)
@@ -291,8 +312,10 @@ class EngineClient:
     def _announce(self, info: WorkerInfo) -> None:
         """The line that a person waits for after starting the server."""
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        drafter = self._settings.draft_checkpoint or ("n-gram" if self._settings.is_ngram else "none")
         what = (
-            f"model {info.model}, {info.dtype} on {info.device}, context {info.max_model_len}, {info.num_slots} slots"
+            f"model {info.model}, {info.dtype} on {info.device}, context {info.max_model_len}, {info.num_slots} slots, "
+            f"drafter {drafter}"
         )
         print(f"Tandem is ready on http://{host}:{self._settings.port} ({what})", flush=True)
 
@@ -314,7 +337,10 @@ class EngineClient:
         """Send a live request again with the tokens so far, so that its stream goes on where it stopped."""
         if live.stream.error is not None:
             return
-        resumed = msgspec.structs.replace(live.submit, output_token_ids=list(live.output_token_ids))
+        left_s = None if live.deadline is None else max(0.0, live.deadline - self._loop.time())
+        resumed = msgspec.structs.replace(
+            live.submit, output_token_ids=list(live.output_token_ids), is_resumed=True, timeout_s=left_s
+        )
         live.is_sent = self._send(resumed)
 
     # ------------------------------------------------------------ time
@@ -330,13 +356,19 @@ class EngineClient:
             is_met = self._scheduler_id is not None and silence <= 2 * interval
             if is_met:
                 self._send(
-                    Heartbeat(instance_id=self._instance_id, num_dropped_messages=self.num_dropped_messages),
+                    Heartbeat(
+                        instance_id=self._instance_id,
+                        num_dropped_messages=self.num_dropped_messages,
+                        memory_bytes={"resident": self._process.memory_info().rss},
+                    ),
                 )
-                for live in [live for live in self._live.values() if not live.is_sent]:
+                now = self._loop.time()
+                for live in [live for live in self._live.values() if not live.is_sent or live.is_due(now)]:
                     self._resubmit(live)
             else:
                 self._hello()
             if silence > self._settings.heartbeat_timeout_s + self._lost_limit_s:
                 for live in list(self._live.values()):
                     self._fail(live, Unavailable(f"the engine was lost and did not come back in {silence:.0f} s"))
+            self._beat.touch()
             await asyncio.sleep(interval if is_met else min(interval, HELLO_INTERVAL_S))

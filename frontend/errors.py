@@ -17,7 +17,13 @@ from shared.errors import HTTP_STATUS, ContextLength, NotFound, TandemError
 log = logging.getLogger("frontend")
 
 _TYPES = {400: "invalid_request_error", 404: "invalid_request_error", 405: "invalid_request_error"}
-_TYPES |= {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+_TYPES |= {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 413: "invalid_request_error"}
+_TYPES |= {
+    429: "rate_limit_error",
+    431: "invalid_request_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; only the access counter sees it
 
 
@@ -29,6 +35,11 @@ def body(message: str, status: int, *, param: str | None = None, code: str | Non
 _MESSAGES_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    431: "invalid_request_error",
+    504: "timeout_error",
     404: "not_found_error",
     405: "invalid_request_error",
     429: "rate_limit_error",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 from starlette.requests import Request
 
 from frontend.cache_api import cache_salt
+from frontend.connection import ABORT
 from frontend.output_events import Event, Text, joined_text
 from frontend.output_parser import OutputParser
 from frontend.output_parser import Request as ParserRequest
@@ -18,7 +19,7 @@ from frontend.schemas import GenerationBody
 from frontend.service import Service
 from frontend.stop import StopMatcher
 from frontend.streams import ClientGone, TokenStream
-from shared.errors import EngineFailure, InvalidRequest, TandemError
+from shared.errors import EngineFailure, InvalidRequest, TandemError, from_code
 from shared.messages import FinishReason, Output, RequestId, Submit, Timings, TokenLogprob
 
 # After a stop string the engine is asked to stop; its terminal Output brings the timings and comes within a step.
@@ -118,7 +119,8 @@ class OutputText:
         if output.finish_reason is None:
             return Delta(self.index, text, tokens=tokens)
         if output.finish_reason in ("error", "abort"):
-            raise EngineFailure(output.error or "the engine ended this request before it was complete")
+            text = output.error or "the engine ended this request before it was complete"
+            raise from_code(output.error_code or EngineFailure.code, text)
         text += self._rest()
         return Delta(self.index, text, tokens=tokens, finish_reason=self._end(output.finish_reason, output.timings))
 
@@ -175,6 +177,13 @@ class Generation:
     def start(self) -> None:
         """Raises Unavailable when no target is ready."""
         self._stream = self._engine.open([output.submit for output in self.outputs])
+
+    def disconnect_slow_reader(self, abort: Callable[[], None] | None) -> None:
+        """Args:
+        abort: cuts the connection; called when the client does not read what waits for it.
+        """
+        assert self._stream is not None, "started"
+        self._stream.on_slow_reader = abort
 
     def abandon(self) -> None:
         """The client is gone: stop the engine's work now, wherever the reader is."""
@@ -286,6 +295,7 @@ def prepare(
                 min_tokens=body.min_tokens,
                 priority=body.priority,
                 tenant=request.scope.get("tenant", ""),
+                timeout_s=request.scope.get("timeout_s"),
                 cache_salt=cache_salt(request),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
@@ -301,6 +311,7 @@ class ClientWatcher:
     def __init__(self, request: Request, generation: Generation) -> None:
         self._request = request
         self._generation = generation
+        generation.disconnect_slow_reader(request.scope.get(ABORT))
         self._task = asyncio.create_task(self._watch(), name="client watcher")
 
     async def _watch(self) -> None:

@@ -9,8 +9,14 @@ from starlette.responses import Response
 
 from frontend.errors import json_response
 from frontend.service import service_of
+from shared.messages import EngineStatus, Exactness
 
 router = APIRouter()
+
+
+def _exactness(status: EngineStatus | None) -> Exactness | None:
+    """How far verifying drafts is from decoding on the target's machine, where drafts are used."""
+    return status.target_info.exactness if status is not None and status.target_info is not None else None
 
 
 @router.get("/health")
@@ -29,6 +35,7 @@ async def health(request: Request) -> Response:
         "num_running": status.num_running if status is not None and is_known else None,
         "num_waiting": status.num_waiting if status is not None and is_known else None,
         "num_open_requests": engine.num_live,
+        "exactness": _exactness(status),
     }
     content = msgspec.json.encode(answer)
     return json_response(content) if engine.is_ready else json_response(content, 503, {"retry-after": "2"})

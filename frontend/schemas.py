@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from frontend.json_depth import check_depth
 from shared.errors import InvalidRequest
 
 MAX_STOPS = 16
 MAX_TOOLS = 512
-MAX_BODY_BYTES = 32 * 1024 * 1024
 
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
@@ -179,6 +179,7 @@ def parse(raw: bytes, kind: type[SomeBody]) -> SomeBody:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidRequest("the body must be a JSON object")
+    check_depth(raw, content)
     try:
         return msgspec.convert(_without_nulls(content), kind)
     except msgspec.ValidationError as error:

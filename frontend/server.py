@@ -8,6 +8,7 @@ from types import FrameType
 import uvicorn
 
 from frontend.app import create_app
+from frontend.connection import Connection
 from frontend.service import Service
 
 # supervise.py kills after 4 s; this leaves time for sockets and the interpreter.
@@ -28,6 +29,9 @@ class Server(uvicorn.Server):
             access_log=False,
             lifespan="off",
             server_header=False,
+            http=Connection,
+            ws="none",
+            limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
         )
         super().__init__(config)

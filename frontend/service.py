@@ -12,11 +12,10 @@ from frontend.chat_template import ChatTemplate
 from frontend.detokenize import Detokenizer
 from frontend.engine import EngineClient
 from frontend.pieces import Pieces
-from frontend.schemas import MAX_BODY_BYTES
 from frontend.streams import ClientGone
 from frontend.tokenizer import ModelText
 from shared.config import Settings
-from shared.errors import ContextLength, InvalidRequest, NotFound
+from shared.errors import ContextLength, InvalidRequest, NotFound, TooLarge, TooSlow
 
 # Longer texts are tokenized in a thread (the library lets go of the interpreter); 8,192 characters take about 1 ms.
 INLINE_CHARS = 8192
@@ -104,17 +103,26 @@ async def read_body(request: Request) -> bytes:
     """The request's body.
 
     Raises:
-        InvalidRequest: it is larger than MAX_BODY_BYTES.
+        TooLarge: it is larger than the setting allows.
+        TooSlow: it did not arrive in time.
         ClientGone: the connection ended before it was complete.
     """
+    settings = service_of(request).settings
+    too_large = TooLarge(f"the body is larger than {settings.max_body_bytes} bytes")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > settings.max_body_bytes:
+        raise too_large
     parts: list[bytes] = []
     size = 0
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                raise InvalidRequest(f"the body is larger than {MAX_BODY_BYTES} bytes")
-            parts.append(part)
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > settings.max_body_bytes:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError as error:
+        raise TooSlow(f"the body did not arrive within {settings.body_timeout_s:g} s") from error
     except ClientDisconnect as error:
         raise ClientGone("the client left while sending its request") from error
     return b"".join(parts)

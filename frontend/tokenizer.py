@@ -28,6 +28,12 @@ class ModelText(msgspec.Struct, frozen=True, kw_only=True):
     sampling_defaults: dict[str, Any]  # from generation_config.json
 
 
+_GGUF_SAMPLING = [
+    (name, f"general.sampling.{key}")
+    for name, key in (("temperature", "temp"), ("top_p", "top_p"), ("top_k", "top_k"), ("min_p", "min_p"))
+]
+
+
 def load(files: ModelFiles) -> ModelText:
     """Tokenizer, template and defaults of a model.
 
@@ -35,12 +41,13 @@ def load(files: ModelFiles) -> ModelText:
         BadModel: they are missing or malformed.
     """
     if files.gguf is not None:
-        return _from_gguf(files.gguf)
+        return _from_gguf(files.gguf, files.sampling_defaults)
     assert files.folder is not None, "a model is a folder or a GGUF file"
     return _from_folder(files.folder)
 
 
-def _from_gguf(path: Path) -> ModelText:
+def _from_gguf(path: Path, sampling_defaults: dict[str, Any]) -> ModelText:
+    """A file may carry its own defaults: `general.sampling.*`, llama.cpp's keys."""
     metadata = gguf_file.read_metadata(path)
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     special: dict[str, str] = {}
@@ -53,7 +60,7 @@ def _from_gguf(path: Path) -> ModelText:
         chat_template=metadata.get("tokenizer.chat_template"),
         special_texts=special,
         eos_token_ids=gguf_tokenizer.eos_token_ids(metadata),
-        sampling_defaults={},
+        sampling_defaults=sampling_defaults | {name: metadata[key] for name, key in _GGUF_SAMPLING if key in metadata},
     )
 
 

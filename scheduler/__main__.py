@@ -8,19 +8,24 @@ import sys
 import time
 from types import FrameType
 
+import psutil
 import zmq
 
 from scheduler.core import Core, Envelope
 from scheduler.metrics import Metrics
 from shared import config, log
+from shared.api_keys import load_keys
+from shared.beat import Beat
 from shared.errors import BadConfig, BadMessage
 from shared.messages import Heartbeat, ToScheduler
 from shared.model_files import display_name
+from shared.sockets import check_addresses, secure
 from shared.supervise import EXIT_CONFIG
 from shared.wire import Decoder, encode
 
 SEND_QUEUE = 100_000  # messages waiting for one peer before it counts as lost
 LINGER_MS = 1000
+MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 
 
 class Process:
@@ -29,7 +34,8 @@ class Process:
     def __init__(self, settings: config.Settings) -> None:
         self.settings = settings
         self.log = logging.getLogger("scheduler")
-        self.core = Core(settings, Metrics(display_name(settings.model, settings)))
+        weights = {key.tenant: key.weight for key in load_keys(settings)}
+        self.core = Core(settings, Metrics(display_name(settings.model, settings)), weights)
         self._decoder = Decoder(ToScheduler)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -39,12 +45,22 @@ class Process:
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._stopping = False
+        self._is_restart = False
+        self._beat = Beat(settings, "scheduler")
+        self._process = psutil.Process()
+        if not settings.memory_limit_bytes:
+            self.core.memory.soft_limit_bytes = int(MEMORY_SHARE * psutil.virtual_memory().total)
+
+    def restart(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """End without a word to the requests: their frontends bring them to the next scheduler."""
+        self._stopping = self._is_restart = True
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         self._stopping = True
 
     def run(self) -> None:
         config.prepare_run_folder(self.settings)
+        secure(self._socket, self.settings, self.settings.engine_endpoint, is_server=True)
         self._socket.bind(self.settings.engine_endpoint)
         interval = self.settings.heartbeat_interval_s
         next_tick = time.monotonic()
@@ -59,8 +75,12 @@ class Process:
                     self._send(self.core.wake(time.monotonic()))
                 if time.monotonic() >= next_tick:
                     self._send(self.core.tick(time.monotonic()))
+                    self._replace_hung()
+                    self._note_memory()
+                    self._beat.touch()
                     next_tick = time.monotonic() + interval
-            self._send(self.core.shutdown(time.monotonic()))
+            if not self._is_restart:
+                self._send(self.core.shutdown(time.monotonic()))
         finally:
             self._socket.close()
             self._context.term()
@@ -86,6 +106,25 @@ class Process:
                 continue
             self._send(self.core.handle(sender, message, time.monotonic()))
 
+    def _note_memory(self) -> None:
+        """Our own share of the budget; the others tell theirs with their heartbeats."""
+        memory = {"resident": self._process.memory_info().rss}
+        self.core.metrics.set_memory("scheduler", memory)
+        self.core.memory.note("scheduler", memory)
+
+    def _replace_hung(self) -> None:
+        """Kill workers whose step does not end; their supervisors start new ones. Others' pids are left alone."""
+        for pid in self.core.hung:
+            try:
+                process = psutil.Process(pid)
+                parent = process.parent()
+                if parent is not None and "shared.supervise" in parent.cmdline():
+                    self.log.error("a step does not end; killing process %d", pid)
+                    process.kill()
+            except psutil.Error as error:
+                self.log.warning("process %d: %s", pid, error)
+        self.core.hung.clear()
+
     def _send(self, envelopes: list[Envelope]) -> None:
         for receiver, message in envelopes:
             try:
@@ -101,13 +140,15 @@ class Process:
 def main() -> int:
     try:
         settings = config.load()
+        log.set_up("scheduler", settings.log_level)
+        check_addresses(settings)
+        process = Process(settings)
     except BadConfig as error:
         print(f"scheduler: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    log.set_up("scheduler", settings.log_level)
-    process = Process(settings)
     signal.signal(signal.SIGTERM, process.stop)
     signal.signal(signal.SIGINT, process.stop)
+    signal.signal(signal.SIGHUP, process.restart)
     process.run()
     return 0
 

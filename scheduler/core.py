@@ -6,24 +6,31 @@ now and then (time-outs, lost peers), `shutdown` at the end. Each returns envelo
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
 
 import msgspec
 
+from scheduler.memory_budget import MemoryBudget
 from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
 from scheduler.planner import Plan, Planner
+from scheduler.policy import size_of
 from scheduler.prefix.cache import PrefixCache
 from scheduler.prefix.check import SelfCheck
+from scheduler.queue_pace import QueuePace
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.speculation import Speculator
+from scheduler.step_timeout import StepTimeout
+from scheduler.suspects import OUTER_DEATH, OWN_DEATH, POISON, RESTART, Suspects, strikes_of
 from scheduler.waiting import WaitingQueue
 from shared.config import Settings
-from shared.errors import Busy, ContextLength, InvalidRequest, Unavailable
+from shared.errors import Busy, ContextLength, DeadlineExceeded, InvalidRequest, PoisonRequest, Unavailable
 from shared.messages import (
     BlocksArchived,
     BlocksLoaded,
@@ -76,20 +83,24 @@ class InFlight:
     batch: int  # decode rows
     width: int  # of the widest decode row
     is_decode_only: bool
+    num_tokens: int
+    sequences: list[Sequence]  # of all rows
 
 
 class Core:
     """Args:
     settings: of the process tree.
     metrics: counters; the core only adds to them.
+    weights: tenant -> share of the engine, 1 where it is not listed.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, weights: Mapping[str, float] | None = None) -> None:
         self.settings = settings
         self.metrics = metrics
         self.scheduler_id = uuid.uuid4().hex
         self.peers = Peers(settings.heartbeat_timeout_s)
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(weights)
+        self.queue_pace = QueuePace()
         self.running: list[Sequence] = []
         self.slots = SlotPool(0, 0, [1])
         self.planner: Planner | None = None  # while a target is ready
@@ -107,9 +118,13 @@ class Core:
         self._last_result = 0.0
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._roles_seen: set[Role] = set()
+        self.suspects = Suspects()
+        self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
+        self.step_timeout = StepTimeout(settings.step_timeout_s)
+        self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
-        is_ngram = settings.draft_model == "ngram" or settings.draft_kind == "ngram" or settings.ngram
-        self.speculator = Speculator(is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator.forced_k = settings.draft_tokens or None
 
     # ------------------------------------------------ entry points
 
@@ -150,9 +165,10 @@ class Core:
         """Time-outs: silent peers, requests past their deadline. Sends heartbeats and the status."""
         for peer in self.peers.lost(now):
             self._lose(peer, now)
+        self._check_step_time(now)
         self.speculator.expire(now)
         for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
-            self._end(sequence, "error", now, error="the request's time limit passed")
+            self._end(sequence, "error", now, error="the request's time limit passed", code=DeadlineExceeded.code)
         for peer in self.peers.all():
             self._out.append((peer.instance_id, Heartbeat(instance_id=self.scheduler_id)))
         self._broadcast_status()
@@ -196,12 +212,11 @@ class Core:
     def _hello(self, sender: str, hello: Hello, now: float) -> None:
         replaced = self.peers.replaced_by(hello.role, sender)
         if replaced is not None:
-            self._lose(replaced, now)
+            self._lose(replaced, now, strikes_of(hello.last_exit))
 
         elif sender in self.peers and hello.role != "frontend":
-            self._lose(
-                self.peers.by_id(sender), now
-            )  # the same process says hello again: it forgot, or missed messages
+            # The same process says hello again: it forgot, or missed messages.
+            self._lose(self.peers.by_id(sender), now, RESTART)
         if hello.role in self._roles_seen and sender not in self.peers and hello.role in self.metrics.worker_restarts:
             self.metrics.worker_restarts[hello.role].inc()
         self._roles_seen.add(hello.role)
@@ -213,13 +228,20 @@ class Core:
         peer = self.peers.get(sender)
         if peer is not None:
             self.metrics.set_memory(peer.role, message.memory_bytes)
+            self.memory.note(peer.instance_id, message.memory_bytes)
             self.metrics.dropped["by_peer"].inc(max(0, message.num_dropped_messages - peer.num_dropped_messages))
             peer.num_dropped_messages = message.num_dropped_messages
+            self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
+            peer.num_feature_bytes = message.num_feature_bytes
 
     def _ready(self, sender: str, message: Ready) -> None:
         peer = self.peers.get(sender)
         if peer is None or peer.epoch != message.epoch or peer.role not in ("target", "drafter"):
             self.metrics.dropped["old_epoch"].inc()
+            return
+        if peer.info is not None:  # a second one would make its slots free while they are used
+            if peer.info != message.info:
+                self.metrics.dropped["unexpected"].inc()
             return
         if peer.role == "target" and not _is_plausible(message.info):
             self.metrics.dropped["bad"].inc()
@@ -229,13 +251,15 @@ class Core:
         if peer.role == "target":
             info = message.info
             self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
+            self._num_steps = 0
+            self.step_timeout.reset()
             budget = self.settings.max_num_batched_tokens or info.max_step_tokens
             if info.prefix_cache is not None:
                 self.prefix = PrefixCache(
                     info.prefix_cache, info.fingerprint, self.metrics.prefix, self.settings.prefix_check_rate
                 )
             self.planner = Planner(self.waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix)
-            self.speculator.set_target(info.max_draft_tokens, info.step_costs)
+            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
@@ -244,14 +268,15 @@ class Core:
     def _worker_failed(self, sender: str, now: float) -> None:
         peer = self.peers.get(sender)
         if peer is not None:
-            self._lose(peer, now)
+            self._lose(peer, now, OWN_DEATH)
 
-    def _lose(self, peer: Peer, now: float) -> None:
+    def _lose(self, peer: Peer, now: float, strikes: int = OUTER_DEATH) -> None:
         """A peer is gone. Requests of a lost target wait for the next one; those of a lost frontend end."""
         self.peers.remove(peer.instance_id)
+        self.memory.forget(peer.instance_id)
         self.metrics.set_worker(peer.role, False)
         if peer.role == "target":
-            self._drop_target(now)
+            self._drop_target(now, strikes)
         elif peer.role == "drafter":
             self.speculator.lose_drafter()
         elif peer.role == "frontend":
@@ -259,9 +284,29 @@ class Core:
                 self._end(sequence, "abort", now)
         self._broadcast_status()
 
-    def _drop_target(self, now: float) -> None:
-        """Nothing is computed any more: every running sequence waits to be recomputed by the next target."""
+    def _check_step_time(self, now: float) -> None:
+        """A target whose step takes far longer than steps do hangs: it is replaced."""
+        target = self.target
+        if target is None or not self._in_flight:
+            return
+        step = self._in_flight[0]
+        if now - max(step.sent, self._last_result) > self.step_timeout.limit_s(step.num_tokens):
+            self.hung.append(target.pid)
+            self._lose(target, now, OWN_DEATH)
+
+    def _resynchronise(self, target: Peer, now: float) -> None:
+        """A message to or from the target was lost or came in the wrong place: begin again in a new epoch."""
+        self._lose(target, now, RESTART)
+        self._out.append((target.instance_id, SayHello()))
+
+    def _drop_target(self, now: float, strikes: int) -> None:
+        """Nothing is computed any more: every running sequence waits to be recomputed by the next target.
+
+        Args:
+            strikes: how much this says against what the target was working on.
+        """
         self.metrics.set_worker("target", False)
+        poison = self.suspects.blame((s for step in self._in_flight for s in step.sequences), strikes)
         self._in_flight.clear()
         self._freed.clear()
         self._kept.clear()
@@ -275,6 +320,8 @@ class Core:
         self.planner = None
         self.prefix = self._check = None
         self.metrics.prefix.blocks["device"] = self.metrics.prefix.tier_bytes["device"] = 0
+        for sequence in poison:
+            self._end(sequence, "error", now, error=POISON, code=PoisonRequest.code)
 
     @property
     def target(self) -> Peer | None:
@@ -299,6 +346,10 @@ class Core:
     # ------------------------------------------------ requests
 
     def _submit(self, sender: str, submit: Submit, now: float) -> None:
+        known = self._requests.get(submit.request_id)
+        if known is not None and known.frontend == sender:
+            self._catch_up(known, submit)
+            return
         refusal = self._refusal(submit)
         if refusal is not None:
             reason, error = refusal
@@ -322,7 +373,7 @@ class Core:
 
     def _refusal(self, submit: Submit) -> tuple[str, InvalidRequest | Busy | Unavailable] | None:
         info = self.target.info if self.target else None
-        is_resumed = bool(submit.output_token_ids)
+        is_resumed = submit.is_resumed or bool(submit.output_token_ids)
         if submit.request_id in self._requests:
             return "bad_request", InvalidRequest(f"request id {submit.request_id} is already running")
         if not submit.prompt_token_ids or submit.max_tokens < 1:
@@ -337,16 +388,34 @@ class Core:
         if total > info.max_model_len:
             text = f"{len(submit.prompt_token_ids)} prompt tokens and max_tokens {submit.max_tokens} make {total}; "
             return "too_long", ContextLength(text + f"the context holds {info.max_model_len}")
-        if len(self.waiting) >= self.settings.max_queue and not is_resumed:
+        if self.memory.is_full and not is_resumed:
+            text = f"memory is full: {self.memory.used_bytes} of {self.memory.soft_limit_bytes} bytes"
+            return "memory", Busy(text, retry_after_s=self._retry_after())
+        limit = self.settings.max_queue
+        if len(self.waiting) >= limit and not is_resumed and self.waiting.is_over_share(submit.tenant, limit):
             text = f"{len(self.waiting)} requests are waiting already"
             return "queue_full", Busy(text, retry_after_s=self._retry_after())
         return None
 
+    def _catch_up(self, sequence: Sequence, submit: Submit) -> None:
+        """A Submit of a live request: it was repeated on its way, or its frontend missed Outputs after these tokens."""
+        num_known = sequence.num_prompt_tokens + len(submit.output_token_ids)
+        missed = sequence.token_ids[num_known:]
+        if sequence.token_ids[:num_known] != [*submit.prompt_token_ids, *submit.output_token_ids] or not missed:
+            return
+        if submit.sampling.num_logprobs is None:
+            self._emit(sequence, missed, None)
+            return
+        if sequence.is_running:
+            self._preempt(sequence)
+        del sequence.token_ids[num_known:]  # their log-probabilities are gone: compute them again
+
     def _retry_after(self) -> float:
-        """Seconds until the queue has probably moved: about one request's decode time, at least one second."""
+        """Seconds until the queue has probably moved: until the first running request ends, or half the queue is served
+        at the pace of late."""
         running = [s for s in self.running if s.finish_reason is None]
         left = min((s.submit.max_tokens - s.num_output_tokens for s in running), default=1)
-        return max(1.0, min(60.0, left * self._step_s))
+        return max(1.0, min(60.0, max(left * self._step_s, self.queue_pace.interval_s * len(self.waiting) / 2)))
 
     def _cancel(self, message: Cancel, now: float) -> None:
         sequence = self._requests.get(message.request_id)
@@ -367,6 +436,7 @@ class Core:
         error: str | None = None,
         token_ids: Sequenced[int] = (),
         logprobs: list[TokenLogprob] | None = None,
+        code: str | None = None,
         is_suspect: bool = False,
     ) -> None:
         """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves.
@@ -377,7 +447,10 @@ class Core:
         assert sequence.finish_reason is None, "a request ends once"
         sequence.finish_reason = reason
         del self._requests[sequence.submit.request_id]
-        self.speculator.end(sequence.submit.request_id)
+        self.speculator.end(sequence)
+        self.suspects.remove(sequence)
+        self.waiting.settle(sequence)
+        self.queue_pace.ended(now, len(self.waiting))
         if sequence.slot is not None:
             self._free_slot(sequence, is_suspect=is_suspect)
             self.running.remove(sequence)
@@ -391,6 +464,8 @@ class Core:
             finish_reason=reason,
             error=error,
             timings=sequence.timings(now),
+            start=sequence.num_output_tokens - len(token_ids),
+            error_code=code,
         )
         self._outputs_of(sequence.frontend).append(output)
 
@@ -408,12 +483,14 @@ class Core:
     def _release_freed(self) -> None:
         target = self.target
         if self._freed and target is not None:
-            self._out.append((target.instance_id, Release(epoch=target.epoch, slots=self._freed, stores=self._kept)))
+            release = Release(epoch=target.epoch, slots=self._freed, stores=self._kept, after_step=self._num_steps)
+            self._out.append((target.instance_id, release))
         self._freed, self._kept = [], []
 
     def _emit(self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Tokens of a request that goes on."""
-        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, logprobs=logprobs)
+        start = len(sequence.token_ids) - sequence.num_prompt_tokens - len(token_ids)
+        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, logprobs=logprobs, start=start)
         self._outputs_of(sequence.frontend).append(output)
 
     def _outputs_of(self, frontend: str) -> list[Output]:
@@ -435,6 +512,9 @@ class Core:
             if k is None:
                 return
             drafts_for = self.speculator.drafts_for if k else None
+            if self.suspects:
+                in_flight = (s for step in self._in_flight for s in step.sequences)
+                self.planner.suspect = self.suspects.choose(in_flight, self.waiting.peek())
             plan = self.planner.plan(now, drafts_for, self._preempt, self.settings.ttft_bound_s)
             self._release_freed()
             self._send_loads(target)
@@ -442,6 +522,9 @@ class Core:
                 return
             self._is_drafted = False
             self._num_steps += 1
+            if k:
+                described = map(self.speculator.described, plan.decodes, plan.sequences)  # prefills come last
+                plan.decodes = list(described)
             step = Step(
                 epoch=target.epoch,
                 step_id=self._num_steps,
@@ -471,7 +554,7 @@ class Core:
         self._num_steps += 1
         chunk = min(planner.max_step_tokens, planner.max_prefill_tokens)
         step = self._check.next_step(target.epoch, self._num_steps, chunk, prefix)
-        self._in_flight.append(InFlight(step.step_id, {}, now, 0, 0, 0, is_decode_only=False))
+        self._in_flight.append(InFlight(step.step_id, {}, now, 0, 0, 0, False, num_tokens=chunk, sequences=[]))
         self._out.append((target.instance_id, step))
         if self._check.is_done:
             self._end_check()
@@ -525,6 +608,8 @@ class Core:
             return
         if not self._in_flight or self._in_flight[0].step_id != result.step_id:
             self.metrics.dropped["unexpected"].inc()
+            if any(step.step_id == result.step_id for step in self._in_flight):
+                self._resynchronise(target, now)  # the result before it was lost
             return
         step = self._in_flight.popleft()
         if self.prefix is not None and self.prefix.num_checked:
@@ -532,6 +617,7 @@ class Core:
         self._step_s = 0.9 * self._step_s + 0.1 * (now - step.sent) if self._step_s else now - step.sent
         step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
         self._last_result = now
+        self.step_timeout.observe(step.num_tokens, step_s)
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
                 self.metrics.phases[phase].observe(seconds)
@@ -551,12 +637,12 @@ class Core:
                     self._emit(sequence, row.token_ids, row.logprobs)
                     continue
             num_tokens += self._row_result(sequence, row, num_drafts, now)
+        if self.suspects:
+            self.suspects.clear_proven()
         if step.is_decode_only:
-            is_steady = self._last_kind == (step.k, step.batch)
-            self.speculator.stepped(
-                step.batch, step.width, step_s, step.k, num_tokens, elapsed_s if is_steady else None
-            )
-        self._last_kind = (step.k, step.batch) if step.is_decode_only else None
+            is_steady = self._last_kind == (step.k, size_of(step.batch))
+            self.speculator.stepped(step.batch, step.width, step_s, step.k, num_tokens, elapsed_s, is_steady)
+        self._last_kind = (step.k, size_of(step.batch)) if step.is_decode_only else None
         self.metrics.generation_tokens.inc(num_tokens)
         for last_token, count in gaps.items():
             self.metrics.itl.observe(now - last_token, count)
@@ -595,6 +681,7 @@ class Core:
             self.metrics.ttft.observe(now - sequence.arrival)
             self.metrics.queue_time.observe((sequence.first_scheduled or now) - sequence.arrival)
             self.metrics.prompt_tokens.inc(sequence.num_prompt_tokens)
+            self.metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
         sequence.last_token = now
         if reason is not None:
             self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs)
@@ -694,7 +781,9 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
         if row.is_sampled
     }
     width = max((row.num_drafts + 1 for row in plan.decodes), default=0)
-    return InFlight(step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills)
+    return InFlight(
+        step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills, plan.num_tokens, plan.sequences
+    )
 
 
 def _is_plausible(info: WorkerInfo) -> bool:

@@ -115,7 +115,10 @@ class Metrics:
             names.CANCELLED, "Cancelled requests.", "state", ("waiting", "prefilling", "decoding")
         )
         self.rejected = counters(
-            names.REJECTED, "Requests not accepted.", "reason", ("queue_full", "no_target", "too_long", "bad_request")
+            names.REJECTED,
+            "Requests not accepted.",
+            "reason",
+            ("queue_full", "no_target", "too_long", "bad_request", "memory"),
         )
         self.dropped = counters(
             names.DROPPED_MESSAGES, "Bad, truncated or stale messages.", "reason",
@@ -145,11 +148,13 @@ class Metrics:
             names.SPEC_ACCEPTED_PER_POS, "Drafted tokens accepted, by position.", [*drafter, "position"],
             registry=self.registry,
         )  # fmt: skip
+        self.feature_bytes = counter(names.FEATURE_BYTES, "Hidden rows sent from the target to the drafter.")
         self.chosen_k = gauge(names.SPEC_CHOSEN_K, "Drafted tokens per row that the policy chooses now.")
         self._draft_s = histogram(names.DRAFT_SECONDS, "From asking for drafts to having them.", names.PHASE_BUCKETS)
         self.fallthrough = counters(
-            names.SPEC_FALLTHROUGH, "Rounds or rows without drafts.", "reason", ("timeout", "stale", "no_draft")
-        )
+            names.SPEC_FALLTHROUGH, "Rounds or rows without drafts.", "reason",
+            ("timeout", "stale", "no_draft", "bad_token", "bad_distribution"),
+        )  # fmt: skip
         self.add_drafter("none")
 
     def add_drafter(self, drafter: str) -> None:

@@ -16,6 +16,7 @@ class Peer:
     last_seen: float
     info: WorkerInfo | None = None  # set once it is ready
     num_dropped_messages: int = 0  # as its last heartbeat told
+    num_feature_bytes: int = 0
 
     @property
     def state(self) -> WorkerState:

@@ -57,6 +57,7 @@ class Planner:
         self.slots = slots
         self.max_step_tokens = max_step_tokens
         self.max_prefill_tokens = max_prefill_tokens
+        self.suspect: Sequence | None = None  # the one suspect that may be worked on (suspects.py)
         self.prefix = prefix
         self._keeps_states = prefix is not None and prefix.info.is_recurrent
 
@@ -105,6 +106,8 @@ class Planner:
             length = len(sequence.token_ids) + sequence.num_pending
             if length - sequence.num_scheduled != 1 or length >= sequence.max_length or sequence.slot is None:
                 continue
+            if sequence.num_strikes and sequence is not self.suspect:
+                continue
             is_plain = drafts_for is None and not self._keeps_states
             if is_plain and sequence.num_pending and length <= sequence.capacity:
                 # Pipelined decode, by far the most frequent row: 256 of them have to be planned within 0.2 ms.
@@ -144,7 +147,10 @@ class Planner:
         return 1 + len(drafts)
 
     def _plan_prefills(self, plan: Plan, budget: int, now: float, preempted: Callable[[Sequence], None]) -> None:
-        prefilling = sorted((s for s in self.running if s.num_remaining > 1), key=lambda s: s.order)
+        prefilling = sorted(
+            (s for s in self.running if s.num_remaining > 1 and (not s.num_strikes or s is self.suspect)),
+            key=lambda s: s.order,
+        )
         while budget > 0:
             sequence = self._next_prefill(prefilling)
             if sequence is None:
@@ -178,6 +184,8 @@ class Planner:
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """The first in order of those that prefill already and those that wait for a slot."""
         head = self.waiting.peek()
+        if head is not None and head.num_strikes and head is not self.suspect:
+            head = None
         if head is not None and (not prefilling or head.order < prefilling[0].order) and self._admit(head):
             return head
         while prefilling:
@@ -198,7 +206,7 @@ class Planner:
             capacity = self.slots.class_for(len(sequence.token_ids) + 1)
         if capacity is None or not self.slots.can_hold(capacity):
             return False
-        self.waiting.remove(sequence)
+        self.waiting.admit(sequence)
         sequence.slot = self.slots.allocate(capacity)
         sequence.capacity = capacity
         self.running.append(sequence)

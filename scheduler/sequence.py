@@ -40,6 +40,9 @@ class Sequence:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    charged: float = 0.0  # to its tenant; see waiting.py
+    num_strikes: int = 0  # how much it is suspected of having killed targets; see suspects.py
+    num_proving_tokens: int = 0  # output tokens at which it no longer is
 
     # prefix cache
     block_hashes: list[bytes] = field(default_factory=list)

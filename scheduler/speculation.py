@@ -8,70 +8,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from scheduler.costs import StepCosts, batch_bucket, follow
-from scheduler.metrics import Metrics
-from scheduler.ngram import NgramIndex
-from scheduler.sequence import Sequence as Request
-from shared.messages import Draft, DraftReply, DraftRequest, DraftRow, RequestId, StepCost
+from msgspec.structs import replace
 
-PROBE_INTERVAL = 48  # plain steps between two probes while parked
-PROBE_ROUNDS = 3  # a probe lasts so many rounds: one tells too little
+from scheduler.costs import StepCosts, follow
+from scheduler.drafts import draws, first, problem
+from scheduler.metrics import Metrics
+from scheduler.ngram import NOTHING, NgramIndex, Proposal, SharedSuffixIndex
+from scheduler.policy import PRIOR, AcceptanceRates, Policy
+from scheduler.sequence import Sequence as Request
+from shared.messages import Draft, DraftDistribution, DraftReply, DraftRequest, DraftRow, RequestId, StepCost, StepRow
+
 DRAFT_PATIENCE = 4.0  # a reply may take so many times its usual time
 MIN_PATIENCE_S = 0.03
 FIRST_PATIENCE_S = 2.0  # before anything was measured: kernels are compiled for the first draft
 LOST_REPLY_S = 10.0  # after a time-out nothing more is asked until the reply comes after all, or for so long
-ACCEPT_WEIGHT = 0.03  # of one observation in the moving average of acceptance
-PRIOR = 0.8  # acceptance assumed before anything was seen: hopeful, so that it is measured at once
-MIN_GAIN = 1.02  # speculation must promise this much over plain decoding
-PROBE_TOKENS = 3
 OVERHEAD_S = 0.0005  # planning and transport of a synchronous round beside its step and draft
 NGRAM_CERTAIN = 5  # a match of so many tokens goes before the neural drafter
 MIN_MATCH = 2  # shorter matches are noise
 MIN_CONFIDENCE = 0.25
-EFFICIENCY_WEIGHT = 0.05
-MIN_EFFICIENCY, MAX_EFFICIENCY = 0.2, 1.5
 AVAILABLE_WEIGHT = 0.05
+SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
 
 
-class AcceptanceRates:
-    """Moving averages of the chance that draft j (0-based) is accepted once those before it were."""
-
-    def __init__(self, max_draft_tokens: int) -> None:
-        self._rates = [PRIOR] * max(1, max_draft_tokens)
-        self._seen = [0] * max(1, max_draft_tokens)
-
-    def add(self, num_drafts: int, num_accepted: int) -> None:
-        for j in range(min(num_drafts, num_accepted + 1, len(self._rates))):
-            self._seen[j] += 1
-            weight = max(ACCEPT_WEIGHT, 1 / (self._seen[j] + 1))
-            self._rates[j] += weight * ((1.0 if j < num_accepted else 0.0) - self._rates[j])
-
-    def expected_tokens(self, num_drafts: int) -> float:
-        """Tokens that one row commits per step: 1 + a1 + a1 a2 + ..."""
-        total, chance = 1.0, 1.0
-        for rate in self._rates[:num_drafts]:
-            chance *= rate
-            total += chance
-        return total
-
-
-class Efficiency:
-    """What rounds really gave, as a share of what costs and acceptance promised, by batch size and kind of round.
-
-    It holds all that the model of costs leaves out: features on their way, planning, another process's turn.
-    """
-
-    def __init__(self) -> None:
-        self._shares: dict[tuple[int, bool], float] = {}
-
-    def add(self, batch: int, is_drafted: bool, share: float) -> None:
-        key = batch_bucket(batch), is_drafted
-        share = min(MAX_EFFICIENCY, max(MIN_EFFICIENCY, share))
-        old = self._shares.get(key, 1.0)
-        self._shares[key] = old + EFFICIENCY_WEIGHT * (share - old)
-
-    def of(self, batch: int, is_drafted: bool) -> float:
-        return self._shares.get((batch_bucket(batch), is_drafted), 1.0)
+TEXT_SOURCES = ("ngram", "suffix")  # drafts out of text: the sequence's own, and recent outputs of the same tenant
 
 
 @dataclass
@@ -80,8 +39,10 @@ class Speculated:
 
     index: NgramIndex | None
     num_indexed: int = 0
+    num_shared: int = 0  # output tokens that are in the shared index
     num_sent: int = 0  # committed tokens that the drafter was sent
     drafts: list[int] = field(default_factory=list)
+    distribution: DraftDistribution | None = None  # that the drafts were drawn from
     anchor: int = -1  # position that `drafts` follow
     source: str = ""
 
@@ -96,9 +57,10 @@ class Speculator:
     def __init__(self, use_ngram: bool, max_draft_tokens: int, metrics: Metrics) -> None:
         self.use_ngram = use_ngram
         self._max_ngram = max_draft_tokens if use_ngram else 0
+        self._shared = SharedSuffixIndex(max_tokens=SHARED_TOKENS)
         self.metrics = metrics
         self.costs = StepCosts()
-        self._efficiency = Efficiency()
+        self.policy = Policy(self._round_s, self._expected_tokens)
         self.drafter_id: str | None = None
         self.drafter_kind = ""
         self.drafter_epoch = 0
@@ -110,12 +72,15 @@ class Speculator:
         self._draft_s: dict[int, float] = {}  # k -> seconds from request to reply
         self._num_drafts = 0
         self._waiting: tuple[int, float, float, int] | None = None  # draft id, sent, deadline, k
+        self._is_catching_up = False  # what is waited for takes more than a round's tokens in
         self._late: tuple[int, float, int] | None = None  # draft id, sent, k: the reply did not come in time
         self._available = PRIOR  # share of rows for which the n-gram index has a proposal
         self._max_neural = 0
         self._max_verified = max_draft_tokens
-        self._plain_steps = 0  # since the last probe, while parked
-        self._probe_rounds = 0
+        self._vocab_size = 0
+        self._target_epoch = 0
+        for source in TEXT_SOURCES if use_ngram else ():
+            metrics.add_drafter(source)
 
     # ------------------------------------------------ life of drafter and sequences
 
@@ -133,17 +98,23 @@ class Speculator:
         """A drafter is there and answers. One that owes a reply is not asked again: it costs one time-out."""
         return self.drafter_id is not None and self._late is None
 
-    def set_target(self, max_draft_tokens: int, step_costs: Iterable[StepCost]) -> None:
+    def set_target(
+        self, max_draft_tokens: int, step_costs: Iterable[StepCost], vocab_size: int, epoch: int = 0
+    ) -> None:
         """A target is ready: what it can verify in one row, and what its steps cost."""
         self._max_verified = max_draft_tokens
+        self._vocab_size = vocab_size
+        self._target_epoch = epoch
         self.costs = StepCosts(step_costs)
-        self._efficiency = Efficiency()
+        self.policy.forget()
 
     def set_drafter(self, instance_id: str, kind: str, epoch: int, max_draft_tokens: int) -> None:
         """A drafter is ready; it knows of no sequence yet."""
         self.lose_drafter()
         self.drafter_id, self.drafter_kind, self.drafter_epoch = instance_id, kind, epoch
         self._neural = AcceptanceRates(max_draft_tokens)
+        self._draft_s.clear()
+        self.policy.forget()
         self._max_neural = max_draft_tokens
         self.metrics.add_drafter(kind)
 
@@ -153,12 +124,16 @@ class Speculator:
         self._ended.clear()
         for state in self._states.values():
             state.num_sent = 0
-            if state.source != "ngram":
+            if state.source not in TEXT_SOURCES:
                 state.drafts = []
 
-    def end(self, request_id: RequestId) -> None:
-        if self._states.pop(request_id, None) is not None and self.drafter_id is not None:
-            self._ended.append(request_id)
+    def end(self, sequence: Request) -> None:
+        """A request is over; what it put out may help the next ones."""
+        state = self._states.pop(sequence.submit.request_id, None)
+        if self.use_ngram:
+            self._share(state or Speculated(None), sequence)
+        if state is not None and self.drafter_id is not None:
+            self._ended.append(sequence.submit.request_id)
 
     def _state(self, sequence: Request) -> Speculated:
         request_id = sequence.submit.request_id
@@ -193,27 +168,7 @@ class Speculator:
             return 0
         if self.forced_k is not None:
             return self.forced_k
-        if self._plain_steps >= PROBE_INTERVAL:
-            return min(self.max_draft_tokens, PROBE_TOKENS)
-        return self._best_k(batch)
-
-    def _best_k(self, batch: int) -> int:
-        """The k with the most expected tokens per second."""
-        plain = self.costs.estimate(batch, 1)
-        if plain == 0.0:
-            return min(self.max_draft_tokens, PROBE_TOKENS)
-        best, best_rate = 0, self._modelled_rate(batch, 0) * self._efficiency.of(batch, False) * MIN_GAIN
-        for k in self._candidates():
-            rate = self._modelled_rate(batch, k) * self._efficiency.of(batch, True)
-            if rate > best_rate:
-                best, best_rate = k, rate
-        return best
-
-    def _modelled_rate(self, batch: int, k: int) -> float:
-        """Tokens per second that costs and acceptance promise."""
-        if k == 0:
-            return batch / self.costs.estimate(batch, 1)
-        return batch * self._expected_tokens(k) / self._round_s(batch, k)
+        return self.policy.choose(batch, self._candidates())
 
     def _candidates(self) -> list[int]:
         """One less than powers of two, which fill a padded verify row, and the longest draft."""
@@ -226,7 +181,9 @@ class Speculator:
         return 1 + self._available * (self._ngram.expected_tokens(k) - 1)
 
     def _round_s(self, batch: int, k: int) -> float:
-        """Seconds of a round: draft, then verify. A batch without any n-gram proposal is verified at width 1."""
+        """Seconds of a round by its parts: draft, then verify. Without any n-gram proposal the verify has width 1."""
+        if k == 0:
+            return self.costs.estimate(batch, 1)
         wide = self.costs.estimate(batch, k + 1)
         if self.is_neural:
             return wide + self._draft_cost(k) + OVERHEAD_S
@@ -234,12 +191,13 @@ class Speculator:
         return is_wide * wide + (1 - is_wide) * self.costs.estimate(batch, 1) + OVERHEAD_S
 
     def _draft_cost(self, k: int) -> float:
+        """Seconds from request to reply; hopeful for a k that was not measured, which is then found out."""
         if not self.is_neural or not self._draft_s:
             return 0.0
         if k in self._draft_s:
             return self._draft_s[k]
         nearest = min(self._draft_s, key=lambda known: abs(known - k))
-        return self._draft_s[nearest]
+        return self._draft_s[nearest] * min(1.0, (k + 1) / (nearest + 1))
 
     def request(self, rows: Iterable[Request], k: int, now: float) -> DraftRequest | None:
         """Prepare drafts for these decode rows; the message for the drafter, if one is needed.
@@ -250,24 +208,22 @@ class Speculator:
         for sequence in rows:
             state = self._state(sequence)
             anchor = len(sequence.token_ids) - 1
-            state.drafts, state.anchor, state.source = [], anchor, ""
+            state.drafts, state.anchor, state.source, state.distribution = [], anchor, "", None
             if state.index is not None:
-                self._index(state, sequence)
-                proposal = state.index.propose(k)
-                least = NGRAM_CERTAIN if self.is_neural else MIN_MATCH
-                is_good = proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE
-                self._available += AVAILABLE_WEIGHT * (float(is_good) - self._available)
-                if is_good:
-                    state.drafts, state.source = list(proposal.token_ids), "ngram"
+                proposal, source = self._proposal(state, sequence, k)
+                self._available += AVAILABLE_WEIGHT * (float(bool(proposal.token_ids)) - self._available)
+                if proposal.token_ids:
+                    state.drafts, state.source = list(proposal.token_ids), source
                     continue
             if self.is_neural:
-                start = state.num_sent
+                start, sampling = state.num_sent, sequence.submit.sampling
                 wanted.append(
                     DraftRow(
                         request_id=sequence.submit.request_id,
                         start=start,
                         token_ids=sequence.token_ids[start:],
                         num_tokens=min(k, self._max_neural),
+                        sampling=sampling if draws(sampling) else None,
                     )
                 )
                 state.num_sent = len(sequence.token_ids)
@@ -276,11 +232,18 @@ class Speculator:
         self._num_drafts += 1
         usual = self._draft_s.get(k, max(self._draft_s.values(), default=0.0))
         patience = max(MIN_PATIENCE_S, DRAFT_PATIENCE * usual) if self._draft_s else FIRST_PATIENCE_S
-        if any(len(row.token_ids) > 2 * k + 2 for row in wanted):
+        self._is_catching_up = any(len(row.token_ids) > 2 * k + 2 for row in wanted)
+        if self._is_catching_up:
             patience = max(patience, FIRST_PATIENCE_S)  # a whole prompt has to be taken in first
         self._waiting = (self._num_drafts, now, now + patience, k)
         ended, self._ended = self._ended, []
-        return DraftRequest(epoch=self.drafter_epoch, draft_id=self._num_drafts, rows=wanted, ended=ended)
+        return DraftRequest(
+            epoch=self.drafter_epoch,
+            draft_id=self._num_drafts,
+            rows=wanted,
+            target_epoch=self._target_epoch,
+            ended=ended,
+        )
 
     def reply(self, message: DraftReply, now: float) -> None:
         """Take drafts in; a late or stale reply is dropped."""
@@ -298,7 +261,8 @@ class Speculator:
             return
         _, sent, _, k = self._waiting
         self._waiting = None
-        self._measured(k, now - sent)
+        if not self._is_catching_up:
+            self._measured(k, now - sent)
         for draft in message.drafts:
             self._take(draft, k)
 
@@ -310,10 +274,13 @@ class Speculator:
     def _take(self, draft: Draft, k: int) -> None:
         state = self._states.get(draft.request_id)
         if state is None or state.anchor != draft.anchor:
+            self.metrics.count_fallthrough("stale")
             return
-        if not draft.token_ids:
-            self.metrics.count_fallthrough("no_draft")
-        state.drafts, state.source = draft.token_ids[:k], self.drafter_kind
+        reason = problem(draft, self._vocab_size) if draft.token_ids else "no_draft"
+        if reason is not None:
+            self.metrics.count_fallthrough(reason)
+            return
+        state.drafts, state.source, state.distribution = draft.token_ids[:k], self.drafter_kind, draft.distribution
 
     def drafts_for(self, sequence: Request) -> list[int]:
         """The drafts to verify behind this sequence's last token."""
@@ -322,35 +289,56 @@ class Speculator:
             return []
         return state.drafts
 
+    def described(self, row: StepRow, sequence: Request) -> StepRow:
+        """A planned row with the distribution of its drafts, where they were drawn."""
+        state = self._states.get(sequence.submit.request_id)
+        if row.num_drafts == 0 or state is None or state.distribution is None:
+            return row
+        return replace(row, draft_distribution=first(state.distribution, row.num_drafts))
+
     # ------------------------------------------------ results
 
     def verified(self, sequence: Request, num_drafts: int, num_accepted: int) -> None:
         """One row was verified."""
         state = self._states.get(sequence.submit.request_id)
         source = state.source if state is not None and state.source else "none"
-        (self._ngram if source == "ngram" else self._neural).add(num_drafts, num_accepted)
+        (self._ngram if source in TEXT_SOURCES else self._neural).add(num_drafts, num_accepted)
         self.metrics.count_draft(source, num_drafts, num_accepted)
 
     def stepped(
-        self, batch: int, width: int, seconds: float, k: int, num_tokens: int = 0, elapsed_s: float | None = None
+        self, batch: int, width: int, seconds: float, k: int, num_tokens: int, elapsed_s: float, is_steady: bool
     ) -> None:
         """A decode-only step of this batch and width, planned with this k, took `seconds`.
 
         Args:
             num_tokens: committed by it.
-            elapsed_s: since the result before, where that was a step of the same kind: drafting and all else included.
+            elapsed_s: since the result before it, drafting and all else included.
+            is_steady: that result was one of the same kind, so that `elapsed_s` is a whole round.
         """
         self.costs.add(batch, width, seconds)
-        if not self.is_on:
-            return
-        if elapsed_s is not None and elapsed_s > 0 and num_tokens:
-            self._efficiency.add(batch, k > 0, num_tokens / elapsed_s / self._modelled_rate(batch, k))
-        if k == 0:
-            self._plain_steps += 1
-        elif self._plain_steps >= PROBE_INTERVAL:
-            self._probe_rounds += 1
-        if k and self._probe_rounds >= PROBE_ROUNDS:
-            self._plain_steps = self._probe_rounds = 0
+        if self.forced_k is None:
+            self.policy.finished(batch, k, num_tokens, elapsed_s, is_steady, self._candidates() if self.is_on else ())
+
+    def _proposal(self, state: Speculated, sequence: Request, k: int) -> tuple[Proposal, str]:
+        """What the sequence's own text, else its tenant's recent outputs, let expect; nothing if that is vague."""
+        assert state.index is not None, "proposals without an index"
+        self._index(state, sequence)
+        self._share(state, sequence)
+        least = NGRAM_CERTAIN if self.is_neural else MIN_MATCH
+        proposal = state.index.propose(k)
+        if proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE:
+            return proposal, "ngram"
+        proposal = self._shared.propose(sequence.token_ids, k, sequence.submit.tenant)
+        if proposal.match_length >= least and proposal.confidence >= MIN_CONFIDENCE:
+            return proposal, "suffix"
+        return NOTHING, ""
+
+    def _share(self, state: Speculated, sequence: Request) -> None:
+        """Put new output tokens into the index that the tenant's other requests see."""
+        new = sequence.token_ids[sequence.num_prompt_tokens + state.num_shared :]
+        if new:
+            self._shared.append(sequence.submit.request_id, new, sequence.submit.tenant)
+            state.num_shared += len(new)
 
     def _index(self, state: Speculated, sequence: Request) -> None:
         assert state.index is not None, "indexing without an index"

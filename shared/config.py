@@ -25,9 +25,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # what is served
     model: str = "default"  # "default" (embedded), a folder, a .gguf file or a Hugging Face id
     model_name: str = ""  # name shown to clients; empty: taken from the model
-    draft_model: str = ""
+    draft_model: str = "auto"  # "auto", "ngram": out of text, no checkpoint; "none"; or a drafter as `model` is named
     draft_kind: str = ""
     draft_block_size: int = 0
+    draft_tokens: int = 0  # 0: as many as pay; otherwise so many in every step, whatever it costs (to measure)
     ngram: bool = False  # propose from the text itself before asking the drafter
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
@@ -38,6 +39,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     host: str = "127.0.0.1"
     port: int = 8080
     run_dir: str = ""  # sockets; empty: a private folder under the temporary directory, by port
+    engine_address: str = ""  # of the scheduler's socket: ipc:// or tcp://; empty: in the run folder
+    features_address: str = ""  # of the drafter's socket for hidden rows; empty: in the run folder
+    curve_keys_file: str = ""  # needed where one of these can be reached from outside (tandem keys FILE)
     cache_dir: str = ""  # downloads and caches; empty: ~/.cache/tandem
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -53,18 +57,47 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_dir: str = ""  # where these files are; empty: in the cache folder
     prefix_check_rate: float = 0.01  # share of hits that an idle target computes again and compares
     max_queue: int = 256  # waiting requests before 429
+    memory_limit_bytes: int = 0  # of all processes together; no new requests beyond it; 0: nine tenths of the machine's
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
     ttft_bound_s: float = 0.0  # 0: none; otherwise prefill gets the whole step when a request waits longer
 
     # liveness
     heartbeat_interval_s: float = 1.0
     heartbeat_timeout_s: float = 10.0
-    step_timeout_s: float = 300.0
+    step_timeout_s: float = 300.0  # at most; once steps are measured, a large multiple of what they take
+    max_early_deaths: int = 5  # of one process in a row, each within 20 s of its start; then the server gives up
 
     # machine
     blas: str = "auto"  # Linux CPU: "auto", "off", or the path of a library to load before MLX
     blas_threads: int = 0  # 0: chosen for the machine
     api_keys: str = ""  # comma separated; empty: no authentication
+    api_keys_file: str = ""  # more of them, one a line with an optional weight
+    admin_key: str = ""  # for what changes the server; empty: those endpoints are off
+
+    # limits of HTTP requests
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_connections: int = 2048
+    max_requests_per_key: int = 0  # running at once; 0: no limit
+    requests_per_minute_per_key: int = 0  # 0: no limit
+    body_timeout_s: float = 120.0  # for a request's body to arrive
+    slow_reader_s: float = 60.0  # a client that reads nothing for so long is disconnected
+
+    # media that requests point to (docs/operations.md)
+    allow_media_urls: bool = False  # fetch http and https URLs of public hosts
+    media_hosts: str = ""  # names, addresses and networks that may be fetched from even if private; comma separated
+    media_roots: str = ""  # folders whose files requests may name; comma separated
+    media_max_bytes: int = 64 * 1024 * 1024
+    media_timeout_s: float = 20.0
+
+    @property
+    def draft_checkpoint(self) -> str:
+        """The drafter to load; empty where none is asked for or drafts need no checkpoint."""
+        return "" if self.draft_model in ("", "none", "auto", "ngram") else self.draft_model
+
+    @property
+    def is_ngram(self) -> bool:
+        """Whether drafts come out of text. By default they do: it costs nothing where it does not pay."""
+        return self.draft_model in ("auto", "ngram") or self.draft_kind == "ngram" or self.ngram
 
     @property
     def run_folder(self) -> Path:
@@ -83,12 +116,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def engine_endpoint(self) -> str:
         """Where the scheduler's ROUTER listens: every other process connects here."""
-        return f"ipc://{self.run_folder}/engine.sock"
+        return self.engine_address or f"ipc://{self.run_folder}/engine.sock"
 
     @property
     def features_endpoint(self) -> str:
         """Where the drafter's PULL listens: the target pushes hidden rows here."""
-        return f"ipc://{self.run_folder}/features.sock"
+        return self.features_address or f"ipc://{self.run_folder}/features.sock"
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -125,7 +158,7 @@ def prepare_run_folder(settings: Settings) -> Path:
     """
     folder = settings.run_folder
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise BadConfig(f"run folder {folder} belongs to another user")
+    if folder.is_symlink() or folder.lstat().st_uid != os.getuid():  # the temporary directory is open to all
+        raise BadConfig(f"run folder {folder} belongs to another user, or is a link")
     folder.chmod(0o700)
     return folder

@@ -7,6 +7,12 @@
     ├── Busy                  429  the queue is full; try again after `retry_after_s`
     ├── Unavailable           503  no target worker is ready
     ├── EngineFailure         500  the engine could not finish an accepted request
+    │   ├── PoisonRequest     500  it was being worked on each time the target died
+    │   └── DeadlineExceeded  504  the client's own time limit passed
+    ├── TooSlow               408  a body that does not arrive in time
+    ├── TooLarge              413  a body beyond the limit
+    ├── HeadTooLarge          431  a head beyond the limit
+    ├── Forbidden             403  this needs the admin key
     ├── BadMessage            -    bytes on a socket that are not one of our messages
     ├── BadConfig             -    a setting or environment variable that is not ours; stops start-up
     └── BadModel              -    a model folder or file that cannot be loaded; stops start-up
@@ -53,6 +59,30 @@ class EngineFailure(TandemError):
     code = "engine_failure"
 
 
+class PoisonRequest(EngineFailure):
+    code = "poison_request"
+
+
+class DeadlineExceeded(EngineFailure):
+    code = "deadline_exceeded"
+
+
+class TooLarge(TandemError):
+    code = "body_too_large"
+
+
+class HeadTooLarge(TandemError):
+    code = "head_too_large"
+
+
+class TooSlow(TandemError):
+    code = "request_timeout"
+
+
+class Forbidden(TandemError):
+    code = "forbidden"
+
+
 class BadMessage(TandemError):
     code = "bad_message"
 
@@ -72,10 +102,26 @@ HTTP_STATUS: dict[str, int] = {
     Busy.code: 429,
     Unavailable.code: 503,
     EngineFailure.code: 500,
+    PoisonRequest.code: 500,
+    DeadlineExceeded.code: 504,
+    TooLarge.code: 413,
+    HeadTooLarge.code: 431,
+    TooSlow.code: 408,
+    Forbidden.code: 403,
     TandemError.code: 500,
 }
 _BY_CODE: dict[str, type[TandemError]] = {
-    c.code: c for c in (InvalidRequest, ContextLength, NotFound, Busy, Unavailable, EngineFailure)
+    c.code: c
+    for c in (
+        InvalidRequest,
+        ContextLength,
+        NotFound,
+        Busy,
+        Unavailable,
+        EngineFailure,
+        PoisonRequest,
+        DeadlineExceeded,
+    )
 }
 
 

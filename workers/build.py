@@ -20,6 +20,7 @@ from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
 from workers.engine import Engine
+from workers.exactness import probe
 from workers.load import LoadedModel, load
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.runner import ModelRunner
@@ -66,13 +67,15 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
     engine, info = make_engine(loaded, settings)
     install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
     warm_up(engine, info)
+    if engine.store.feature_layer is not None:
+        info = _with_features(info, engine.store.feature_layer.row_bytes)
     if info.prefix_cache is not None and info.prefix_cache.is_recurrent:
         info = msgspec.structs.replace(
             info, prefix_cache=_with_states(info.prefix_cache, engine, settings.prefix_cache_bytes)
         )
-    if settings.draft_model or settings.ngram:
+    if settings.draft_checkpoint or settings.is_ngram:
         costs = step_costs(engine, info, settings.cache_folder)
-        info = msgspec.structs.replace(info, step_costs=costs)
+        info = msgspec.structs.replace(info, step_costs=costs, exactness=probe(engine, info))
     return engine, info
 
 
@@ -137,6 +140,18 @@ def prefix_cache_info(
     )
 
 
+def _with_features(info: WorkerInfo, bytes_per_token: int) -> WorkerInfo:
+    """The memory also holds a drafter's features."""
+    per_token = info.kv_bytes_per_token + bytes_per_token
+    share = info.kv_bytes_per_token / per_token
+    capacity = max(info.max_model_len, int(info.kv_capacity_tokens * share))
+    prefix = info.prefix_cache
+    if prefix is not None:
+        num_blocks = max(1, int(prefix.num_blocks * share))
+        prefix = msgspec.structs.replace(prefix, num_blocks=num_blocks, block_bytes=BLOCK_SIZE * per_token)
+    return msgspec.structs.replace(info, kv_bytes_per_token=per_token, kv_capacity_tokens=capacity, prefix_cache=prefix)
+
+
 def build_archiver(engine: Engine, info: WorkerInfo, settings: Settings) -> Archiver | None:
     """The prefix cache's tiers beyond the device; None where they or the cache are switched off."""
     host_bytes = settings.prefix_host_bytes
@@ -144,9 +159,9 @@ def build_archiver(engine: Engine, info: WorkerInfo, settings: Settings) -> Arch
         host_bytes = int(psutil.virtual_memory().total * HOST_SHARE) if has_own_memory() else 0
     if engine.blocks is None or not (settings.prefix_ssd_bytes or host_bytes):
         return None
-    archive = Archive(
-        settings.prefix_folder, info.fingerprint, engine.blocks.layout, settings.prefix_ssd_bytes, host_bytes
-    )
+    # Blocks also hold what a drafter gets, in the form that this drafter gets it.
+    layout = f"{engine.blocks.layout}; features for {settings.draft_checkpoint}"
+    archive = Archive(settings.prefix_folder, info.fingerprint, layout, settings.prefix_ssd_bytes, host_bytes)
     return Archiver(engine.blocks, archive)
 
 

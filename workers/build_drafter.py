@@ -30,7 +30,7 @@ def draft_config(settings: Settings, target_config: dict[str, Any]) -> DrafterCo
     Raises:
         BadModel: it cannot be read, or is of a kind that we do not know.
     """
-    if not settings.draft_model or settings.draft_model == "ngram":
+    if not settings.draft_checkpoint:
         return None
     files = resolve(settings.draft_model, settings)
     if files.folder is None:

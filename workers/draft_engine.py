@@ -7,14 +7,15 @@ features of all positions before its anchor are there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from shared.messages import Draft, DraftRow, FeatureRows, RequestId
+from shared.messages import Draft, DraftDistribution, DraftRow, FeatureRows, RequestId
 from workers.arrays import to_list
 from workers.drafters.base import ContextState, Drafter
+from workers.drafters.draw import DraftSampler
 
 MAX_SEQUENCES = 1024  # beyond what the scheduler ends; the least recently used goes first
 NUM_ENDED_REMEMBERED = 4096  # features of these may still be on their way
@@ -28,6 +29,15 @@ class DraftedSequence:
     num_features: int = 0  # position after the last of them
     start: int = 0  # position of the first of them, while nothing was taken in
 
+    def keep_features(self, length: int) -> None:
+        """Forget rows from position `length` on, as far as they were not taken in (those are of committed tokens)."""
+        first = self.start if self.state is None else self.state.length
+        if self.num_features <= max(first, length):
+            return
+        held = mx.concatenate(self.features)[: max(0, length - first)]
+        self.features = [held] if held.shape[0] else []
+        self.num_features = first + held.shape[0] if held.shape[0] or self.state is not None else 0
+
 
 class DraftEngine:
     """Args:
@@ -40,10 +50,24 @@ class DraftEngine:
         self.needs_features = needs_features
         self._sequences: OrderedDict[RequestId, DraftedSequence] = OrderedDict()
         self._ended: OrderedDict[RequestId, None] = OrderedDict()
+        self.target_epoch = 0  # the target whose features are kept
 
     def reset(self) -> None:
         self._sequences.clear()
         self._ended.clear()
+        self.target_epoch = 0
+
+    def use_epoch(self, epoch: int) -> None:
+        """Features are those of this target from now on.
+
+        An older one may have sent rows of tokens whose result was lost with it: what is beyond the tokens known to be
+        committed is forgotten, and comes again. Rows of committed tokens are the same from every target.
+        """
+        if epoch == self.target_epoch:
+            return
+        self.target_epoch = epoch
+        for sequence in self._sequences.values():
+            sequence.keep_features(len(sequence.tokens))
 
     def end(self, request_ids: Iterable[RequestId]) -> None:
         for request_id in request_ids:
@@ -105,16 +129,29 @@ class DraftEngine:
             states, features, tokens = (list(column) for column in zip(*behind, strict=True))
             self.drafter.extend(states, features, tokens)
         ready = [r for r in ready if self.drafter.can_draft(r[2])]
-        proposed: dict[RequestId, list[int]] = {}
-        if ready:
-            num_tokens = min(max(row.num_tokens for row, _, _ in ready), self.drafter.max_draft_tokens)
-            result = self.drafter.draft([s for _, _, s in ready], [anchor for _, anchor, _ in ready], num_tokens)
-            for (row, _, _), token_ids in zip(ready, to_list(result.token_ids), strict=True):
-                proposed[row.request_id] = token_ids[: row.num_tokens]
+        proposed = self._propose(ready) if ready else {}
         return [
-            Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=proposed.get(row.request_id, []))
+            proposed.get(row.request_id) or Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=[])
             for row in rows
         ]
+
+    def _propose(self, ready: list[tuple[DraftRow, int, ContextState]]) -> dict[RequestId, Draft]:
+        """One call of the drafter for (row, anchor token, state) of each; the one wait for the device."""
+        rows = [row for row, _, _ in ready]
+        num_tokens = min(max(row.num_tokens for row in rows), self.drafter.max_draft_tokens)
+        sampler = None
+        if any(row.sampling is not None for row in rows):
+            sampler = DraftSampler([row.sampling for row in rows], [_anchor(row) + 1 for row in rows])
+        result = self.drafter.draft([s for _, _, s in ready], [anchor for _, anchor, _ in ready], num_tokens, sampler)
+        mx.eval(result.token_ids, *(sampler.arrays() if sampler is not None else []))
+        token_ids = [t[: row.num_tokens] for t, row in zip(to_list(result.token_ids), rows, strict=True)]
+        distributions: Sequence[DraftDistribution | None] = [None] * len(rows)
+        if sampler is not None:
+            distributions = sampler.distributions([len(t) for t in token_ids])
+        return {
+            row.request_id: Draft(request_id=row.request_id, anchor=_anchor(row), token_ids=tokens, distribution=q)
+            for row, tokens, q in zip(rows, token_ids, distributions, strict=True)
+        }
 
     def _advance(
         self, sequence: DraftedSequence, anchor: int, behind: list[tuple[ContextState, mx.array, list[int]]]

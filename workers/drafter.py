@@ -54,7 +54,7 @@ class DrafterProcess:
         self.features: FeatureReceiver | None = None
         self.epoch = 0
         self.is_draining = False
-        if not settings.draft_model or settings.draft_model == "ngram":
+        if not settings.draft_checkpoint:
             self.info = IDLE
             self.link = Link(settings, "drafter", ToDrafter, dict)
             self.link.start()
@@ -101,12 +101,17 @@ class DrafterProcess:
     def _take_features(self, timeout_s: float) -> None:
         if self.features is not None and self.engine is not None:
             before = self.features.num_dropped
-            for rows, array in self.features.receive(timeout_s):
+            for epoch, rows, array in self.features.receive(timeout_s):
+                if epoch < self.engine.target_epoch:
+                    self.link.num_dropped += 1
+                    continue
+                self.engine.use_epoch(epoch)  # a new target's rows may come before the first request that names it
                 self.engine.take_features(rows, array)
             self.link.num_dropped += self.features.num_dropped - before  # the heartbeat tells the scheduler
 
     def _draft(self, message: DraftRequest, engine: DraftEngine) -> DraftReply:
         started = time.perf_counter()
+        engine.use_epoch(message.target_epoch)
         engine.end(message.ended)
         for row in message.rows:
             engine.take_tokens(row)
@@ -124,7 +129,7 @@ def main() -> int:
         settings = config.load()
         log.set_up("drafter", settings.log_level)
         config.prepare_run_folder(settings)
-        if settings.draft_model and settings.draft_model != "ngram":
+        if settings.draft_checkpoint:
             logger.info("%s", blas.prepare(settings))
         drafter = DrafterProcess(settings)
     except (BadConfig, BadModel) as error:
@@ -132,6 +137,7 @@ def main() -> int:
         return EXIT_CONFIG
     signal.signal(signal.SIGTERM, drafter.stop)
     signal.signal(signal.SIGINT, drafter.stop)
+    signal.signal(signal.SIGHUP, drafter.stop)
     drafter.run()
     return 0
 

@@ -30,6 +30,7 @@ from workers.cache.blocks import BlockPool
 from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
 from workers.runner import ModelRunner
+from workers.sampling.rejection import Proposal, proposals
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 
 WIDTH_STEP = 64
@@ -51,6 +52,7 @@ class PendingStep:
     sampled: Sampled | None
     pending: list[mx.array]  # what must be evaluated where nothing is sampled
     features: list[tuple[list[StepRow], mx.array]]  # per forward: its rows and their fused features (B, L, H)
+    restored: list[tuple[FeatureRows, mx.array]]  # features of restored prefixes (n, H)
     request_ids: dict[int, RequestId]  # slot -> whose rows these are
     checks: list[tuple[BlockStore, mx.array]]  # what was compared with the prefix cache, and where it differs
     build_s: float
@@ -81,6 +83,7 @@ class Engine:
         self._replay: dict[int, list[int]] = {}  # recurrent: accepted tokens that the slot's state lacks
         self._failed: set[int] = set()  # slots whose keys and values may hold NaN
         self._features: list[tuple[list[StepRow], mx.array]] = []
+        self._restored: list[tuple[FeatureRows, mx.array]] = []
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
 
@@ -108,6 +111,7 @@ class Engine:
     def begin(self, step: Step) -> PendingStep:
         """Queue a step on the device. Rows' caches are written in the order of the steps."""
         started = time.perf_counter()
+        self._restored = []
         for start in step.starts:
             self._bind(start)
             self._restore(start)
@@ -141,7 +145,9 @@ class Engine:
         pending += [array for _, array in checks]
         ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
         elapsed = time.perf_counter() - started
-        return PendingStep(step, rows, spans, sampled_rows, sampled, pending, self._features, ids, checks, elapsed)
+        return PendingStep(
+            step, rows, spans, sampled_rows, sampled, pending, self._features, self._restored, ids, checks, elapsed
+        )
 
     def _bind(self, start: SequenceStart) -> None:
         if start.slot in self._slots:
@@ -157,6 +163,11 @@ class Engine:
             assert self.blocks is not None, "blocks to restore and no prefix cache"
             self.store.ensure(start.slot, start.capacity)
             self.blocks.restore(start.slot, start.restore, start.restore_state)
+            n = len(start.restore) * self.blocks.block_size
+            features = self.store.read_features(start.slot, n) if self.model.captures else None
+            if features is not None:
+                start_evaluating([features])  # before the slot is written to: then that happens in place
+                self._restored.append((FeatureRows(request_id=start.request_id, start=0, num_rows=n), features))
 
     def _keep(self, stores: Sequence[BlockStore]) -> None:
         """Copy blocks of slots into the prefix cache, behind everything that is queued already."""
@@ -213,6 +224,8 @@ class Engine:
         features = self.model.features()
         if features is not None:
             self._features.append((ordered, features))
+            if self.blocks is not None:
+                self.store.write_features(batch, features)
         batch.close()
         for row in ordered:
             if row.keep_state is not None:
@@ -254,7 +267,10 @@ class Engine:
         state, tokens = self._slots[row.slot], row.token_ids or []
         first = row.start + _width(row) - row.num_drafts
         drafts = tokens[len(tokens) - row.num_drafts :] if row.num_drafts else []
-        return [SampledRow(state, first + i, drafts[:i]) for i in range(row.num_drafts + 1)]
+        tried: list[Proposal | None] = [None] * (row.num_drafts + 1)
+        if row.draft_distribution is not None and state.is_rejection_sampled:
+            tried[:-1] = proposals(drafts, row.draft_distribution)
+        return [SampledRow(state, first + i, drafts[:i], tried[i]) for i in range(row.num_drafts + 1)]
 
     def _remember(self, rows: list[StepRow], spans: list[tuple[int, int]], sampled: Sampled) -> None:
         """Rows without drafts: their token feeds the next step without passing the host."""
@@ -296,10 +312,10 @@ class Engine:
         )
 
     def feature_rows(self, pending: PendingStep, result: StepResult) -> tuple[list[FeatureRows], mx.array] | None:
-        """The fused features of a finished step's committed positions: whose they are, and (n, H) rows."""
+        """The fused features of a finished step's committed and restored positions: whose they are, and (n, H) rows."""
         num_tokens = {row.slot: len(row.token_ids) for row in result.rows}
-        described: list[FeatureRows] = []
-        parts: list[mx.array] = []
+        described = [rows for rows, _ in pending.restored]
+        parts = [array for _, array in pending.restored]
         for rows, array in pending.features:
             for i, row in enumerate(rows):
                 n = _width(row)

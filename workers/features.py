@@ -17,6 +17,7 @@ import zmq
 from shared.config import Settings
 from shared.errors import BadMessage, BadModel
 from shared.messages import FeatureRows, Features, TensorSpec
+from shared.sockets import secure
 from shared.wire import Decoder, check_tensor_frames, encode
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,15 @@ class FeatureSender:
         self._socket.set(zmq.SNDHWM, QUEUE)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.IMMEDIATE, 1)
+        secure(self._socket, settings, settings.features_endpoint, is_server=False)
         self._socket.connect(settings.features_endpoint)
 
-    def send(self, rows: Sequence[FeatureRows], tensor: np.ndarray[Any, Any], dtype: str) -> None:
+    def send(self, epoch: int, rows: Sequence[FeatureRows], tensor: np.ndarray[Any, Any], dtype: str) -> None:
         """Args:
+        epoch: the target's.
         tensor: (sum of num_rows, H), C-contiguous, 16-bit floats as uint16.
         """
-        header = Features(rows=list(rows), tensor=TensorSpec(dtype=dtype, shape=list(tensor.shape)))
+        header = Features(epoch=epoch, rows=list(rows), tensor=TensorSpec(dtype=dtype, shape=list(tensor.shape)))
         try:
             self._socket.send_multipart([encode(header), tensor.data], zmq.NOBLOCK, copy=False)
             self.num_bytes += tensor.nbytes
@@ -110,10 +113,11 @@ class FeatureReceiver:
         self._socket = self._context.socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, QUEUE)
         self._socket.set(zmq.LINGER, 0)
+        secure(self._socket, settings, settings.features_endpoint, is_server=True)
         self._socket.bind(settings.features_endpoint)
 
-    def receive(self, timeout_s: float) -> Iterator[tuple[FeatureRows, mx.array]]:
-        """Each sequence's rows (num_rows, H) of all messages that have come; waits for the first up to `timeout_s`."""
+    def receive(self, timeout_s: float) -> Iterator[tuple[int, FeatureRows, mx.array]]:
+        """(epoch, whose, rows (num_rows, H)) of all messages that have come; waits for the first up to `timeout_s`."""
         timeout = int(timeout_s * 1000)
         while self._socket.poll(timeout):
             timeout = 0
@@ -124,7 +128,7 @@ class FeatureReceiver:
                 self.num_dropped += 1
                 log.warning("dropped features: %s", str(error)[:200])
 
-    def _split(self, frames: list[bytes]) -> Iterator[tuple[FeatureRows, mx.array]]:
+    def _split(self, frames: list[bytes]) -> Iterator[tuple[int, FeatureRows, mx.array]]:
         if len(frames) != 2:
             raise BadMessage(f"{len(frames)} frames instead of 2")
         message: Features = self._decoder.decode(frames[0])
@@ -142,7 +146,7 @@ class FeatureReceiver:
             array = array.view(mx.bfloat16 if spec.dtype == "bfloat16" else mx.float16)
         at = 0
         for rows in message.rows:
-            yield rows, array[at : at + rows.num_rows]
+            yield message.epoch, rows, array[at : at + rows.num_rows]
             at += rows.num_rows
 
     def close(self) -> None:

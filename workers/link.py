@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import psutil
 import zmq
 
+from shared.beat import Beat
 from shared.config import Settings
 from shared.errors import BadMessage
 from shared.messages import Heartbeat, Hello, Message, Role, SayHello
+from shared.sockets import secure
+from shared.supervise import last_exit
 from shared.wire import Decoder, encode
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ class Link:
     ) -> None:
         self.instance_id = uuid.uuid4().hex
         self.num_dropped = 0
+        self.num_feature_bytes = 0
         self._settings = settings
         self._role = role
         self._memory = memory
@@ -46,8 +51,11 @@ class Link:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.IDENTITY, self.instance_id.encode())
         self._socket.set(zmq.LINGER, LINGER_MS)
+        secure(self._socket, settings, settings.engine_endpoint, is_server=False)
         self._socket.connect(settings.engine_endpoint)
         self._stopped = threading.Event()
+        self._file_beat = Beat(settings, role)
+        self._last_active: float | None = None  # when the main loop was here last; None while the model loads
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -55,7 +63,7 @@ class Link:
         self._thread.start()
 
     def hello(self) -> None:
-        self.send(Hello(role=self._role, instance_id=self.instance_id, pid=os.getpid()))
+        self.send(Hello(role=self._role, instance_id=self.instance_id, pid=os.getpid(), last_exit=last_exit()))
 
     def send(self, message: Message) -> None:
         """Queue a message; ZeroMQ keeps it while the scheduler is away."""
@@ -63,6 +71,7 @@ class Link:
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None when none comes in time. A request to say hello again is answered here."""
+        self._last_active = time.monotonic()
         while self._socket.poll(int(timeout_s * 1000)):
             frames = self._socket.recv_multipart()
             try:
@@ -86,18 +95,29 @@ class Link:
         self._socket.close()
         self._context.term()
 
+    def _is_stuck(self) -> bool:
+        """Whether the main loop has been away for longer than any step may take."""
+        active = self._last_active
+        return active is not None and time.monotonic() - active > self._settings.step_timeout_s
+
     def _beat(self) -> None:
         """Sends heartbeats, so that a long step is not taken for a death. Runs until `close`."""
         socket = self._context.socket(zmq.DEALER)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.SNDHWM, 2)
+        secure(socket, self._settings, self._settings.engine_endpoint, is_server=False)
         socket.connect(self._settings.engine_endpoint)
         process = psutil.Process()
         try:
             while not self._stopped.wait(self._settings.heartbeat_interval_s):
+                if not self._is_stuck():
+                    self._file_beat.touch()
                 memory = {"resident": process.memory_info().rss, **self._memory()}
                 beat = Heartbeat(
-                    instance_id=self.instance_id, memory_bytes=memory, num_dropped_messages=self.num_dropped
+                    instance_id=self.instance_id,
+                    memory_bytes=memory,
+                    num_dropped_messages=self.num_dropped,
+                    num_feature_bytes=self.num_feature_bytes,
                 )
                 try:
                     socket.send(encode(beat), zmq.NOBLOCK)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("target")
 
 IDLE_POLL_S = 1.0
+REPEAT_S = 5.0  # an unanswered Hello or Ready is said again, in case it was lost
 ARCHIVE_POLL_S = 0.002  # while idle and blocks go to or come from the archive
 MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 
@@ -65,6 +66,9 @@ class Target:
         self.depth = 1 if is_cpu() else 2
         self.step_s = 0.0  # moving average of the time a step keeps the device
         self.epoch = 0
+        self.scheduler_id = ""
+        self.last_step = 0  # id of the last Step taken in this epoch
+        self.last_word = time.monotonic()  # when the scheduler was last told who we are
         self.is_draining = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -79,10 +83,15 @@ class Target:
                 message = self.link.receive(self._patience(len(waiting), len(running)))
                 match message:
                     case Welcome():
+                        if self._is_repeated(message):
+                            self.link.num_dropped += 1
+                            continue
                         self._welcome(message)
                         waiting.clear()
                         running.clear()
                     case Step() | Release() if message.epoch == self.epoch:
+                        if not self._is_next(message):
+                            continue
                         waiting.append(message)
                         if len(waiting) + len(running) <= self.depth:
                             continue  # look for more before waiting for the device
@@ -94,6 +103,8 @@ class Target:
                         self.link.num_dropped += 1
                     case Drain():
                         self.is_draining = True
+                    case None if not running and not self.last_step:
+                        self._repeat()
                 while waiting and len(running) < self.depth:
                     self._begin(waiting.popleft(), running)
                 if running:
@@ -110,6 +121,35 @@ class Target:
             if self.archiver is not None:
                 self.archiver.close()
             self.link.close()
+
+    def _repeat(self) -> None:
+        """No step has come yet in this epoch: perhaps the scheduler never heard of us."""
+        if time.monotonic() - self.last_word > REPEAT_S:
+            self.last_word = time.monotonic()
+            if self.epoch:
+                self.link.send(Ready(epoch=self.epoch, info=self.info))
+            else:
+                self.link.hello()
+
+    def _is_repeated(self, message: Welcome) -> bool:
+        return message.scheduler_id == self.scheduler_id and message.epoch <= self.epoch
+
+    def _is_next(self, message: Step | Release) -> bool:
+        """Whether a message continues where the last one ended. A gap begins a new epoch: what is here may be wrong."""
+        if isinstance(message, Step):
+            is_repeated, is_next = message.step_id <= self.last_step, message.step_id == self.last_step + 1
+        else:
+            is_repeated, is_next = False, message.after_step == self.last_step
+        if is_next:
+            self.last_step = message.step_id if isinstance(message, Step) else self.last_step
+            return True
+        self.link.num_dropped += 1
+        if not is_repeated:
+            logger.warning("messages were lost on their way; saying hello again")
+            self.epoch = 0  # until the answer: what else comes of the old epoch is of no use
+            self.link.hello()
+            self.last_word, self.last_step = time.monotonic(), 0
+        return False
 
     def _patience(self, num_waiting: int, num_running: int) -> float:
         """Seconds to wait for a message.
@@ -154,11 +194,12 @@ class Target:
 
         features = self.engine.feature_rows(done, result) if self.sender is not None else None
         if features is not None and self.sender is not None:
-            self.sender.send(features[0], *to_numpy(features[1]))
+            self.sender.send(self.epoch, features[0], *to_numpy(features[1]))
+            self.link.num_feature_bytes = self.sender.num_bytes
 
     def _welcome(self, greeting: Welcome) -> None:
         """A (new) scheduler: it knows of no sequence here."""
-        self.epoch = greeting.epoch
+        self.epoch, self.scheduler_id, self.last_step = greeting.epoch, greeting.scheduler_id, 0
         self.engine.reset()
         self.link.send(Ready(epoch=self.epoch, info=self.info))
         if self.archiver is not None:
@@ -182,6 +223,7 @@ def main() -> int:
         return 1
     signal.signal(signal.SIGTERM, target.stop)
     signal.signal(signal.SIGINT, target.stop)
+    signal.signal(signal.SIGHUP, target.stop)
     target.run()
     return 0
 

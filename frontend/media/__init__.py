@@ -1,1 +1,1 @@
-"""Images and sounds of a request: decoded, checked and turned into what a model takes."""
+"""Images and sounds of a request: fetched, decoded, checked and turned into what a model takes."""

@@ -140,7 +140,7 @@ def test_a_restarted_scheduler_gets_the_tokens_so_far_and_the_stream_goes_on(
     shown += "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert shown == "Hello, wörld 👍 again"
     again = engine.wait_for(Submit)[0]
-    assert again == msgspec.structs.replace(first, output_token_ids=whole[:cut])
+    assert again == msgspec.structs.replace(first, output_token_ids=whole[:cut], is_resumed=True)
     assert len([m for m in engine.received if isinstance(m, Submit)]) == 1
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from frontend import gguf_tokenizer
+from frontend.sampling import for_sequences
+from frontend.schemas import CompletionBody, parse
 from frontend.tokenizer import ModelText, encode, load
 from shared import gguf_file
 from shared.errors import BadModel
@@ -170,3 +172,14 @@ def test_malformed_files_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text("[")
     with pytest.raises(BadModel, match=r"config\.json"):
         load(ModelFiles(name="m", folder=folder))
+
+
+def test_the_embedded_model_is_sampled_as_its_card_says_unless_a_request_says_otherwise(
+    embedded_text: ModelText,
+) -> None:
+    body = parse(b'{"model": "default", "prompt": "x"}', CompletionBody)
+    (params,) = for_sequences(body, embedded_text.sampling_defaults, 49152, None)
+    assert (params.temperature, params.top_p) == (0.2, 0.9)
+    body = parse(b'{"model": "default", "prompt": "x", "temperature": 1, "top_p": 1}', CompletionBody)
+    (params,) = for_sequences(body, embedded_text.sampling_defaults, 49152, None)
+    assert (params.temperature, params.top_p) == (1.0, 1.0)

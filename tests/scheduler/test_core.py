@@ -40,7 +40,7 @@ class Rig:
     """A core, one frontend and a fake target; messages to the target wait in `queue` until `work` runs one."""
 
     def __init__(self, info: WorkerInfo | None = None, **changes: object) -> None:
-        self.core = Core(Settings(**changes), Metrics())  # type: ignore[arg-type]
+        self.core = Core(Settings(**{"draft_model": "none", **changes}), Metrics())  # type: ignore[arg-type]
         self.info = info or worker_info()
         self.now = 100.0
         self.outputs: dict[str, list[Output]] = {}
@@ -75,11 +75,13 @@ class Rig:
     def target_id(self) -> str:
         return f"target{self.num_targets}"
 
-    def start_target(self) -> None:
+    def start_target(self, last_exit: int | None = 0) -> None:
+        """A new target process; `last_exit` is how the one before it ended."""
         self.num_targets += 1
         self.queue.clear()
         self.target = FakeTarget(self.info)
-        self.send(self.target_id, Hello(role="target", instance_id=self.target_id, pid=2))
+        hello = Hello(role="target", instance_id=self.target_id, pid=2, last_exit=last_exit)
+        self.send(self.target_id, hello)
         self.send(self.target_id, Ready(epoch=self.epoch, info=self.info))
 
     def work(self) -> bool:
@@ -102,13 +104,9 @@ class Rig:
         raise AssertionError("the schedule does not end")
 
     def submit(self, name: str, prompt: list[int], max_tokens: int, **changes: object) -> None:
-        self.send(
-            "front",
-            Submit(
-                request_id=RequestId(name), prompt_token_ids=prompt, sampling=GREEDY, max_tokens=max_tokens,
-                **changes,  # type: ignore[arg-type]
-            ),
-        )  # fmt: skip
+        values = {"sampling": GREEDY, **changes}
+        submit = Submit(request_id=RequestId(name), prompt_token_ids=prompt, max_tokens=max_tokens, **values)  # type: ignore[arg-type]
+        self.send("front", submit)
 
     def tokens(self, name: str) -> list[int]:
         return [t for output in self.outputs.get(name, []) for t in output.token_ids]
@@ -268,6 +266,15 @@ def test_too_long_says_the_numbers() -> None:
     rig.submit("a", [0] * 60, 5)
     assert rig.rejected["a"].code == "context_length_exceeded"
     assert "65" in rig.rejected["a"].message and "64" in rig.rejected["a"].message
+
+
+def test_a_request_accepted_before_waits_for_the_target_even_without_a_token() -> None:
+    rig = Rig()
+    rig.submit("a", [1], 5, is_resumed=True)
+    assert not rig.rejected
+    rig.start_target()
+    rig.assert_idle()
+    assert rig.tokens("a") == greedy([1], 5)
 
 
 def test_without_a_target_a_request_is_refused_and_a_resumed_one_waits() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scheduler import speculation
 from scheduler.core import Envelope
 from scheduler.metrics import Metrics
-from scheduler.speculation import PROBE_INTERVAL, PROBE_ROUNDS, AcceptanceRates, Speculator
+from scheduler.policy import MIN_GAIN, TRIAL_ROUNDS, TRIAL_ROWS, AcceptanceRates
+from scheduler.speculation import Speculator
 from shared.messages import (
     Cancel,
     Draft,
@@ -286,10 +287,10 @@ def speculator(wide_s: float, draft_s: float, rate: float, max_draft: int = 8) -
     """
     made = Speculator(False, max_draft, Metrics())
     costs = [StepCost(batch=b, width=w, seconds=s) for b in (1, 8) for w, s in ((1, PLAIN_S), (max_draft + 1, wide_s))]
-    made.set_target(max_draft, costs)
+    made.set_target(max_draft, costs, VOCAB)
     made.set_drafter("d", "model", 1, max_draft)
     made._draft_s = dict.fromkeys(range(1, max_draft + 1), draft_s)
-    made._neural._rates = [rate] * max_draft
+    made._neural._rates, made._neural._seen = [rate] * max_draft, [10_000] * max_draft
     return made
 
 
@@ -332,22 +333,28 @@ def test_the_chosen_k_is_never_slower_than_plain_and_the_best_there_is(
         return expected / (step_s + draft_s + speculation.OVERHEAD_S)
 
     k = made.choose_k(batch)
-    assert tokens_per_s(k) >= tokens_per_s(0) * (1 if k == 0 else 1.019)
-    assert tokens_per_s(k) >= max(tokens_per_s(j) for j in (0, *made._candidates())) / 1.0201
+    assert tokens_per_s(k) >= tokens_per_s(0) * (1 if k == 0 else MIN_GAIN - 0.001)
+    assert tokens_per_s(k) >= max(tokens_per_s(j) for j in (0, *made._candidates())) / (MIN_GAIN + 0.001)
 
 
-def test_a_parked_drafter_is_probed_now_and_then_and_comes_back_when_it_is_worth_it() -> None:
+def test_a_parked_drafter_is_tried_now_and_then_and_comes_back_when_it_is_worth_it() -> None:
     made = speculator(0.012, 0.001, 0.01)
-    chosen = []
-    for _ in range(3 * PROBE_INTERVAL):
+    rounds, num_results = TRIAL_ROUNDS + TRIAL_ROWS, 6000
+    chosen, lost_s = [], 0.0
+    for _ in range(num_results):
         k = made.choose_k(1)
+        seconds = 0.012 if k else PLAIN_S
+        is_steady = bool(chosen) and chosen[-1] == k
+        lost_s += seconds - PLAIN_S
         chosen.append(k)
-        made.stepped(1, k + 1, PLAIN_S, k)
-    assert 0 < sum(k > 0 for k in chosen) <= 3 * PROBE_ROUNDS
-    assert chosen[:PROBE_INTERVAL] == [0] * PROBE_INTERVAL
-    for _ in range(60):
+        made.stepped(1, k + 1, seconds, k, 1, seconds, is_steady)
+    tried = [i for i, k in enumerate(chosen) if k]
+    assert len(tried) >= 2 * rounds, "tried once only"
+    assert lost_s < 0.01 * num_results * PLAIN_S
+    for _ in range(1000):
         made._neural.add(8, 8)
-    assert made.choose_k(1) > 0
+    made.policy._yield = 1.0
+    assert made.policy.best(1, made._candidates()) > 0
 
 
 def test_a_slow_first_draft_does_not_park_the_drafter_for_long() -> None:
@@ -355,7 +362,7 @@ def test_a_slow_first_draft_does_not_park_the_drafter_for_long() -> None:
     made._draft_s = {}
     made._measured(4, 1.9)
     assert made.choose_k(1) == 0
-    for _ in range(4 * PROBE_ROUNDS):
+    for _ in range(12):
         made._measured(4, 0.002)
     assert made.choose_k(1) > 0
 

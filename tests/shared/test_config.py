@@ -25,6 +25,26 @@ def test_values_are_read_by_the_type_of_their_setting() -> None:
     assert (settings.model, settings.dtype) == ("7", "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("environ", "checkpoint", "is_ngram"),
+    [
+        ({}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "auto"}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "ngram"}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "none"}, "", False),
+        ({"TANDEM_DRAFT_MODEL": ""}, "", False),
+        ({"TANDEM_DRAFT_MODEL": "none", "TANDEM_NGRAM": "1"}, "", True),
+        ({"TANDEM_DRAFT_MODEL": "/some/eagle"}, "/some/eagle", False),
+        ({"TANDEM_DRAFT_MODEL": "org/name", "TANDEM_NGRAM": "1"}, "org/name", True),
+    ],
+)
+def test_drafts_come_out_of_text_unless_a_drafter_or_none_is_asked_for(
+    environ: dict[str, str], checkpoint: str, is_ngram: bool
+) -> None:
+    settings = load(environ)
+    assert (settings.draft_checkpoint, settings.is_ngram) == (checkpoint, is_ngram)
+
+
 def test_empty_values_are_as_if_not_set() -> None:
     environ = {PREFIX + f.name.upper(): "" for f in msgspec.structs.fields(Settings) if f.name != "model"}
     changed = {f.name for f in msgspec.structs.fields(Settings) if f.type is str}
@@ -59,6 +79,14 @@ def test_the_run_folder_is_private(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o755)
     assert prepare_run_folder(settings).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o755)
+    (tmp_path / "run").symlink_to(tmp_path / "mine")
+    with pytest.raises(BadConfig, match="link"):
+        prepare_run_folder(Settings(run_dir=str(tmp_path / "run")))
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o755
 
 
 def test_two_ports_have_two_run_folders() -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from shared import supervise
+from shared.beat import Watch
 from shared.supervise import BACKOFF_S, EXIT_CONFIG, MAX_EARLY_DEATHS, Supervisor
 
 
@@ -96,6 +97,49 @@ def test_a_child_does_not_outlive_a_killed_supervisor() -> None:
     process.communicate(timeout=20)
     psutil.wait_procs([child], timeout=20)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_child_learns_how_the_one_before_it_ended(tmp_path: Path) -> None:
+    program = (
+        f"import os; n = len(os.listdir({str(tmp_path)!r})); "
+        f"open({str(tmp_path)!r} + f'/{{n}}', 'w').write(os.environ.get('SUPERVISE_LAST_EXIT', 'none')); "
+        "n == 0 and os._exit(3); n == 1 and os.kill(os.getpid(), 9)"
+    )
+    assert Supervisor("child", python(program), sleep=lambda _: None).run() == 0
+    assert [(tmp_path / str(i)).read_text() for i in range(3)] == ["none", "3", "-9"]
+
+
+def test_sighup_restarts_the_child_and_counts_as_no_death(tmp_path: Path) -> None:
+    handler = "signal.signal(signal.SIGHUP, lambda *_: (print('told', flush=True), sys.exit(0)))"
+    process = start(WAITS.format(handler=handler))
+    assert process.stdout is not None
+    for _ in range(supervise.MAX_EARLY_DEATHS + 1):
+        process.send_signal(signal.SIGHUP)
+        assert [process.stdout.readline(), process.stdout.readline()] == ["told\n", "up\n"]
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "giving up" not in err
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_child_whose_beats_stop_is_replaced(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By a signal or by itself; one that never beat is left alone (it may still be loading)."""
+    monkeypatch.setattr(supervise, "LOOK_S", 0.1)
+    beat = tmp_path / "child.beat"
+    hang = "os.kill(os.getpid(), 19)" if stopped else "time.sleep(60)"
+    program = (
+        "import os, time; "
+        f"first = os.environ.get('SUPERVISE_LAST_EXIT') is None; first and open({str(beat)!r}, 'w').close(); "
+        f"\nif first: {hang}\nelse: time.sleep(0.5)"
+    )
+    pauses: list[float] = []
+    supervisor = Supervisor("child", python(program), sleep=pauses.append, watch=Watch(beat, 3))
+    assert supervisor.run() == 0
+    assert len(pauses) == 1
+    assert "child hangs; killing it" in capfd.readouterr().err
 
 
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,9 +84,9 @@ def decoder_target(num_layers: int = 6, window: int | None = None, vocab_size: i
     return model
 
 
-def mlx_lm_target(architecture: str, seed: int = 0) -> TextModel:
-    """An architecture of mlx-lm, tiny."""
-    config = config_of(architecture, RUNS[architecture])
+def mlx_lm_target(architecture: str, seed: int = 0, **changes: object) -> TextModel:
+    """An architecture of mlx-lm, tiny; `changes` go into its configuration."""
+    config = config_of(architecture, RUNS[architecture]) | changes
     mx.random.seed(seed)
     model_class, args_class = mlx_lm_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -195,7 +195,7 @@ class EngineRig:
     ) -> None:
         self.engine, self.drafter, self.k = engine, drafter, k
         engine.reset()
-        self.core = Core(Settings(draft_block_size=max_draft, **changes), Metrics())  # type: ignore[arg-type]
+        self.core = Core(Settings(draft_block_size=max_draft, draft_model="none", **changes), Metrics())  # type: ignore[arg-type]
         self.core.speculator.forced_k = k
         self.now = 100.0
         self.epochs: dict[str, int] = {}

@@ -12,6 +12,8 @@ from tests.support.server import Server
 
 BODY = {"model": "default", "prompt": "undisturbed", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
+READ_S = 300.0  # between two chunks: a test that disturbs the server again and again lets some streams wait long
+
 
 class Stream(threading.Thread):
     """One streaming completion, read in a thread."""
@@ -22,11 +24,13 @@ class Stream(threading.Thread):
         self.text, self.error = "", ""
         self.tokens: list[str] = []  # with `logprobs`
         self.num_chunks = 0
+        self.status = 0
         self.start()
 
     def run(self) -> None:
         try:
-            with httpx.stream("POST", f"{self.server.url}/v1/completions", json=self.body, timeout=120) as answer:
+            with httpx.stream("POST", f"{self.server.url}/v1/completions", json=self.body, timeout=READ_S) as answer:
+                self.status = answer.status_code
                 for line in answer.iter_lines():
                     if line.startswith("data: {"):
                         chunk = json.loads(line[6:])
@@ -43,8 +47,8 @@ class Stream(threading.Thread):
     def wait_chunks(self, n: int) -> None:
         self.server.wait_for(lambda: self.num_chunks >= n or not self.is_alive(), f"{n} chunks")
 
-    def result(self) -> str:
-        self.join(timeout=120)
+    def result(self, timeout_s: float = 120.0) -> str:
+        self.join(timeout_s)
         assert not self.is_alive(), "the stream does not end"
         assert not self.error, self.error
         return self.text

@@ -60,6 +60,7 @@ def test_kill_9_of_a_drafter_that_drafts_changes_no_token(server: Server, model:
         drafted.wait_for(lambda: drafted.metric("tandem:worker_up", role="drafter") == 1, "drafter ready", READY_S)
         assert tokens(start_streams(drafted)) == expected
         assert drafted.metric("vllm:spec_decode_num_drafts_total") > 0
+        drafted.wait_for(lambda: drafted.metric("tandem:feature_bytes_total") > 0, "feature bytes told by a heartbeat")
         assert kill_in_the_middle(drafted, "workers.drafter") == expected
         drafted.wait_for(lambda: drafted.metric("tandem:worker_up", role="drafter") == 1, "drafter back", READY_S)
         assert tokens(start_streams(drafted)) == expected

@@ -152,7 +152,7 @@ def test_nonsense_on_the_features_socket_is_counted_and_dropped(
         rows = [FeatureRows(request_id=RequestId("r"), start=0, num_rows=2)]
 
         def header(dtype: str, *shape: int) -> bytes:
-            return encode(Features(rows=rows, tensor=TensorSpec(dtype=dtype, shape=list(shape))))
+            return encode(Features(epoch=1, rows=rows, tensor=TensorSpec(dtype=dtype, shape=list(shape))))
 
         good = header("float32", 2, 48)
         bodies = [b"", bytes(2 * 48 * 4 - 1), bytes(2 * 48 * 4 + 1)]

@@ -104,6 +104,24 @@ def test_features_of_an_ended_request_are_not_kept(engine):
     assert not engine._sequences
 
 
+def test_rows_of_tokens_that_a_lost_target_never_committed_are_forgotten(engine):
+    feed(engine, 0, 5)
+    assert ask(engine, 0, 5) == 3  # tokens 0..5 are committed
+    feed(engine, 5, 9)
+    engine.use_epoch(2)
+    feed(engine, 0, 4)  # the new target starts again, and has not come to position 6 yet
+    assert ask(engine, 6, 8) == 0
+    feed(engine, 4, 8)
+    assert ask(engine, 9, 8) == 3
+
+
+def test_a_new_target_leaves_a_context_that_was_not_asked_for_empty(engine):
+    feed(engine, 3, 6)
+    engine.use_epoch(2)
+    feed(engine, 0, 4)
+    assert ask(engine, 0, 4) == 3
+
+
 @given(
     st.lists(
         st.one_of(
@@ -111,6 +129,7 @@ def test_features_of_an_ended_request_are_not_kept(engine):
             st.tuples(st.just("ask"), st.integers(0, 5)),
             st.tuples(st.just("again")),
             st.tuples(st.just("forget")),
+            st.tuples(st.just("epoch")),
         ),
         max_size=30,
     )
@@ -129,6 +148,8 @@ def test_any_order_of_features_and_requests_keeps_rows_and_positions_together(ev
                 anchor = min(anchor + further, len(TEXT) - 1)
                 ask(engine, min(sent, anchor), anchor)
                 sent = anchor + 1
+            case ("epoch",):
+                engine.use_epoch(engine.target_epoch + 1)
             case ("again",):
                 end = 0
             case ("forget",):

@@ -10,12 +10,9 @@ import itertools
 import random
 
 import mlx.core as mx
-import msgspec
-import numpy as np
 import pytest
-from scipy import stats
 
-from shared.messages import SamplingParams, SequenceStart, Step, StepRow
+from shared.messages import SamplingParams
 from tests.support.engine_rig import (
     GREEDY,
     VOCAB,
@@ -28,13 +25,11 @@ from tests.support.engine_rig import (
     mlx_lm_target,
 )
 from tests.workers.drafters import tiny_checkpoints as tiny
-from workers.accept import count_accepted
 from workers.cache.spec import AttentionSpec
 from workers.draft_engine import DraftEngine
 from workers.drafters.causal_lm import CausalLMDrafter
 from workers.drafters.checkpoint import detect
-from workers.drafters.registry import load_drafter, load_fusion
-from workers.sampling.uniform import uniform
+from workers.drafters.registry import load_drafter, load_fusion, tables
 
 pytestmark = pytest.mark.mlx
 
@@ -105,6 +100,51 @@ def test_feature_drafters_leave_the_greedy_text_as_it_is(plain, tmp_path, target
     rig = EngineRig(engine, drafter, k=3)
     assert rig.run(prompts, NUM_TOKENS, schedule=random.Random(2)) == {name: expected[name] for name in prompts}
     assert rig.counts(list(prompts))[0] >= batch * NUM_TOKENS / 4, "hardly anything was drafted"
+
+
+DEEP = {"hidden_size": tiny.H, "vocab_size": VOCAB, "num_hidden_layers": 6}  # as the tiny checkpoints want it
+DEEP_HYBRIDS = {
+    "qwen3_next": {},
+    "lfm2": {"block_dim": tiny.H, "layer_types": ["conv", "full_attention", "conv"] * 2},
+}
+
+
+class Corrected(ForcedDrafts):
+    """A feature drafter that takes everything in and drafts; then its tokens give way to right and wrong ones."""
+
+    def __init__(self, inner, truth, chances):
+        super().__init__(truth, chances)
+        self.inner, self.num_drafted = inner, 0
+        self.take_tokens, self.take_features, self.end = inner.take_tokens, inner.take_features, inner.end
+
+    def draft(self, rows):
+        drafts = self.inner.draft(rows)
+        self.num_drafted += sum(bool(d.token_ids) for d in drafts)
+        return [self._draft(row) if drafted.token_ids else drafted for row, drafted in zip(rows, drafts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "batch"),
+    [*(("lfm2", kind, batch) for kind in ("eagle3", "dflash") for batch in (1, 4, 16)), ("qwen3_next", "eagle3", 3)],
+)
+def test_feature_drafters_on_hybrid_targets_with_acceptances_that_differ_by_row(tmp_path, target, kind, batch):
+    """The features of a recurrent target are those of committed tokens too, when accepted tokens are fed again."""
+    engine = make_engine(mlx_lm_target(target, **DEEP, **DEEP_HYBRIDS[target]))
+    prompts = dict(list(PROMPTS.items())[:batch])
+    expected = EngineRig(engine).run(prompts, NUM_TOKENS)
+    folder, _ = getattr(tiny, kind)(tmp_path / kind)
+    config = detect(folder)
+    engine.model.capture(config.taps, load_fusion(config, mx.float32))
+    drafter = load_drafter(config, mx.float32, *tables(mx.random.normal((VOCAB, tiny.H))))
+    chances = {name: (0.0, 0.4, 0.8, 1.0)[i % 4] for i, name in enumerate(prompts)}
+    truth = {name: prompts[name] + output for name, output in expected.items()}
+    corrected = Corrected(DraftEngine(drafter, needs_features=True), truth, chances)
+    rig = EngineRig(engine, corrected, k=4)
+    assert rig.run(prompts, NUM_TOKENS) == expected
+    assert corrected.num_drafted >= batch * NUM_TOKENS / 6, "hardly anything was drafted"
+    for name in prompts:
+        drafted, accepted = rig.counts([name])
+        assert accepted == {0.0: 0, 1.0: drafted}.get(chances[name], accepted)
 
 
 def random_model(seed):
@@ -224,162 +264,3 @@ def test_seed_logprobs_stop_tokens_penalties_and_bias_give_the_same_answer_with_
                 assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
                 assert [t.token_id for t in a.top] == [t.token_id for t in b.top]
                 assert [t.logprob for t in a.top] == pytest.approx([t.logprob for t in b.top], abs=1e-5)
-
-
-# ------------------------------------------------ the distribution at temperature 1
-
-TINY = 5
-NUM_DRAWS = 20_480
-SLOTS = 256
-TABLE = np.random.default_rng(2).normal(size=(TINY, TINY)) * 1.2
-
-
-class Bigram:
-    """A target whose next token depends on the last one only, so that its joint distribution is known."""
-
-    vocab_size = TINY
-
-    def layer_specs(self):
-        return []
-
-    def __call__(self, inputs, cache=None, input_embeddings=None):
-        return mx.array(TABLE, dtype=mx.float32)[inputs]
-
-
-CASES = {
-    "plain": SamplingParams(),
-    "temperature": SamplingParams(temperature=1.7),
-    "top-k": SamplingParams(top_k=3),
-    "top-p": SamplingParams(top_p=0.7),
-    "min-p": SamplingParams(min_p=0.2),
-    "bias": SamplingParams(logit_bias={0: 1.5, 4: -2.0}),
-    "penalties": SamplingParams(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.7),
-}
-
-
-def next_distribution(params, history):
-    """(TINY,) probabilities after `history`, whose first token is the prompt; written from the definitions alone."""
-    x = TABLE[history[-1]].copy()
-    for token, bias in params.logit_bias.items():
-        x[token] += bias
-    counts = np.bincount(history[1:], minlength=TINY)
-    seen = np.bincount(history, minlength=TINY) > 0
-    r = params.repetition_penalty
-    x = np.where(seen, np.where(x > 0, x / r, x * r), x)
-    x = x - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
-    p = np.exp(x / params.temperature)
-    p /= p.sum()
-    order = np.argsort(-p)
-    if params.top_k:
-        p[order[params.top_k :]] = 0
-        p /= p.sum()
-    if params.top_p < 1:
-        cut = int(np.searchsorted(np.cumsum(p[order]), params.top_p)) + 1
-        p[order[cut:]] = 0
-    p[p < params.min_p * p.max()] = 0
-    return p / p.sum()
-
-
-def joint(params):
-    """Probabilities of the first three tokens, (TINY**3,)."""
-    result = np.zeros((TINY, TINY, TINY))
-    for a, b, c in itertools.product(range(TINY), repeat=3):
-        result[a, b, c] = (
-            next_distribution(params, [0])[a]
-            * next_distribution(params, [0, a])[b]
-            * next_distribution(params, [0, a, b])[c]
-        )
-    return result.reshape(-1)
-
-
-def good(params, seed, first):
-    a = int(np.argmax(next_distribution(params, [0, first])))
-    return [a, int(np.argmax(next_distribution(params, [0, first, a])))]
-
-
-def bad(params, seed, first):
-    a = int(np.argmin(TABLE[first]))
-    return [a, int(np.argmin(TABLE[a]))]
-
-
-def adversarial(params, seed, first):
-    """Knows the random numbers: proposes what will be drawn where that is token 1, to have more of it, else a lie."""
-    p = np.cumsum(next_distribution(params, [0, first]))
-    drawn = int(np.searchsorted(p, uniform(seed, 2), side="right"))
-    return [1, 1] if drawn == 1 else [(drawn + 1) % TINY, 1]
-
-
-def counts_of_joint(params, propose, first_seed, count=None):
-    """Histogram of the first three tokens (TINY**3,) over NUM_DRAWS seeds, and the share of accepted drafts."""
-    engine = make_engine(Bigram(), num_slots=SLOTS, classes=[16])
-    if count is not None:
-        engine.count_accepted = count
-    histogram, num_accepted = np.zeros((TINY, TINY, TINY)), 0
-    for first in range(first_seed, first_seed + NUM_DRAWS, SLOTS):
-        seeds = [first + slot for slot in range(SLOTS)]
-        starts = [
-            SequenceStart(
-                slot=slot, request_id=str(slot), sampling=msgspec.structs.replace(params, seed=seed * 7919),
-                num_prompt_tokens=1, token_ids=[0],
-            )
-            for slot, seed in enumerate(seeds)
-        ]  # fmt: skip
-        texts = [[0] for _ in seeds]
-        rows = [StepRow(slot=slot, start=0, capacity=8, token_ids=[0]) for slot in range(SLOTS)]
-        while rows:
-            step = Step(epoch=1, step_id=1, starts=starts, decodes=rows, prefills=[])
-            starts = []
-            for row in engine.finish(engine.begin(step)).rows:
-                num_accepted += len(row.token_ids) - 1
-                texts[row.slot] += row.token_ids
-            rows = []
-            for slot, text in enumerate(texts):
-                drafts = propose(params, seeds[slot] * 7919, text[1]) if len(text) == 2 else []
-                if len(text) < 4:
-                    rows.append(
-                        StepRow(
-                            slot=slot, start=len(text) - 1, capacity=8, token_ids=[text[-1], *drafts],
-                            num_drafts=len(drafts),
-                        )
-                    )  # fmt: skip
-        for text in texts:
-            histogram[text[1], text[2], text[3]] += 1
-    return histogram.reshape(-1), num_accepted / (2 * NUM_DRAWS)
-
-
-def p_value(histogram, expected):
-    """Of Pearson's test; cells with fewer than five expected draws are one cell."""
-    assert histogram[expected == 0].sum() == 0, "a token was drawn that the filters exclude"
-    wanted = expected * histogram.sum()
-    small = wanted < 5
-    observed = np.append(histogram[~small], histogram[small].sum())
-    wanted = np.append(wanted[~small], wanted[small].sum())
-    keep = wanted > 0
-    return float(stats.chisquare(observed[keep], wanted[keep]).pvalue)
-
-
-@pytest.mark.parametrize(
-    ("case", "propose"),
-    [("plain", good), ("plain", bad), *((case, adversarial) for case in CASES)],
-    ids=lambda p: getattr(p, "__name__", p),
-)
-def test_the_first_tokens_are_distributed_as_by_plain_sampling(case, propose):
-    histogram, accepted = counts_of_joint(CASES[case], propose, first_seed=1)
-    assert histogram.sum() == NUM_DRAWS
-    assert p_value(histogram, joint(CASES[case])) > 1e-3
-    assert accepted > 0.2 or propose is not good
-
-
-def accept_all(drafts, drawn):
-    return len(drafts)
-
-
-def accept_first(drafts, drawn):
-    return max(1, count_accepted(drafts, drawn)) if drafts else 0
-
-
-@pytest.mark.parametrize("count", [accept_all, accept_first], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("propose", [good, bad, adversarial], ids=lambda f: f.__name__)
-def test_a_biased_acceptance_is_seen_by_the_chi_square_test(propose, count):
-    histogram, _ = counts_of_joint(CASES["plain"], propose, 1, count)
-    assert p_value(histogram, joint(CASES["plain"])) < 1e-6

@@ -2,7 +2,7 @@
 
 A file holds one block and is named by its hash, so its content never changes; it is written beside its place and moved
 there, and carries a checksum, so a torn one is found when it is read. Two servers may share a folder. The folder's name
-has the format's version and the model's fingerprint; all of them together stay under one size.
+has the format's version and a digest of model and layout; all of them together stay under one size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class Archive:
 
     def __init__(self, root: Path, fingerprint: str, layout: str, ssd_bytes: int, host_bytes: int) -> None:
         self._root = root
-        self._folder = root / f"{FORMAT}-{fingerprint[:32]}"
+        digest = blake2b(f"{fingerprint}\0{layout}".encode(), digest_size=16).hexdigest()
+        self._folder = root / f"{FORMAT}-{digest}"
         self._layout = layout
         self._ssd_bytes, self._host_bytes = ssd_bytes, host_bytes
         self._lock = threading.Lock()

@@ -33,8 +33,8 @@ class BlockPool:
     def __init__(self, store: CacheStore, block_size: int) -> None:
         self.block_size = block_size
         self._store = store
-        self._keys: list[list[mx.array]] = [[] for _ in store.kv_layers]  # layer -> segments (SEGMENT_BLOCKS, H, n, D)
-        self._values: list[list[mx.array]] = [[] for _ in store.kv_layers]
+        self._keys: list[list[mx.array]] = []  # layer -> segments (SEGMENT_BLOCKS, H, n, D)
+        self._values: list[list[mx.array]] = []
         self._states: dict[int, State] = {}
         self._holders: dict[int, bytes] = {}  # block id -> hash of what lies there
 
@@ -43,16 +43,23 @@ class BlockPool:
         self._states.clear()
         self._holders.clear()
 
+    def _layers(self) -> list[tuple[KVLayer, list[mx.array], list[mx.array]]]:
+        """(layer, its segments of keys, of values). A layer for features may have come since the last call."""
+        while len(self._keys) < len(self._store.kv_layers):
+            self._keys.append([])
+            self._values.append([])
+        return list(zip(self._store.kv_layers, self._keys, self._values, strict=True))
+
     # ------------------------------------------------ slot -> pool
 
     def keep(self, stored: BlockStore) -> None:
         """Copy blocks of a slot into the pool."""
         self._holders.update(zip(stored.block_ids, stored.hashes, strict=True))
-        for i, layer in enumerate(self._store.kv_layers):
+        for layer, keys, values in self._layers():
             chosen = self._chosen(layer, stored)
             if not chosen:
                 continue
-            for pools, segments in ((layer.keys, self._keys[i]), (layer.values, self._values[i])):
+            for pools, segments in ((layer.keys, keys), (layer.values, values)):
                 rows = self._slot_blocks(layer, pools, stored.slot, [stored.indices[j] for j in chosen])
                 self._write(segments, [stored.block_ids[j] for j in chosen], rows)
 
@@ -100,9 +107,9 @@ class BlockPool:
         """Fill positions 0 .. len(block_ids)*block_size-1 of a slot that has room for them."""
         num_tokens = len(block_ids) * self.block_size
         self._store.set_length(slot, num_tokens)
-        for i, layer in enumerate(self._store.kv_layers):
+        for layer, keys, values in self._layers():
             first = 0 if layer.spec.window is None else max(0, num_tokens - layer.spec.window) // self.block_size
-            for pools, segments in ((layer.keys, self._keys[i]), (layer.values, self._values[i])):
+            for pools, segments in ((layer.keys, keys), (layer.values, values)):
                 self._fill(layer, pools, slot, first, self._read(segments, block_ids[first:]))
         if state_id is not None:
             for recurrent, arrays in zip(self._store.recurrent_layers, self._states[state_id], strict=True):
@@ -134,8 +141,8 @@ class BlockPool:
     @property
     def layout(self) -> str:
         """What a block's bytes mean, in words: two pools with the same understand each other's copies."""
-        layers = ";".join(f"{k.spec}" for k in self._store.kv_layers)
-        return f"{self.block_size} positions of {self._store.dtype}: {layers}"
+        layers = "; ".join(f"{layer.spec} {layer.dtype}" for layer in self._store.kv_layers)
+        return f"{self.block_size} positions of {layers}"
 
     @property
     def num_state_layers(self) -> list[int]:
@@ -149,13 +156,14 @@ class BlockPool:
     def read_block(self, block_id: int, has_window: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """One block's keys and values as bytes, layer by layer; sliding layers only with `has_window`. Waits."""
         parts = []
-        for layer, keys, values in zip(self._store.kv_layers, self._keys, self._values, strict=True):
+        for layer, keys, values in self._layers():
             if layer.spec.window is None or has_window:
                 for segments in (keys, values):
-                    parts.append(segments[block_id // SEGMENT_BLOCKS][block_id % SEGMENT_BLOCKS].reshape(-1))
+                    block = segments[block_id // SEGMENT_BLOCKS][block_id % SEGMENT_BLOCKS]
+                    parts.append(block.reshape(-1).view(mx.uint8))
         if not parts:
             return np.zeros((0,), np.uint8)
-        return np.array(mx.concatenate(parts).view(mx.uint8))
+        return np.array(mx.concatenate(parts))
 
     def write_blocks(
         self,
@@ -168,14 +176,14 @@ class BlockPool:
         self._holders.update(zip(block_ids, hashes, strict=True))
         if not self._store.kv_layers or not contents[0].nbytes:
             return
-        data = mx.array(np.stack(contents)).view(self._store.dtype)
+        data = mx.array(np.stack(contents))
         at = 0
-        for layer, keys, values in zip(self._store.kv_layers, self._keys, self._values, strict=True):
+        for layer, keys, values in self._layers():
             if layer.spec.window is None or has_window:
                 for segments, dim in ((keys, layer.spec.key_dim), (values, layer.spec.value_dim)):
                     shape = (layer.spec.num_kv_heads, self.block_size, dim)
-                    size = shape[0] * shape[1] * shape[2]
-                    self._write(segments, block_ids, data[:, at : at + size].reshape(-1, *shape))
+                    size = shape[0] * shape[1] * shape[2] * layer.dtype.size
+                    self._write(segments, block_ids, data[:, at : at + size].view(layer.dtype).reshape(-1, *shape))
                     at += size
         start_evaluating(self.pending())
 
@@ -191,10 +199,10 @@ class BlockPool:
         Two forwards of different shapes round differently, so equality to the bit is not asked for.
         """
         result = mx.zeros((len(stored.indices),), mx.bool_)
-        for i, layer in enumerate(self._store.kv_layers):
+        for layer, keys, values in self._layers():
             if layer.spec.window is not None:
                 continue  # the scratch slot's ring keeps the last positions only
-            for pools, segments in ((layer.keys, self._keys[i]), (layer.values, self._values[i])):
+            for pools, segments in ((layer.keys, keys), (layer.values, values)):
                 fresh = self._slot_blocks(layer, pools, stored.slot, stored.indices).astype(mx.float32)
                 held = self._read(segments, stored.block_ids).astype(mx.float32)
                 scale = mx.abs(fresh).max(axis=(1, 2, 3)) + 1e-6

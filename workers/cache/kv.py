@@ -114,6 +114,11 @@ class KVLayer:
                 pool[row] = mx.zeros(pool.shape[1:], pool.dtype)
                 pools[capacity_class] = pool
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one position."""
+        return self.spec.row_elements() * self.dtype.size
+
     def nbytes(self) -> int:
         return sum(p.nbytes for pools in (self.keys, self.values) for p in pools if p is not None)
 
@@ -161,6 +166,11 @@ class KVView:
             for row, size in _pieces(run, shape):
                 outputs.append(self._attend_rows(run, row, size, queries, keys, values, scale, window, sinks, spans))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def write(self, k: mx.array, v: mx.array) -> None:
+        """Only write the rows: k and v (B, num_kv_heads, L, dim)."""
+        for run in self._shape.runs:
+            self._write(run, k, v)
 
     def _attend_rows(
         self,

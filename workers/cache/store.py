@@ -33,6 +33,7 @@ class Batch:
     """The rows of one forward: `order[i]` is the index, in what was asked for, of batch row i."""
 
     order: list[int]
+    shape: BatchShape
     layers: list[View | ListView]
     recurrent: list[RecurrentView]
 
@@ -65,7 +66,6 @@ class CacheStore:
     ) -> None:
         self.specs = specs
         self.max_width = max_width
-        self.dtype = dtype
         self.placement = Placement(capacity_classes)
         self.is_exact = is_exact
         self._layers = [
@@ -74,11 +74,38 @@ class CacheStore:
         ]
         self.kv_layers = [layer for layer in self._layers if isinstance(layer, KVLayer)]
         self.recurrent_layers = [layer for layer in self._layers if isinstance(layer, RecurrentLayer)]
+        self.feature_layer: KVLayer | None = None
+        self._slack = slack
         self._lengths: dict[int, int] = {}  # slot -> positions ever written
 
     @property
     def is_recurrent(self) -> bool:
         return bool(self.recurrent_layers)
+
+    def write_features(self, batch: Batch, features: mx.array) -> None:
+        """Keep a forward's fused hidden rows (B, L, H) beside the keys and values, so that a cached prefix has them.
+
+        They live in a layer of their own, half of a row as its key and half as its value: what moves, restores and
+        archives blocks needs no case for them.
+        """
+        size = features.shape[-1]
+        if self.feature_layer is None:
+            spec = AttentionSpec(1, size // 2, size - size // 2)
+            layer = KVLayer(spec, self.placement.capacities, self.max_width, self._slack, features.dtype)
+            for capacity_class in range(len(self.placement.capacities)):
+                layer.reserve(capacity_class, self.placement.num_rows(capacity_class))
+            self.feature_layer = layer
+            self.kv_layers.append(layer)
+        rows = features[:, None]
+        KVView(self.feature_layer, batch.shape).write(rows[..., : size // 2], rows[..., size // 2 :])
+
+    def read_features(self, slot: int, length: int) -> mx.array | None:
+        """Fused hidden rows (length, H) of a slot's first positions; None where none are kept."""
+        if self.feature_layer is None:
+            return None
+        capacity_class, row = self.placement.where(slot)
+        pools = (self.feature_layer.keys[capacity_class], self.feature_layer.values[capacity_class])
+        return mx.concatenate([pool[row, 0, :length] for pool in pools if pool is not None], axis=-1)
 
     def ensure(self, slot: int, capacity: int) -> None:
         """Give `slot` room for `capacity` tokens, keeping its content."""
@@ -148,7 +175,7 @@ class CacheStore:
                 view = RecurrentView(each, order_slots, real, shape.offset)
                 recurrent.append(view)
                 flat.append(view)
-        return Batch(order, self._nest(flat), recurrent)
+        return Batch(order, shape, self._nest(flat), recurrent)
 
     def _nest(self, flat: list[View]) -> list[View | ListView]:
         nested: list[View | ListView] = []
@@ -166,7 +193,7 @@ class CacheStore:
         return arrays + [a for layer in self.recurrent_layers for a in layer.pending()]
 
     def nbytes(self) -> int:
-        return sum(layer.nbytes() for layer in self._layers)
+        return sum(k.nbytes() for k in self.kv_layers) + sum(r.nbytes() for r in self.recurrent_layers)
 
 
 def bytes_per_token(specs: list[LayerSpec], dtype: mx.Dtype) -> int:

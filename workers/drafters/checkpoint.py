@@ -8,6 +8,7 @@ conventions. z-lab's `target_layer_ids` name the block after which the feature i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def _eagle3(folder: Path, config: Config, index: TensorIndex, target: Config | N
     if any(name.startswith("layers.1.") for name in names):
         raise BadModel(f"{folder}: an EAGLE-3 drafter with more than one layer is not supported")
     _refuse(folder, config, extra, body)
+    _refuse_unknown_eagle3(folder, config, names)
     layer_ids = _first(config, extra, "eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
     if layer_ids is None:
         n = _first(_section(target or {}), config, "num_hidden_layers" if target else "num_target_layers")
@@ -236,6 +238,27 @@ def _refuse(folder: Path, config: Config, extra: Config, body: Config) -> None:
         raise BadModel(f"{folder}: markov_head_type {config['markov_head_type']!r} is not supported")
     if str(body.get("model_type", "")).startswith("gemma"):
         raise BadModel(f"{folder}: a drafter with Gemma layers ({body['model_type']}) is not supported")
+
+
+_EAGLE3_TENSORS = re.compile(
+    r"(norm|input_norm|layers\.0\.(input_layernorm|hidden_norm|post_attention_layernorm))\.weight|d2t"
+    r"|(fc|lm_head|embed_tokens|layers\.0\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj))"
+    r"\.(weight|bias|scales|biases)"
+)
+
+
+def _refuse_unknown_eagle3(folder: Path, config: Config, names: Mapping[str, str]) -> None:
+    """A tensor that nothing here would use changes what the drafter computes, in a way that could only be guessed.
+
+    Among them EAGLE-3.1's norms of each tap (`fc_norm`), whose order with the concatenation is not published.
+    """
+    if config.get("fc_norm"):
+        raise BadModel(f"{folder}: an EAGLE-3.1 drafter (fc_norm) is not supported")
+    if config.get("norm_before_fc") and "input_norm.weight" not in names:
+        raise BadModel(f"{folder}: config.json says norm_before_fc, and input_norm is not among the tensors")
+    unknown = sorted(stored for name, stored in names.items() if not _EAGLE3_TENSORS.fullmatch(name))
+    if unknown:
+        raise BadModel(f"{folder}: an EAGLE-3 drafter with {', '.join(unknown[:4])} is not supported")
 
 
 def _windows(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from workers.drafters.config import DrafterConfig
-from workers.drafters.layers import RMSNorm, Weights
+from workers.drafters.layers import Weights
 
 Fusion = Callable[[Sequence[mx.array]], mx.array]
 """Captured arrays, one per tap in the order of `config.taps`, each (N, H) -> rows (N, H_drafter).
@@ -19,31 +19,25 @@ Fusion = Callable[[Sequence[mx.array]], mx.array]
 For a "final_hidden" feature there is one captured array: the rows after the target's final norm.
 """
 
-FUSION_PREFIXES = ("fc.", "hidden_norm.", "input_norm.", "fc_norm.")
+FUSION_PREFIXES = ("fc.", "hidden_norm.", "input_norm.")
 """The tensors that the target process needs; the other ones are the drafter's."""
 
 
 class TapFusion:
-    """DFlash: hidden_norm(fc(taps)). EAGLE-3: fc(taps), with a norm of each tap or of all of them before it."""
+    """DFlash: hidden_norm(fc(taps)). EAGLE-3: fc(taps), with a norm of all of them before it where there is one."""
 
     def __init__(self, weights: Weights, config: DrafterConfig) -> None:
         self.num_taps = len(config.taps)
         self.fc = weights.linear("fc")
         self.input_norm = weights.optional_norm("input_norm")
         self.output_norm = weights.norm("hidden_norm") if config.kind == "dflash" else None
-        self.tap_norms = [weights.norm(f"fc_norm.{i}") for i in range(self.num_taps)] if weights.has(TAP_NORM) else None
 
     def __call__(self, captured: Sequence[mx.array]) -> mx.array:
         if len(captured) != self.num_taps:
             raise ValueError(f"{len(captured)} captured taps, {self.num_taps} expected")
-        norms: Sequence[RMSNorm] | None = self.tap_norms
-        taps = captured if norms is None else [norm(tap) for norm, tap in zip(norms, captured, strict=True)]
-        rows = mx.concatenate(list(taps), axis=-1)
+        rows = mx.concatenate(list(captured), axis=-1)
         rows = self.fc(rows if self.input_norm is None else self.input_norm(rows))
         return rows if self.output_norm is None else self.output_norm(rows)
-
-
-TAP_NORM = "fc_norm.0.weight"
 
 
 def final_hidden(captured: Sequence[mx.array]) -> mx.array:

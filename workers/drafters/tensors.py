@@ -1,6 +1,6 @@
 """Names, shapes and arrays of a drafter's safetensors files, under one set of names.
 
-The names used here: `fc`, `hidden_norm`, `input_norm`, `fc_norm`, `norm`, `layers.{i}.*`, `embed_tokens`, `lm_head`,
+The names used here: `fc`, `hidden_norm`, `input_norm`, `norm`, `layers.{i}.*`, `embed_tokens`, `lm_head`,
 `d2t`, `pre_fc_norm_embedding`, `pre_fc_norm_hidden`. An original EAGLE-3 file calls its layer `midlayer`; some files
 prefix everything with `model.`; an MTP head lies under `mtp.`, often inside the target's own files.
 """

@@ -45,6 +45,7 @@ def load_gguf(path: Path, max_model_len: int) -> tuple[nn.Module, dict[str, Any]
     metadata, tensors = read_header(path)
     names = {tensor.name for tensor in tensors}
     config = read_config(metadata, names)
+    check_sizes(config, tensors)
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     factors = next((read_tensor(raw, t) for t in tensors if t.name == _ROPE_FACTORS), None)
     if factors is not None:
@@ -75,7 +76,16 @@ def read_config(metadata: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
     Args:
         names: of all tensors; a file without `output.weight` ties its head to the embeddings.
+    Raises:
+        BadModel: something is missing, of a wrong type, or not supported.
     """
+    try:
+        return _read_config(metadata, names)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise BadModel(f"the GGUF file's metadata is malformed: {error}") from error
+
+
+def _read_config(metadata: dict[str, Any], names: set[str]) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -122,6 +132,30 @@ def read_config(metadata: dict[str, Any], names: set[str]) -> dict[str, Any]:
             "original_max_position_embeddings": get("rope.scaling.original_context_length"),
         }
     return config
+
+
+def check_sizes(config: dict[str, Any], tensors: list[GgufTensor]) -> None:
+    """The sizes that the metadata tells must be those of the tensors: the model is built from them, before any weight.
+
+    Raises:
+        BadModel: naming the first that is not.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads, head_dim = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    if head_dim < 2 or head_dim % 2 or kv_heads < 1 or heads % kv_heads:
+        raise BadModel(f"the GGUF file tells of {heads} heads, {kv_heads} of them for keys, of size {head_dim}")
+    num_blocks = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
+    if config["num_hidden_layers"] != num_blocks:
+        raise BadModel(f"the GGUF file tells of {config['num_hidden_layers']} blocks and holds {num_blocks}")
+    for name, wanted in (
+        ("token_embd.weight", (config["vocab_size"], hidden)),
+        ("blk.0.attn_q.weight", (heads * head_dim, hidden)),
+        ("blk.0.attn_k.weight", (kv_heads * head_dim, hidden)),
+        ("blk.0.ffn_gate.weight", (inner, hidden)),
+    ):
+        if shapes.get(name) != wanted:
+            raise BadModel(f"GGUF tensor {name!r} has shape {shapes.get(name)}, not {wanted}")
 
 
 def hf_name(name: str) -> str:

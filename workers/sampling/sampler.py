@@ -1,7 +1,7 @@
 """From logits to tokens, for any mix of requests in one call.
 
 Order of operations: logit bias, penalties, temperature, top-k, top-p, min-p; then one draw by inverse transform.
-`distribution` is the only place that builds a row's probabilities: plain decode, verification and rejection sampling
+`probabilities` is the only place that builds a row's distribution: plain decode, verification and rejection sampling
 all use it, so the distribution that is tested is the one that is drawn from.
 """
 
@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from shared.messages import SamplingParams, TokenLogprob, TopLogprob
 from workers.arrays import to_list
-from workers.sampling.uniform import DRAW, uniform
+from workers.sampling.rejection import Proposal, tried
+from workers.sampling.uniform import ACCEPT, DRAW, RESIDUAL, uniform
 
 MAX_TOP_LOGPROBS = 20
 
@@ -48,6 +49,11 @@ class SlotSampling:
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
     @property
+    def is_rejection_sampled(self) -> bool:
+        """Drafts are tried against the drafter's distribution. With a client's seed the text must not depend on it."""
+        return self.params.temperature > 0.0 and not self.params.is_seeded
+
+    @property
     def is_plain_greedy(self) -> bool:
         return self.params.temperature == 0.0 and not self.params.logit_bias and not self.has_penalties
 
@@ -64,6 +70,7 @@ class SampledRow:
     state: SlotSampling
     position: int
     drafts: Sequence[int] = ()
+    proposal: Proposal | None = None  # the draft at this position, to be kept or rejected by rejection sampling
 
 
 @dataclass
@@ -123,10 +130,28 @@ def _draw(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
     greedy = mx.argmax(adjusted, axis=-1).astype(mx.int32)
     if all(row.state.params.temperature == 0.0 for row in rows):
         return greedy
-    numbers = mx.array([uniform(row.state.params.seed, row.position, DRAW) for row in rows])
-    drawn = draw_index(probabilities(adjusted, rows), numbers)
+    drawn = _draw_from(probabilities(adjusted, rows), rows)
     is_greedy = mx.array([row.state.params.temperature == 0.0 for row in rows])
     return mx.where(is_greedy, greedy, drawn)
+
+
+def _draw_from(p: mx.array, rows: Sequence[SampledRow]) -> mx.array:
+    """One token (n,) for each row of p (n, V): drawn, or the row's draft where rejection sampling keeps it."""
+    tested = [(i, row.proposal) for i, row in enumerate(rows) if row.proposal is not None]
+    numbers = mx.array([_number(row, DRAW if row.proposal is None else RESIDUAL) for row in rows])
+    if not tested:
+        return draw_index(p, numbers)
+    index = mx.array([i for i, _ in tested])
+    accept = [_number(rows[i], ACCEPT) for i, _ in tested]
+    is_kept, drafts, left = tried(p[index], [proposal for _, proposal in tested], accept)
+    p[index] = left
+    drawn = draw_index(p, numbers)
+    drawn[index] = mx.where(is_kept, drafts, drawn[index])
+    return drawn
+
+
+def _number(row: SampledRow, stream: int) -> float:
+    return uniform(row.state.params.seed, row.position, stream)
 
 
 def adjust(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:

@@ -13,8 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
+
+from shared import config
+from workers import blas
+
+if not {"mlx.core", "torch"} & set(sys.modules):  # in a process of its own; otherwise MLX has its own BLAS already
+    blas.prepare(config.load())
+
+import mlx.core as mx
 from mlx_lm.models import llama
 
 from workers.drafters.base import Drafter
@@ -22,7 +29,7 @@ from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_drafter, load_fusion, tables
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-FOLDER = Path(os.environ.get("DRAFTERS_DIR", REPOSITORY.parent / "shared" / "drafters-smollm2"))
+FOLDER = Path(os.environ.get("TANDEM_TEST_DRAFTERS", REPOSITORY.parent / "shared" / "drafters-smollm2"))
 NUM_TOKENS = {"dflash-2l": 7, "dflash-4l": 7, "eagle3": 4, "mtp": 2}
 
 GGUF_NAMES = {

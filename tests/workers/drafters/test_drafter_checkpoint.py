@@ -229,3 +229,26 @@ def test_drafter_without_tables_needs_the_targets(tmp_path):
     folder, _ = tiny.eagle3(tmp_path)
     with pytest.raises(BadModel, match="embedding and head"):
         load_drafter(detect(folder), mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "config"),
+    [
+        ("fc_norm.0.weight", {}),
+        ("fc_norm.weight", {"fc_norm": True}),
+        ("midlayer.self_attn.q_norm.weight", {}),
+        ("router.weight", {}),
+        (None, {"fc_norm": True}),
+        (None, {"norm_before_fc": True}),
+    ],
+)
+def test_an_eagle3_checkpoint_whose_arithmetic_would_be_guessed_is_refused(tmp_path, tensor, config):
+    folder, arrays = tiny.eagle3(tmp_path, **config)
+    if tensor is not None:
+        make = tiny.Maker()
+        make.arrays = {k.replace("layers.0.", "midlayer."): v for k, v in arrays.items()}
+        make.norm(tensor, tiny.H)
+        make.write(folder, json.loads((folder / "config.json").read_text()))
+    named = (tensor or next(iter(config))).split(".")[0]
+    with pytest.raises(BadModel, match=named):
+        detect(folder)

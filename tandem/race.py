@@ -1,0 +1,225 @@
+"""`tandem race`: the same greedy prompts through the real processes without and with a drafter, side by side.
+
+Each arm is a server of its own on a free port, started and stopped here; prompts are played one after another, since
+a drafter helps most when the machine is not full, and so that texts do not depend on how requests meet in a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from msgspec import Struct, to_builtins
+
+from shared.config import PREFIX
+from shared.errors import BadConfig, Unavailable
+from tandem.race_prompts import PROMPTS
+
+READY_S = 600.0  # a checkpoint may have to be fetched and converted
+STOP_S = 10.0
+REQUEST_S = 600.0
+_SAMPLE = re.compile(r"^(?P<name>[\w:]+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
+
+
+class Answer(Struct, frozen=True):
+    text: str
+    num_tokens: int
+    seconds: float  # from the first token to the last, as the server measured it
+
+
+class Arm(Struct, frozen=True):
+    """What one server gave."""
+
+    drafter: str
+    answers: list[Answer]
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    accepted_at: list[float]  # share of drafts whose token at this position was accepted
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode tokens; the first token of each answer belongs to its prefill."""
+        seconds = sum(a.seconds for a in self.answers)
+        return sum(a.num_tokens - 1 for a in self.answers) / seconds if seconds > 0 else 0.0
+
+
+def read_prompts(path: str | None) -> list[str]:
+    """One prompt on each line, or our own.
+
+    Raises:
+        BadConfig: the file cannot be read or holds none.
+    """
+    if path is None:
+        return list(PROMPTS)
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"--prompts {path}: {error}") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise BadConfig(f"--prompts {path} holds no prompt")
+    return prompts
+
+
+def race(draft_model: str, model: str, prompts: Sequence[str], max_tokens: int) -> dict[str, Any]:
+    """Play both arms.
+
+    Raises:
+        Unavailable: a server did not become ready, or ended.
+    """
+    arms = [play(model, drafter, prompts, max_tokens) for drafter in ("none", draft_model)]
+    plain, drafted = arms
+    pairs = list(zip(plain.answers, drafted.answers, strict=True))
+    return {
+        "model": model,
+        "draft_model": draft_model,
+        "num_prompts": len(prompts),
+        "num_equal_texts": sum(a.text == b.text for a, b in pairs),
+        "first_differences": [_first_difference(a.text, b.text) for a, b in pairs],
+        "speed_up": drafted.tokens_per_s / plain.tokens_per_s if plain.tokens_per_s else 0.0,
+        "arms": [{**to_builtins(arm), "tokens_per_s": arm.tokens_per_s} for arm in arms],
+    }
+
+
+def play(model: str, drafter: str, prompts: Sequence[str], max_tokens: int) -> Arm:
+    """All prompts through a server with this drafter, after one that warms it up."""
+    with tempfile.TemporaryDirectory(prefix="tandem-race-") as folder, _server(model, drafter, Path(folder)) as client:
+        _ask(client, prompts[0], max_tokens)
+        before = _counters(client)
+        answers = [_ask(client, prompt, max_tokens) for prompt in prompts]
+        counts = {key: value - before.get(key, 0.0) for key, value in _counters(client).items()}
+    num_drafts = counts.get("num_drafts", 0.0)
+    per_position = {int(k.split()[1]): v for k, v in counts.items() if k.startswith("position ")}
+    return Arm(
+        drafter=drafter,
+        answers=answers,
+        num_drafts=int(num_drafts),
+        num_draft_tokens=int(counts.get("num_draft_tokens", 0.0)),
+        num_accepted_tokens=int(counts.get("num_accepted_tokens", 0.0)),
+        accepted_at=[v / num_drafts for _, v in sorted(per_position.items()) if v] if num_drafts else [],
+    )
+
+
+@contextmanager
+def _server(model: str, drafter: str, folder: Path) -> Iterator[httpx.Client]:
+    """A process tree of its own; what it says goes to a file, whose end an error shows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"MODEL": model, "DRAFT_MODEL": drafter, "PORT": str(port), "RUN_DIR": str(folder / "run"), "API_KEYS": ""}
+    environment = {**os.environ, **{PREFIX + name: value for name, value in own.items()}}
+    log = folder / "server.log"
+    with log.open("wb") as out, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_S) as client:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tandem", "serve"],
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_ready(client, process, log)
+            yield client
+        finally:
+            _stop(process)
+
+
+def _wait_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            health = client.get("/health", timeout=2.0)
+            if health.status_code == 200 and health.json()["drafter"] == "ready":
+                return
+        except httpx.HTTPError:
+            pass  # it does not listen yet
+        time.sleep(0.1)  # another process's state, which only asking tells
+    raise Unavailable(f"the server did not become ready:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the session is ours alone
+        process.wait()
+
+
+def _ask(client: httpx.Client, prompt: str, max_tokens: int) -> Answer:
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": max_tokens,
+    }
+    answer = client.post("/v1/chat/completions", json=body)
+    if answer.status_code != 200:
+        raise Unavailable(f"the server answered {answer.status_code}: {answer.text[:500]}")
+    content = answer.json()
+    message = content["choices"][0]["message"]
+    text = (message.get("reasoning_content") or "") + (message.get("content") or "")
+    return Answer(text, content["usage"]["completion_tokens"], content["timings"]["predicted_ms"] / 1e3)
+
+
+def _counters(client: httpx.Client) -> dict[str, float]:
+    """Speculation counters over all drafters; "position 2" is the accepted tokens there."""
+    found: dict[str, float] = {}
+    for line in client.get("/metrics").text.splitlines():
+        sample = _SAMPLE.match(line)
+        if sample is None or not sample["name"].startswith("vllm:spec_decode_") or "_total" not in sample["name"]:
+            continue
+        name = sample["name"].removeprefix("vllm:spec_decode_").removesuffix("_total")
+        if name == "num_accepted_tokens_per_pos":
+            position = re.search(r'position="(\d+)"', sample["labels"])
+            name = f"position {position[1]}" if position else name
+        found[name] = found.get(name, 0.0) + float(sample["value"])
+    return found
+
+
+def _first_difference(a: str, b: str) -> int | None:
+    """Index of the first character that differs; None for equal texts."""
+    if a == b:
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def report(result: dict[str, Any]) -> str:
+    """The race as lines for a person."""
+    lines = [f"{result['model']}, {result['num_prompts']} greedy prompts, one at a time", ""]
+    lines.append(f"{'drafter':<32}{'tokens/s':>10}{'drafted':>10}{'accepted':>10}  accepted by position")
+    for arm in result["arms"]:
+        share = arm["num_accepted_tokens"] / arm["num_draft_tokens"] if arm["num_draft_tokens"] else 0.0
+        positions = " ".join(f"{chance:.2f}" for chance in arm["accepted_at"])
+        name = Path(arm["drafter"]).name[:31]
+        lines.append(f"{name:<32}{arm['tokens_per_s']:>10.1f}{arm['num_draft_tokens']:>10}{share:>10.2f}  {positions}")
+    lines += ["", f"speed-up {result['speed_up']:.2f}"]
+    lines.append(f"equal texts: {result['num_equal_texts']} of {result['num_prompts']}")
+    for i, at in enumerate(result["first_differences"]):
+        if at is not None:
+            lines.append(f"  prompt {i + 1} differs from character {at} on (see `exactness` in /health)")
+    return "\n".join(lines)
+
+
+def main(options: dict[str, Any]) -> int:
+    """The command; exit code 0 whatever the texts, which the report compares."""
+    max_tokens = options["max_tokens"]
+    if max_tokens < 2:
+        raise BadConfig("--max-tokens must be at least 2")
+    result = race(options["draft_model"], options["model"], read_prompts(options["prompts"]), max_tokens)
+    print(json.dumps(result) if options["json"] else report(result))
+    return 0

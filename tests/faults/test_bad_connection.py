@@ -1,0 +1,63 @@
+"""Messages that are repeated, swapped, delayed or lost between the processes change no token."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.load import Load
+from tests.faults.proxy import Faults, Proxy
+from tests.support.server import REPOSITORY, Server
+
+pytestmark = [pytest.mark.system, pytest.mark.mlx]
+
+OUTER = ("frontend", "workers.target", "workers.drafter")
+ANY_LOSS = Faults(repeat=0.02, swap=0.01, delay=0.02, lose=0.01)
+
+
+@pytest.fixture
+def connection(model: Path, tmp_path: Path) -> Iterator[tuple[Server, Proxy]]:
+    """The four processes, with the proxy in the place of the scheduler for all others."""
+    server = Server(model, tmp_path, max_num_seqs=16, heartbeat_timeout_s=3, prefix_ssd_bytes=0)
+    inner = tmp_path / "inner"
+    server.run_dir.mkdir()
+    inner.mkdir()
+    proxy = Proxy(server.run_dir, inner)
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        with server.log.open("ab") as log:
+            for module in ("scheduler", *OUTER):
+                folder = inner if module == "scheduler" else server.run_dir
+                environment = server.environment | {"TANDEM_RUN_DIR": str(folder)}
+                command = [sys.executable, "-m", "shared.supervise", module.rpartition(".")[2], "--"]
+                command += [sys.executable, "-m", module]
+                started.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log))
+        server.wait_ready()
+        yield server, proxy
+    finally:
+        for process in started:
+            process.send_signal(signal.SIGTERM)
+        for process in started:
+            process.wait(timeout=20)
+        proxy.stop()
+
+
+def test_messages_that_are_repeated_swapped_delayed_or_lost_change_no_token(connection: tuple[Server, Proxy]) -> None:
+    server, proxy = connection
+    load = Load(server, 6, num_tokens=50)
+    num_epochs = server.log.read_text().count("saying hello again")
+    with load:
+        proxy.faults = ANY_LOSS
+        for _ in range(12):
+            load.wait_progress(40)
+        proxy.faults = Faults()
+    load.check(6)
+    assert all(proxy.counts[fault] > 0 for fault in ("repeated", "swapped", "delayed", "lost")), proxy.counts
+    assert server.log.read_text().count("saying hello again") > num_epochs, "no gap was noticed"
+    server.wait_for(lambda: server.metric("vllm:num_requests_running") == 0, "idle")
+    assert server.metric("vllm:kv_cache_usage_perc") == 0

@@ -1,0 +1,72 @@
+"""A prefix hit does not blind a drafter: it proposes what it would have proposed without one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from shared.messages import Draft, DraftRow, FeatureRows, RequestId
+from tests.support.engine_rig import VOCAB, EngineRig, decoder_target, make_engine
+from tests.workers.drafters import tiny_checkpoints as tiny
+from workers.draft_engine import DraftEngine
+from workers.drafters.checkpoint import detect
+from workers.drafters.registry import load_drafter, load_fusion
+from workers.engine import Engine
+
+
+class Recorder:
+    """A draft engine that remembers what was proposed where, by the anchor's position."""
+
+    def __init__(self, engine: DraftEngine) -> None:
+        self._engine = engine
+        self.proposed: dict[int, list[int]] = {}
+        self.num_rows = 0
+
+    def take_tokens(self, row: DraftRow) -> None:
+        self._engine.take_tokens(row)
+
+    def take_features(self, rows: FeatureRows, array: mx.array) -> None:
+        self.num_rows += rows.num_rows
+        self._engine.take_features(rows, array)
+
+    def end(self, request_ids: list[RequestId]) -> None:
+        self._engine.end(request_ids)
+
+    def draft(self, rows: list[DraftRow]) -> list[Draft]:
+        drafts = self._engine.draft(rows)
+        self.proposed |= {d.anchor: d.token_ids for d in drafts}
+        return drafts
+
+
+def drafted_engine(kind: str, folder: Path) -> tuple[Engine, DraftEngine]:
+    engine = make_engine(decoder_target(), num_slots=4, block_size=4)
+    checkpoint, _ = getattr(tiny, kind)(folder / kind)
+    config = detect(checkpoint)
+    engine.model.capture(config.taps, load_fusion(config, mx.float32))
+    model = engine.model.model
+    return engine, DraftEngine(load_drafter(config, mx.float32, model.embed, model.logits), needs_features=True)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "mtp"])
+def test_drafts_after_a_hit_are_those_without_one(kind: str, tmp_path: Path) -> None:
+    engine, drafts = drafted_engine(kind, tmp_path)
+    rng = random.Random(3)
+    shared = [rng.randrange(VOCAB) for _ in range(22)]
+    prompt = [*shared, *(rng.randrange(VOCAB) for _ in range(9))]
+    rig = EngineRig(engine, (cold := Recorder(drafts)), k=3, num_blocks=40)
+    expected = rig.run({"cold": prompt}, 8)["cold"]
+    drafts.reset()
+    rig = EngineRig(engine, (warm := Recorder(drafts)), k=3, num_blocks=40)
+    rig.run({"other": [*shared, 1, 2, 3]}, 4)
+    warm.proposed.clear()
+    warm.num_rows = 0
+    assert rig.run({"warm": prompt}, 8)["warm"] == expected
+    timings = rig.outputs["warm"][-1].timings
+    assert timings is not None
+    assert timings.num_cached_tokens == 20
+    assert warm.proposed == cold.proposed
+    assert len(warm.proposed) >= 2
+    assert warm.num_rows >= len(prompt), "the restored positions' features were not sent"
