@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from scheduler.media import media_fault
 from scheduler.memory_budget import MemoryBudget
 from scheduler.metrics import Metrics
 from scheduler.peers import Peer, Peers
@@ -384,6 +385,8 @@ class Core:
             return "no_target", Unavailable("the model is not ready", retry_after_s=5.0)
         if any(not 0 <= t < info.vocab_size for t in (*submit.prompt_token_ids, *submit.output_token_ids)):
             return "bad_request", InvalidRequest(f"token ids must lie in 0..{info.vocab_size - 1}")
+        if (fault := media_fault(submit, info.modalities)) is not None:
+            return "bad_request", InvalidRequest(fault)
         total = len(submit.prompt_token_ids) + submit.max_tokens
         if total > info.max_model_len:
             text = f"{len(submit.prompt_token_ids)} prompt tokens and max_tokens {submit.max_tokens} make {total}; "
@@ -530,6 +533,7 @@ class Core:
                 step_id=self._num_steps,
                 starts=plan.starts,
                 decodes=plan.decodes,
+                encodes=plan.encodes,
                 prefills=plan.prefills,
                 stores=plan.stores,
             )
@@ -781,8 +785,9 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
         if row.is_sampled
     }
     width = max((row.num_drafts + 1 for row in plan.decodes), default=0)
+    is_decode_only = not (plan.prefills or plan.encodes)
     return InFlight(
-        step.step_id, rows, now, k, len(plan.decodes), width, not plan.prefills, plan.num_tokens, plan.sequences
+        step.step_id, rows, now, k, len(plan.decodes), width, is_decode_only, plan.num_tokens, plan.sequences
     )
 
 

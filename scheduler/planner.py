@@ -13,7 +13,7 @@ from scheduler.prefix.cache import PrefixCache
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.waiting import WaitingQueue
-from shared.messages import BlockStore, SequenceStart, StepRow
+from shared.messages import BlockStore, EncodeRow, SequenceStart, StepRow
 
 DraftsFor = Callable[[Sequence], list[int] | None]
 
@@ -29,10 +29,11 @@ class Plan:
     prefills: list[StepRow] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
     stores: list[BlockStore] = field(default_factory=list)
+    encodes: list[EncodeRow] = field(default_factory=list)
     num_tokens: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
+        return bool(self.decodes or self.prefills or self.encodes)
 
 
 class Planner:
@@ -159,6 +160,17 @@ class Planner:
                 continue
             first = sequence.num_scheduled
             end = first + min(sequence.num_remaining, budget, self.max_prefill_tokens)
+            if sequence.submit.media and (media := sequence.next_media()) is not None:
+                index, item = media
+                if item.start <= first:
+                    # The encoder's run is this step's whole prefill share, so that decode rows wait for one at most.
+                    if not plan.prefills:
+                        self._start(plan, sequence, now)
+                        assert sequence.slot is not None, "a planned sequence holds a slot"
+                        plan.encodes.append(EncodeRow(slot=sequence.slot, index=index))
+                        sequence.num_encoded = index + 1
+                    return
+                end = min(end, item.start)
             if self.prefix is not None:
                 end = self.prefix.chunk_end(sequence, end)
             n = end - first
@@ -216,22 +228,7 @@ class Planner:
         self, plan: Plan, sequence: Sequence, token_ids: list[int] | None, num_drafts: int, is_sampled: bool, now: float
     ) -> StepRow:
         assert sequence.slot is not None, "a planned sequence holds a slot"
-        if not sequence.is_started:
-            sequence.is_started = True
-            if sequence.first_scheduled is None:
-                sequence.first_scheduled = now
-            plan.starts.append(
-                SequenceStart(
-                    slot=sequence.slot,
-                    request_id=sequence.submit.request_id,
-                    sampling=sequence.submit.sampling,
-                    num_prompt_tokens=sequence.num_prompt_tokens,
-                    token_ids=sequence.token_ids,
-                    capacity=sequence.capacity,
-                    restore=sequence.restore,
-                    restore_state=sequence.restore_state,
-                )
-            )
+        self._start(plan, sequence, now)
         end = sequence.num_scheduled + (1 if token_ids is None else len(token_ids))
         row = StepRow(
             slot=sequence.slot,
@@ -247,6 +244,29 @@ class Planner:
             sequence.num_pending += 1
         plan.sequences.append(sequence)
         return row
+
+    @staticmethod
+    def _start(plan: Plan, sequence: Sequence, now: float) -> None:
+        """Before a sequence's first row or encoder run in an incarnation: tell the target of it."""
+        if sequence.is_started:
+            return
+        assert sequence.slot is not None, "a planned sequence holds a slot"
+        sequence.is_started = True
+        if sequence.first_scheduled is None:
+            sequence.first_scheduled = now
+        plan.starts.append(
+            SequenceStart(
+                slot=sequence.slot,
+                request_id=sequence.submit.request_id,
+                sampling=sequence.submit.sampling,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                token_ids=sequence.token_ids,
+                capacity=sequence.capacity,
+                restore=sequence.restore,
+                restore_state=sequence.restore_state,
+                media=sequence.submit.media,
+            )
+        )
 
     def _grow(self, sequence: Sequence, num_tokens: int, preempted: Callable[[Sequence], None], plan: Plan) -> bool:
         """Have the slot hold `num_tokens`, preempting others for it; False if the sequence itself had to go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.messages import FinishReason, Submit, Timings
+from shared.messages import FinishReason, MediaItem, Submit, Timings
 
 
 @dataclass(eq=False)
@@ -29,6 +29,7 @@ class Sequence:
     capacity: int = 0
     num_scheduled: int = 0
     num_pending: int = 0
+    num_encoded: int = 0  # media that the encoder was sent in this incarnation, or that it need not see
     is_started: bool = False  # the target knows this incarnation
     incarnation: int = 0  # grows with preemption and recovery; results of an older one are dropped
     finish_reason: FinishReason | None = None
@@ -64,7 +65,14 @@ class Sequence:
     @property
     def marks(self) -> list[tuple[int, int, bytes]]:
         """Media segments: (first position, positions, content hash)."""
-        return []
+        return [(item.start, item.num_tokens, item.content_hash) for item in self.submit.media]
+
+    def next_media(self) -> tuple[int, MediaItem] | None:
+        """The first segment that reaches behind what is scheduled and was not sent to the encoder, with its index."""
+        for index, item in enumerate(self.submit.media[self.num_encoded :], self.num_encoded):
+            if item.start + item.num_tokens > self.num_scheduled:
+                return index, item
+        return None
 
     @property
     def is_running(self) -> bool:
@@ -90,6 +98,7 @@ class Sequence:
         self.capacity = 0
         self.num_scheduled = 0
         self.num_pending = 0
+        self.num_encoded = 0
         self.is_started = False
         self.is_held = False
         self.incarnation += 1

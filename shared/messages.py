@@ -83,6 +83,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
     exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
+    modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text
 
 
 class StepCost(Part, frozen=True, kw_only=True):
@@ -151,6 +152,30 @@ class SamplingParams(Part, frozen=True, kw_only=True):
     num_logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely ones'
 
 
+MediaKind = Literal["image", "video", "audio"]
+
+
+class MediaTensor(Part, frozen=True, kw_only=True):
+    """An array of an image, video or clip: row-major, little-endian. `dtype` as in TensorSpec."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+
+class MediaItem(Part, frozen=True, kw_only=True):
+    """What stands at positions start .. start+num_tokens-1 of a prompt in place of the tokens there."""
+
+    kind: MediaKind
+    start: int
+    num_tokens: int
+    content_hash: bytes  # over tensors and grid: equal hashes encode to equal rows
+    tensors: list[MediaTensor]  # which ones, the model's processor and encoder agree on
+    grid: list[int] = field(default_factory=list)  # images, video: frames, rows, columns of patches
+    seconds_per_grid: float = 1.0  # video: between two frames of `grid`
+
+
 class Submit(Message, frozen=True, kw_only=True):
     """Start (or, with `output_token_ids`, resume) a request. Answered by Outputs or Rejected."""
 
@@ -166,6 +191,7 @@ class Submit(Message, frozen=True, kw_only=True):
     cache_salt: str = ""  # cached prefixes are shared between requests of one tenant with one salt
     timeout_s: float | None = None
     is_resumed: bool = False  # it was accepted before: a new scheduler takes it even before a target is ready
+    media: list[MediaItem] = field(default_factory=list)  # in the order of their places
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -299,6 +325,7 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     capacity: int = 0  # that of the first row
     restore: list[int] = field(default_factory=list)
     restore_state: int | None = None  # recurrent models: the state behind the last of these blocks
+    media: list[MediaItem] = field(default_factory=list)
 
 
 class DraftDistribution(Part, frozen=True, kw_only=True):
@@ -330,6 +357,13 @@ class StepRow(Part, frozen=True, kw_only=True):
     keep_state: int | None = None  # keep the slot's recurrent state after this row under this id
 
 
+class EncodeRow(Part, frozen=True, kw_only=True):
+    """Run the encoder on one of a slot's media, before the prefill chunk that needs it."""
+
+    slot: int
+    index: int  # in the `media` of the slot's SequenceStart
+
+
 class BlockStore(Part, frozen=True, kw_only=True):
     """Copy blocks of a slot into the prefix cache's pool (or, as a check, compare them with it)."""
 
@@ -354,6 +388,7 @@ class Step(Message, frozen=True, kw_only=True):
     prefills: list[StepRow]
     stores: list[BlockStore] = field(default_factory=list)  # after the rows
     checks: list[BlockStore] = field(default_factory=list)  # after the stores
+    encodes: list[EncodeRow] = field(default_factory=list)
 
 
 class Release(Message, frozen=True, kw_only=True):

@@ -115,6 +115,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         eos_token_ids=loaded.eos_token_ids,
         max_draft_tokens=MAX_DRAFT_WIDTH - 1,
         prefix_cache=prefix,
+        modalities=engine.media.modalities if engine.media is not None else [],
     )
     return engine, info
 

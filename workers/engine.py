@@ -15,6 +15,7 @@ import msgspec
 
 from shared.messages import (
     BlockStore,
+    EncodeRow,
     FeatureRows,
     RequestId,
     RowResult,
@@ -29,6 +30,8 @@ from workers.arrays import start_evaluating, to_list
 from workers.cache.blocks import BlockPool
 from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
+from workers.media import SlotMedia
+from workers.models.base import MediaModel
 from workers.runner import ModelRunner
 from workers.sampling.rejection import Proposal, proposals
 from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
@@ -77,6 +80,7 @@ class Engine:
         self.count_accepted: AcceptRule = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
         self.state_bytes = 0  # of one slot's recurrent states, known after the warm-up
+        self.media = SlotMedia(model.model) if isinstance(model.model, MediaModel) else None
         self._slots: dict[int, SlotSampling] = {}
         self._request_ids: dict[int, RequestId] = {}
         self._snapshots: dict[int, RecurrentSnapshot] = {}
@@ -97,6 +101,8 @@ class Engine:
         """Free slots, after `stores` of theirs went to the prefix cache."""
         self._keep(stores)
         for slot in slots:
+            if self.media is not None:
+                self.media.release(slot)
             if self._slots.pop(slot, None) is not None:
                 self._snapshots.pop(slot, None)
                 self._replay.pop(slot, None)
@@ -115,6 +121,7 @@ class Engine:
         for start in step.starts:
             self._bind(start)
             self._restore(start)
+        encoded = [self._encode(row) for row in step.encodes]
         for row in (*step.decodes, *step.prefills):
             assert row.slot in self._slots, f"step {step.step_id} uses slot {row.slot}, which holds no sequence"
             self.store.ensure(row.slot, row.capacity)
@@ -135,7 +142,7 @@ class Engine:
             hidden = parts[0] if len(parts) == 1 else mx.concatenate(parts)
             sampled = sample(self.model.head(hidden), sampled_rows)
             self._remember(rows, spans, sampled)
-        pending = sampled.arrays() if sampled else []
+        pending = [*encoded, *(sampled.arrays() if sampled else [])]
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
@@ -156,6 +163,13 @@ class Engine:
         self._slots[start.slot] = SlotSampling.start(
             start.sampling, self.vocab_size, start.token_ids, start.num_prompt_tokens
         )
+        if start.media:
+            assert self.media is not None, "media for a model that takes none"
+            self.media.bind(start.slot, start.num_prompt_tokens, start.media)
+
+    def _encode(self, row: EncodeRow) -> mx.array:
+        assert self.media is not None, "media for a model that takes none"
+        return self.media.encode(row.slot, row.index)
 
     def _restore(self, start: SequenceStart) -> None:
         """Give a new sequence's slot what the prefix cache holds of it."""
@@ -220,7 +234,9 @@ class Engine:
         width = self._padded(max(_width(row) for row in group))
         batch = self.store.open([r.slot for r in group], [r.start for r in group], width)
         ordered = [group[i] for i in batch.order]
-        hidden = self.model.hidden_rows(self._inputs(ordered, width), batch.layers, self._wanted(ordered))
+        inputs = self._inputs(ordered, width)
+        media = self.media.forward(ordered, inputs) if self.media is not None else None
+        hidden = self.model.hidden_rows(inputs, batch.layers, self._wanted(ordered), media)
         features = self.model.features()
         if features is not None:
             self._features.append((ordered, features))

@@ -6,7 +6,7 @@ Tandem's own models split `hidden` from `logits`; an mlx-lm architecture gives l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -60,16 +60,22 @@ class ModelRunner:
         return fused.reshape(first.shape[0], first.shape[1], -1)
 
     def hidden_rows(
-        self, inputs: mx.array, cache: Sequence[object], wanted: Sequence[tuple[int, int, int]]
+        self,
+        inputs: mx.array,
+        cache: Sequence[object],
+        wanted: Sequence[tuple[int, int, int]],
+        media: Mapping[str, mx.array] | None = None,
     ) -> mx.array:
         """One forward over inputs (B, L).
 
         Args:
             wanted: (batch row, first, end) spans of positions.
+            media: what a `MediaModel` gets beside its tokens.
         Returns:
             (n, H): the wanted positions' rows, in order.
         """
-        out: mx.array = self.model.hidden(inputs, cache=cache) if self._is_split else self.model(inputs, cache=cache)
+        call = self.model.hidden if self._is_split else self.model
+        out: mx.array = call(inputs, cache=cache, **(media or {}))
         self._final = out
         if not wanted:
             return out.reshape(-1, out.shape[-1])[:0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
+import numpy as np
 
+from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
 
 
@@ -102,3 +104,25 @@ class SplitModel(Protocol):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(B, L, H) -> (B, L, vocab_size)."""
+
+
+@runtime_checkable
+class MediaModel(Protocol):
+    """A split model that takes images, video or audio. `docs/media.md` tells how they reach it.
+
+    Where `media_positions` gives any, `hidden` takes `positions`; where `encode_media` gives more than one layer of
+    rows, it takes the others as `deep_embeddings` (D, B, L, H).
+    """
+
+    @property
+    def modalities(self) -> list[MediaKind]:
+        """What it takes beside text."""
+
+    def embed(self, inputs: mx.array) -> mx.array:
+        """Token embeddings, (B, L) -> (B, L, H)."""
+
+    def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
+        """Rows (1 + D, num_tokens, H) in place of a media item's tokens, from its tensors."""
+
+    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray | None:
+        """Where positions are not simply counted: (3, num_tokens) int32 of a prompt's tokens on three axes."""

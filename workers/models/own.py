@@ -12,6 +12,9 @@ from workers.models import decoder
 from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig
 from workers.models.gemma.text import TextDecoder
+from workers.models.qwen import model as qwen
+from workers.models.qwen.config import MODEL_TYPES as QWEN_TYPES
+from workers.models.qwen.config import QwenConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ OWN = {
         name: Own(TextDecoder, GemmaConfig.from_hf) if name.endswith("_text") else Own(Gemma, MultimodalConfig.from_hf)
         for name in (*GEMMA3_TYPES, *GEMMA4_TYPES)
     },
+    **{name: Own(qwen.QwenVL, QwenConfig.from_hf) for name in QWEN_TYPES},
 }
 
 

@@ -163,7 +163,7 @@ class Rope:
         if self._factor != 1.0:
             cos, sin = cos * self._factor, sin * self._factor
         if batch * length > MAX_GATHERED_ROWS:
-            return lambda x: _rotate_halves(x, cos, sin)
+            return lambda x: rotate_halves(x, cos, sin)
         cos, sin = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return lambda x: (x * cos + mx.take(x, self._swap, axis=-1) * sin).astype(x.dtype)
 
@@ -175,7 +175,7 @@ class Rope:
         return x.swapaxes(1, 2)
 
 
-def _rotate_halves(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+def rotate_halves(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,39 @@
+"""What every family's processor gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from shared.messages import MediaKind
+
+
+@dataclass(frozen=True)
+class Processed:
+    """One image, ready for the encoder. `arrays` go to the target as they are."""
+
+    arrays: dict[str, np.ndarray]
+    grid: list[int]  # frames, rows, columns of patches
+    num_tokens: int  # that stand for it in the prompt
+
+
+class Processor(Protocol):
+    """One family's settings."""
+
+    @property
+    def modalities(self) -> tuple[MediaKind, ...]:
+        """What it prepares."""
+
+    @property
+    def placeholders(self) -> dict[MediaKind, int]:
+        """The token that the chat template writes once for each item."""
+
+    def image(self, picture: Image.Image) -> Processed:
+        """An RGB image.
+
+        Raises:
+            InvalidRequest: its form does not suit the model.
+        """

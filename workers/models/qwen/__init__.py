@@ -1,0 +1,1 @@
+"""The Qwen-VL models: text decoder with three-axis positions, image encoder."""

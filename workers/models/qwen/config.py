@@ -1,0 +1,110 @@
+"""What tells one Qwen-VL model from another, read from config.json in the layouts of Hugging Face and MLX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shared.errors import BadModel
+from workers.models.decoder import DecoderConfig
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+_ACTIVATIONS = ("quick_gelu", "gelu_pytorch_tanh", "gelu", "silu")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes in patches unless they say pixels. `full_layers` None: every layer attends to the whole frame."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    output_size: int
+    in_channels: int
+    patch_size: int  # pixels
+    temporal_patch_size: int  # frames
+    merge_size: int
+    activation: str
+    is_gated: bool  # gate, up and down projections and RMS norms
+    window: int | None  # in merged patches
+    full_layers: tuple[int, ...] | None
+    num_positions: int | None  # learned, resampled to each image's grid
+    deep_layers: tuple[int, ...]  # whose output joins the text decoder's first layers
+    rope_theta: float
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    model_type: str
+    text: DecoderConfig
+    vision: VisionConfig
+    sections: tuple[int, int, int]  # rotary frequencies that time, height and width turn
+    is_interleaved: bool  # height and width take every third frequency; False: axes lie one behind the other
+    temporal_scale: float  # position steps per second of video; 0: frames count as one step each
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], max_model_len: int) -> QwenConfig:
+        """Read a config.json, with the text decoder's fields beside `vision_config` or in `text_config`.
+
+        Raises:
+            BadModel: a needed field is missing or malformed, or asks for something that is not computed here.
+        """
+        model_type = config["model_type"]
+        text = {**(config.get("text_config") or config)}
+        text["model_type"] = "qwen3" if model_type == "qwen3_vl" else "qwen2"
+        text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+        decoder = DecoderConfig.from_hf(text, max_model_len)
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        default = [24, 20, 20] if model_type == "qwen3_vl" else [16, 24, 24]
+        try:
+            sections = tuple(int(n) for n in rope.get("mrope_section", default))
+            vision = _vision(config["vision_config"], model_type, decoder.hidden_size)
+            scale = float(config["vision_config"].get("tokens_per_second", 4)) if model_type == "qwen2_5_vl" else 0.0
+        except KeyError as missing:
+            raise BadModel(f"{model_type}: {missing} is missing from the model's configuration") from missing
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BadModel(f"{model_type}: malformed configuration: {error}") from error
+        is_interleaved = model_type == "qwen3_vl"
+        if len(sections) != 3 or (not is_interleaved and sum(sections) * 2 != decoder.head_dim):
+            raise BadModel(f"{model_type}: mrope_section {sections} does not fit heads of {decoder.head_dim}")
+        return cls(model_type, decoder, vision, (sections[0], sections[1], sections[2]), is_interleaved, scale)
+
+
+def _vision(config: dict[str, Any], model_type: str, text_size: int) -> VisionConfig:
+    kind: Literal["layer", "window", "deep"] = {"qwen2_vl": "layer", "qwen2_5_vl": "window", "qwen3_vl": "deep"}[
+        model_type
+    ]  # type: ignore[assignment] # mypy does not narrow a dict's values
+    # Qwen2-VL calls the encoder's width `embed_dim` and its output `hidden_size`.
+    hidden = int(config["embed_dim"] if kind == "layer" else config["hidden_size"])
+    default = {"layer": "quick_gelu", "window": "silu", "deep": "gelu_pytorch_tanh"}[kind]
+    activation = config.get("hidden_act") or default
+    if activation not in _ACTIVATIONS:
+        raise BadModel(f"{model_type}: hidden_act {activation!r} of the image encoder is not supported")
+    if kind == "layer":
+        inner, output = int(hidden * config.get("mlp_ratio", 4)), int(config.get("hidden_size", text_size))
+    else:
+        inner, output = int(config["intermediate_size"]), int(config.get("out_hidden_size", text_size))
+    patch, merge = int(config.get("patch_size", 16 if kind == "deep" else 14)), int(config.get("spatial_merge_size", 2))
+    made = VisionConfig(
+        depth=int(config["depth"]),
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=int(config["num_heads"]),
+        output_size=output,
+        in_channels=int(config.get("in_channels") or config.get("in_chans") or 3),
+        patch_size=patch,
+        temporal_patch_size=int(config.get("temporal_patch_size", 2)),
+        merge_size=merge,
+        activation=activation,
+        is_gated=kind == "window",
+        window=int(config.get("window_size", 112)) // merge // patch if kind == "window" else None,
+        full_layers=tuple(int(i) for i in config["fullatt_block_indexes"]) if kind == "window" else None,
+        num_positions=int(config["num_position_embeddings"]) if kind == "deep" else None,
+        deep_layers=tuple(int(i) for i in config.get("deepstack_visual_indexes", ())) if kind == "deep" else (),
+        rope_theta=float((config.get("rope_parameters") or {}).get("rope_theta", 10_000.0)),
+    )
+    if made.hidden_size % (made.num_heads * 4) or made.window == 0 or output != text_size:
+        raise BadModel(f"{model_type}: the image encoder's sizes do not fit each other or the text decoder")
+    return made

@@ -1,0 +1,94 @@
+"""A Qwen-VL model: text decoder and image encoder under the names that MLX's checkpoints have."""
+
+# mypy: disable-error-code="misc, no-any-return"
+# mlx.nn has no types, so its modules are Any to mypy.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from shared.errors import BadModel
+from shared.messages import MediaItem, MediaKind
+from workers.cache.spec import LayerSpec
+from workers.models.qwen.config import QwenConfig
+from workers.models.qwen.positions import axial_positions
+from workers.models.qwen.text import TextDecoder
+from workers.models.qwen.vision import VisionTower
+
+_VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.")
+
+
+class QwenVL(nn.Module):
+    """`SplitModel`, `TextModel` and `MediaModel` of workers/models/base.py."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = TextDecoder(config)
+        self.vision_tower = VisionTower(config.vision)
+
+    @property
+    def model(self) -> nn.Module:
+        """Where taps look for the list of layers."""
+        return self.language_model.model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.language_model.vocab_size
+
+    @property
+    def modalities(self) -> list[MediaKind]:
+        return ["image", "video"]
+
+    def layer_specs(self) -> list[LayerSpec]:
+        return self.language_model.layer_specs()
+
+    def embed(self, inputs: mx.array) -> mx.array:
+        return self.language_model.embed(inputs)
+
+    def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
+        """Tokens (1 + deep layers, n, H) of `frames` (T, height, width, 3) uint8 with `mean` and `std`."""
+        patches = self.vision_tower.patches(tensors["frames"], tensors["mean"], tensors["std"])
+        return self.vision_tower(patches, (grid[0], grid[1], grid[2]))
+
+    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray:
+        return axial_positions(num_tokens, media, self.config.vision.merge_size, self.config.temporal_scale)
+
+    def hidden(self, inputs: mx.array, cache: Sequence[Any] | None = None, **more: mx.array | None) -> mx.array:
+        """As `TextDecoder.hidden`."""
+        return self.language_model.hidden(inputs, cache, **more)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return self.language_model.logits(hidden)
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None, **more: mx.array | None) -> mx.array:
+        return self.logits(self.hidden(inputs, cache, **more))
+
+    def fuse(self) -> None:
+        self.language_model.fuse()
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Hugging Face's names, of transformers 4 and 5, and MLX's, to this model's.
+
+        Raises:
+            BadModel: there are no weights of an image encoder.
+        """
+        text: dict[str, mx.array] = {}
+        vision: dict[str, mx.array] = {}
+        for name, weight in weights.items():
+            prefix = next((p for p in _VISION_PREFIXES if name.startswith(p)), None)
+            if prefix is not None:
+                vision[name.removeprefix(prefix)] = weight
+            elif name.startswith("model.language_model."):
+                text["model." + name.removeprefix("model.language_model.")] = weight
+            else:
+                text[name.removeprefix("language_model.")] = weight
+        if not vision:
+            raise BadModel(f"{self.config.model_type}: the checkpoint has no image encoder")
+        text, vision = self.language_model.sanitize(text), self.vision_tower.sanitize(vision)
+        return {f"language_model.{n}": w for n, w in text.items()} | {f"vision_tower.{n}": w for n, w in vision.items()}
