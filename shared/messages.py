@@ -84,6 +84,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text
+    whole_media: list[MediaKind] = field(default_factory=list)  # kinds of which one prefill chunk must hold all tokens
 
 
 class StepCost(Part, frozen=True, kw_only=True):

@@ -124,5 +124,13 @@ class MediaModel(Protocol):
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """Rows (1 + D, num_tokens, H) in place of a media item's tokens, from its tensors."""
 
+    @property
+    def whole_media(self) -> list[MediaKind]:
+        """Kinds whose tokens see later ones of their own item, so that one prefill chunk must hold an item's tokens."""
+
+    @property
+    def max_whole_tokens(self) -> int:
+        """The most tokens of an item of `whole_media`."""
+
     def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray | None:
         """Where positions are not simply counted: (3, num_tokens) int32 of a prompt's tokens on three axes."""

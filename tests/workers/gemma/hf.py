@@ -59,9 +59,11 @@ def hf_logits(model, tokens, **more):
     return output.logits.float().numpy()
 
 
-def hf_agrees(model, prompt, output):
+def hf_agrees(model, prompt, output, forbidden=(), **more):
     """Is each token of `output` the reference's greedy choice after the prompt and those before it?"""
-    chosen = hf_logits(model, [prompt + output])[0].argmax(axis=-1)
+    logits = hf_logits(model, [prompt + output], **more)[0]
+    logits[:, list(forbidden)] = -np.inf
+    chosen = logits.argmax(axis=-1)
     return chosen[len(prompt) - 1 : -1].tolist() == output
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from shared.errors import BadModel
+from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
 from workers.models.gemma.audio import AudioConfig, AudioTower
 from workers.models.gemma.clipped import MediaEmbedder
 from workers.models.gemma.config import GemmaConfig
 from workers.models.gemma.siglip import Projector, SiglipConfig, SiglipTower
 from workers.models.gemma.text import TextDecoder
-from workers.models.gemma.vision import VisionConfig, VisionTower
+from workers.models.gemma.vision import VisionConfig, VisionTower, cut_patches
 
 IMAGE_PARTS = ("vision_tower", "embed_vision", "multi_modal_projector")
 AUDIO_PARTS = ("audio_tower", "embed_audio")
 # `gemma4_unified` feeds raw patches and samples through one projection; that is not defined here.
 OTHER_PARTS = ("vision_embedder",)
+
+
+MAX_SOFT_TOKENS = 280  # of an image, where the configuration does not say
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class MultimodalConfig:
     text: GemmaConfig
     vision: VisionConfig | SiglipConfig | None
     audio: AudioConfig | None
-    num_image_tokens: int  # of every image, Gemma 3 only
+    num_image_tokens: int  # of every image for Gemma 3, of the largest for Gemma 4
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], max_model_len: int) -> MultimodalConfig:
@@ -53,7 +57,7 @@ class MultimodalConfig:
             text,
             VisionConfig.from_hf(vision) if vision else None,
             AudioConfig.from_hf(audio) if audio else None,
-            0,
+            int(config.get("vision_soft_tokens_per_image") or MAX_SOFT_TOKENS),
         )
 
 
@@ -65,7 +69,7 @@ def _num_image_tokens(config: dict[str, Any]) -> int:
 
 
 class Gemma(nn.Module):
-    """`SplitModel` and `TextModel`; parameters are named as MLX's checkpoints have them (`language_model.model.*`)."""
+    """`SplitModel`, `TextModel` and `MediaModel`; parameters are named as in MLX's checkpoints."""
 
     def __init__(self, config: MultimodalConfig) -> None:
         super().__init__()
@@ -105,6 +109,35 @@ class Gemma(nn.Module):
 
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)
+
+    @property
+    def modalities(self) -> list[MediaKind]:
+        found: list[MediaKind] = ["image"] if self.has_vision else []
+        return [*found, "audio"] if self.has_audio else found
+
+    @property
+    def whole_media(self) -> list[MediaKind]:
+        """Kinds whose tokens see later ones of their own item, so that one step must hold them all."""
+        return ["image"] if self.has_vision and self.config.text.spans != "none" else []
+
+    @property
+    def max_whole_tokens(self) -> int:
+        """Of one item of `whole_media`."""
+        return self.config.num_image_tokens if self.whole_media else 0
+
+    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> None:
+        """Positions are counted."""
+
+    def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
+        """(1, num_tokens, H) of an image's `pixels` (height, width, 3) uint8 or a clip's log-mel `frames` (T, mels)."""
+        if kind == "audio":
+            return self.encode_audio(tensors["frames"])[None]
+        pixels = tensors["pixels"].astype(mx.float32) * (1 / 255)
+        if isinstance(self.config.vision, SiglipConfig):
+            return self.encode_image((pixels.transpose(2, 0, 1) - 0.5) / 0.5, (0, 0))[None]
+        assert self.config.vision is not None, "an image for a model without an image encoder"
+        patches, size = cut_patches(pixels, self.config.vision.patch_size)
+        return self.encode_image(patches, size)[None]
 
     def encode_image(self, pixels: mx.array, grid: tuple[int, int]) -> mx.array:
         """What stands for one image, (tokens, H).

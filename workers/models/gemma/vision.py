@@ -70,6 +70,13 @@ class VisionConfig:
         return made
 
 
+def cut_patches(pixels: mx.array, patch_size: int) -> tuple[mx.array, tuple[int, int]]:
+    """(height, width, 3) -> (rows * columns, 3 * patch_size**2) and (rows, columns)."""
+    rows, columns, p = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size, patch_size
+    patches = pixels.reshape(rows, p, columns, p, 3).transpose(0, 2, 1, 3, 4)
+    return patches.reshape(rows * columns, 3 * p * p), (rows, columns)
+
+
 class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
