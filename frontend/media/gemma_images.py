@@ -1,4 +1,4 @@
-"""Images as Gemma's encoders take them: one square size (Gemma 3), or patches of a grid of the image's shape (Gemma 4).
+"""Images at the sizes that Gemma's encoders take: one square (Gemma 3), or the image's own shape (Gemma 4).
 
 Source: transformers' image processors with Pillow, from whose output these must not differ.
 """
@@ -14,18 +14,16 @@ from PIL import Image
 
 SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
 
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Gemma3Images:
     size: int = 896
 
-    def __call__(self, image: Image.Image) -> Pixels:
-        """(3, size, size) in -1..1."""
-        resized = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels: Pixels = np.asarray(resized, dtype=np.float32).transpose(2, 0, 1) * np.float32(1 / 255)
-        return (pixels - np.float32(0.5)) / np.float32(0.5)
+    def resized(self, image: Image.Image) -> Pixels:
+        """(size, size, 3)"""
+        return np.asarray(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR))
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,17 @@ class Gemma4Images:
     pooling: int = 3
     max_soft_tokens: int = 280
 
-    def __call__(self, image: Image.Image) -> tuple[Pixels, tuple[int, int]]:
-        """((rows * columns, 3 * patch_size**2) in 0..1, (rows, columns) of patches)."""
+    def resized(self, image: Image.Image) -> Pixels:
+        """(height, width, 3) as `target_size` says."""
         height, width = self.target_size(image.height, image.width)
         image = image.convert("RGB")
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image, dtype=np.float32) * np.float32(1 / 255)
-        rows, columns, p = height // self.patch_size, width // self.patch_size, self.patch_size
-        patches = pixels.reshape(rows, p, columns, p, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
-        return patches, (rows, columns)
+        return np.asarray(image)
+
+    def grid(self, pixels: Pixels) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size
 
     def num_tokens(self, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1] // self.pooling**2
