@@ -7,6 +7,8 @@ import gc
 import sys
 
 from frontend.engine import EngineClient
+from frontend.media.loader import MediaLoader
+from frontend.media.processors import processor_of
 from frontend.server import Server
 from frontend.service import Service
 from frontend.tokenizer import load
@@ -21,7 +23,9 @@ def main() -> int:
         logger = log.set_up("frontend", settings.log_level)
         config.prepare_run_folder(settings)
         files = model_files.resolve(settings.model, settings)
-        service = Service(settings, files.name, load(files), EngineClient(settings))
+        processor = processor_of(files.folder) if files.folder is not None else None
+        media = MediaLoader(processor, settings) if processor is not None else None
+        service = Service(settings, files.name, load(files), EngineClient(settings), media)
     except (BadConfig, BadModel) as error:
         print(f"frontend: {error.message}", file=sys.stderr, flush=True)
         return EXIT_CONFIG

@@ -12,10 +12,11 @@ from starlette.responses import Response
 from frontend import logprobs
 from frontend.answer import Answer, check_stream_options, respond
 from frontend.generation import TokenText, prepare
+from frontend.media.parts import MediaPart
 from frontend.metrics import HttpMetrics
 from frontend.output_events import Call, CallArguments, CallEnd, CallFailed, CallStart, Event, Reasoning, Text, settle
 from frontend.output_parser import Request as ParserRequest
-from frontend.prompts import render_chat
+from frontend.prompts import encode_chat, render_chat
 from frontend.schemas import ChatBody, Tool, openapi_body, parse
 from frontend.service import Service, read_body, service_of
 from shared.errors import InvalidRequest
@@ -35,13 +36,16 @@ async def chat_completions(request: Request) -> Response:
     kwargs = dict(body.chat_template_kwargs or {})
     if body.enable_thinking is not None:
         kwargs["enable_thinking"] = body.enable_thinking
-    text = await render_chat(service, body.messages, tools=tools, kwargs=kwargs)
+    parts: list[MediaPart] = []
+    text = await render_chat(service, body.messages, tools=tools, kwargs=kwargs, media=parts)
+    prompt, media = await encode_chat(service, text, parts)
     has_new_name = body.max_completion_tokens is not None
     generation = prepare(
         service,
         request,
         body,
-        [await service.encode(text, add_special_tokens=False, param="messages")],
+        [prompt],
+        media=media,
         max_tokens=body.max_completion_tokens if has_new_name else body.max_tokens,
         max_tokens_param="max_completion_tokens" if has_new_name else "max_tokens",
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -20,7 +20,7 @@ from frontend.service import Service
 from frontend.stop import StopMatcher
 from frontend.streams import ClientGone, TokenStream
 from shared.errors import EngineFailure, InvalidRequest, TandemError, from_code
-from shared.messages import FinishReason, Output, RequestId, Submit, Timings, TokenLogprob
+from shared.messages import FinishReason, MediaItem, Output, RequestId, Submit, Timings, TokenLogprob
 
 # After a stop string the engine is asked to stop; its terminal Output brings the timings and comes within a step.
 STOP_WAIT_S = 1.0
@@ -262,11 +262,13 @@ def prepare(
     max_tokens_param: str,
     num_logprobs: int | None,
     parsing: ParserRequest | None = None,
+    media: Sequence[MediaItem] = (),
 ) -> Generation:
     """Check a request against the model and build its sequences.
 
     Args:
         parsing: None where outputs go on with the prompt's text instead of being turns of their own.
+        media: of the one prompt.
 
     Raises:
         InvalidRequest: a token id, length or limit does not fit the model.
@@ -297,6 +299,7 @@ def prepare(
                 tenant=request.scope.get("tenant", ""),
                 timeout_s=request.scope.get("timeout_s"),
                 cache_salt=cache_salt(request),
+                media=list(media),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)

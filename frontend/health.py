@@ -29,6 +29,7 @@ async def health(request: Request) -> Response:
     answer = {
         "status": "ok" if engine.is_ready else "unavailable",
         "model": service.model_name,
+        "input_modalities": service.modalities,
         "scheduler": "ready" if is_known else "silent",
         "target": status.target if status is not None and is_known else "unknown",
         "drafter": status.drafter if status is not None and is_known else "unknown",

@@ -14,10 +14,11 @@ from frontend import errors
 from frontend.answer import respond
 from frontend.chat import parsing_of, usable_tools
 from frontend.generation import prepare
+from frontend.media.parts import MediaPart
 from frontend.messages_answer import MessagesAnswer
 from frontend.messages_prompt import chat_messages, chat_tools, thinks
 from frontend.messages_schemas import CountTokensBody, MessagesBody, Prompt
-from frontend.prompts import render_chat
+from frontend.prompts import encode_chat, render_chat
 from frontend.schemas import GenerationBody, Tool, openapi_body, parse
 from frontend.service import Service, read_body, service_of
 from shared.errors import ContextLength, InvalidRequest
@@ -36,8 +37,9 @@ async def messages(request: Request) -> Response:
         raise InvalidRequest(f"{place}: must be less than max_tokens", param=place)
     target = service.engine.require_target()
     tools = _tools(service, body)
-    text = await _render(service, body, tools)
-    prompt = await service.encode(text, add_special_tokens=False, param="messages")
+    parts: list[MediaPart] = []
+    text = await _render(service, body, tools, parts)
+    prompt, media = await encode_chat(service, text, parts)
     room = target.max_model_len - len(prompt)
     if room < 1:  # the words by which clients know that they should make the conversation shorter
         raise ContextLength(f"prompt is too long: {len(prompt)} tokens > {target.max_model_len - 1} maximum")
@@ -55,6 +57,7 @@ async def messages(request: Request) -> Response:
         request,
         generation_body,
         [prompt],
+        media=media,
         max_tokens=min(body.max_tokens, room),
         max_tokens_param="max_tokens",
         num_logprobs=None,
@@ -76,8 +79,9 @@ async def count_tokens(request: Request) -> Response:
     service = service_of(request)
     body = parse(await read_body(request), CountTokensBody)
     service.check_model(body.model)
-    text = await _render(service, body, _tools(service, body))
-    prompt = await service.encode(text, add_special_tokens=False, param="messages")
+    parts: list[MediaPart] = []
+    text = await _render(service, body, _tools(service, body), parts)
+    prompt, _ = await encode_chat(service, text, parts)
     return errors.json_response(msgspec.json.encode({"input_tokens": len(prompt)}))
 
 
@@ -86,9 +90,9 @@ def _tools(service: Service, body: Prompt) -> Sequence[Tool] | None:
     return usable_tools(service, chat_tools(body.tools), is_off=is_off)
 
 
-async def _render(service: Service, body: Prompt, tools: Sequence[Tool] | None) -> str:
+async def _render(service: Service, body: Prompt, tools: Sequence[Tool] | None, media: list[MediaPart]) -> str:
     kwargs: dict[str, Any] = {"enable_thinking": thinks(body)}
     effort = body.output_config.effort if body.output_config is not None else None
     if effort is not None:
         kwargs["reasoning_effort"] = effort if effort in ("low", "medium") else "high"  # templates know these three
-    return await render_chat(service, chat_messages(body), tools=tools, kwargs=kwargs)
+    return await render_chat(service, chat_messages(body), tools=tools, kwargs=kwargs, media=media)

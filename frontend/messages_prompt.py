@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from frontend.media.parts import anthropic_source
 from frontend.messages_schemas import (
     DocumentBlock,
     ImageBlock,
@@ -59,12 +60,12 @@ def _user(turn: Turn, place: str, names: dict[str, str]) -> list[ChatMessage]:
     if isinstance(turn.content, str):
         return [ChatMessage(role="user", content=turn.content)]
     messages: list[ChatMessage] = []
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
 
     def end_text() -> None:
-        if texts:
-            messages.append(ChatMessage(role="user", content="\n".join(texts)))
-            texts.clear()
+        if parts:
+            messages.append(ChatMessage(role="user", content=_joined(parts)))
+            parts.clear()
 
     for i, block in enumerate(turn.content):
         where = f"{place}.content[{i}]"
@@ -78,10 +79,18 @@ def _user(turn: Turn, place: str, names: dict[str, str]) -> list[ChatMessage]:
             content = _result(block, where)
             name = names[block.tool_use_id]
             messages.append(ChatMessage(role="tool", content=content, tool_call_id=block.tool_use_id, name=name))
+        elif isinstance(block, ImageBlock):
+            parts.append({"type": "image_url", "part": anthropic_source(block.source, f"{where}.source")})
         else:
-            texts.append(_text(block, where))
+            parts.append({"type": "text", "text": _text(block, where)})
     end_text()
     return messages or [ChatMessage(role="user", content="")]
+
+
+def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return list(parts)
 
 
 def _result(block: ToolResultBlock, place: str) -> str:
@@ -99,7 +108,7 @@ def _text(block: object, place: str) -> str:
     if isinstance(block, DocumentBlock):
         return _document(block, place)
     if isinstance(block, ImageBlock):
-        raise InvalidRequest(f"{place}: images are not supported yet", param=place)
+        raise InvalidRequest(f"{place}: images are supported in user turns only", param=place)
     raise InvalidRequest(f"{place}.type: this block may not stand here", param=f"{place}.type")
 
 

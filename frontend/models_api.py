@@ -40,4 +40,5 @@ def _card(service: Service) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.max_model_len,
         "context_window": service.max_model_len,
+        "input_modalities": service.modalities,
     }

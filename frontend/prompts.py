@@ -8,10 +8,12 @@ from typing import Any
 
 import msgspec
 
+from frontend.media.parts import MEDIA_TYPES, MediaPart, chat_part
 from frontend.sampling import check_token_ids
 from frontend.schemas import ChatMessage, Tool
 from frontend.service import INLINE_CHARS, Service
 from shared.errors import InvalidRequest
+from shared.messages import MediaItem
 
 MAX_PROMPTS = 128
 
@@ -23,16 +25,20 @@ async def render_chat(
     tools: Sequence[Tool] | None,
     kwargs: dict[str, Any] | None,
     add_generation_prompt: bool = True,
+    media: list[MediaPart] | None = None,
 ) -> str:
     """A conversation as the template writes it, special tokens included.
 
+    Args:
+        media: gets the messages' images in order; None where they are not supported.
     Raises:
-        InvalidRequest: a content part is not text, or the template refuses the messages.
+        InvalidRequest: a content part is not text or media, or the template refuses the messages.
     """
     template = service.template
     if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-    plain = [_plain(m, i, knows_developer=template.knows_developer) for i, m in enumerate(messages)]
+    found = _MediaParts(service, media)
+    plain = [_plain(m, i, knows_developer=template.knows_developer, media=found) for i, m in enumerate(messages)]
     _rename_calls(plain, service)
     num_chars = sum(len(str(m["content"])) for m in plain)
     plain_tools = [plain_tool(tool) for tool in tools] if tools else None
@@ -65,13 +71,13 @@ def _rename_calls(plain: list[dict[str, Any]], service: Service) -> None:
             message["tool_call_id"] = renamed[message["tool_call_id"]]
 
 
-def _plain(message: ChatMessage, index: int, *, knows_developer: bool) -> dict[str, Any]:
+def _plain(message: ChatMessage, index: int, *, knows_developer: bool, media: _MediaParts) -> dict[str, Any]:
     """The dict that templates expect: text content, a system role they know, tool arguments as objects."""
     place = f"messages[{index}]"
     if message.content is None and not (message.role == "assistant" and message.tool_calls):
         raise InvalidRequest(f"{place}.content: required field is missing", param=f"{place}.content")
     role = "system" if message.role == "developer" and not knows_developer else message.role
-    plain: dict[str, Any] = {"role": role, "content": _text(message.content, f"{place}.content")}
+    plain: dict[str, Any] = {"role": role, "content": _content(message.content, f"{place}.content", media)}
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value is not None:
@@ -88,23 +94,63 @@ def _plain(message: ChatMessage, index: int, *, knows_developer: bool) -> dict[s
     return plain
 
 
-def _text(content: str | list[dict[str, Any]] | None, place: str) -> str:
+class _MediaParts:
+    """Collects the media of a request's messages."""
+
+    def __init__(self, service: Service, found: list[MediaPart] | None) -> None:
+        self._is_text_only = service.media is None
+        self._found = found
+
+    def add(self, part: dict[str, Any], place: str) -> dict[str, str]:
+        """The part that a template expects in its place."""
+        if self._is_text_only or self._found is None:
+            why = "this model takes text only" if self._is_text_only else "media are not supported here"
+            text = f"{place}.type: parts of type {part['type']!r} are not supported: {why}"
+            raise InvalidRequest(text, param=f"{place}.type")
+        read = part.get("part")  # set by the Messages API's own reader, never by JSON
+        self._found.append(read if isinstance(read, MediaPart) else chat_part(part, place))
+        return {"type": self._found[-1].kind}
+
+
+def _content(content: str | list[dict[str, Any]] | None, place: str, media: _MediaParts) -> str | list[dict[str, str]]:
+    """A text, or a list of parts where media are among them: not all templates know lists."""
     if not isinstance(content, list):
         return content or ""
-    texts = []
-    for i, part in enumerate(content):
-        if part.get("type") != "text":
-            kind = part.get("type")
-            raise InvalidRequest(
-                f"{place}[{i}].type: parts of type {kind!r} are not supported", param=f"{place}[{i}].type"
-            )
-        for key in part:
-            if key not in ("type", "text"):
-                raise InvalidRequest(f"{place}[{i}].{key}: unknown or unsupported field", param=f"{place}[{i}].{key}")
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{place}[{i}].text: expected `str`", param=f"{place}[{i}].text")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    parts = [
+        media.add(part, f"{place}[{i}]") if part.get("type") in MEDIA_TYPES else _text_part(part, f"{place}[{i}]")
+        for i, part in enumerate(content)
+    ]
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _text_part(part: dict[str, Any], place: str) -> dict[str, str]:
+    kind = part.get("type")
+    if kind != "text":
+        raise InvalidRequest(f"{place}.type: parts of type {kind!r} are not supported", param=f"{place}.type")
+    for key in part:
+        if key not in ("type", "text"):
+            raise InvalidRequest(f"{place}.{key}: unknown or unsupported field", param=f"{place}.{key}")
+    if not isinstance(part.get("text"), str):
+        raise InvalidRequest(f"{place}.text: expected `str`", param=f"{place}.text")
+    return {"type": "text", "text": part["text"]}
+
+
+async def encode_chat(service: Service, text: str, media: Sequence[MediaPart]) -> tuple[list[int], list[MediaItem]]:
+    """A rendered conversation as tokens, with its media in their places.
+
+    Raises:
+        InvalidRequest: a medium cannot be used.
+    """
+    if media and service.media is not None:
+        service.media.check(media)
+        text = service.media.rewrite(text)
+    token_ids = await service.encode(text, add_special_tokens=False, param="messages")
+    if not media:
+        return token_ids, []
+    assert service.media is not None, "media were collected for a model that takes text only"
+    return await service.media.attach(token_ids, media)
 
 
 def _arguments(arguments: str) -> Any:  # noqa: ANN401 - any JSON value

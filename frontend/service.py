@@ -11,6 +11,7 @@ from frontend import output_parser, tokenizer
 from frontend.chat_template import ChatTemplate
 from frontend.detokenize import Detokenizer
 from frontend.engine import EngineClient
+from frontend.media.loader import MediaLoader
 from frontend.pieces import Pieces
 from frontend.streams import ClientGone
 from frontend.tokenizer import ModelText
@@ -31,8 +32,16 @@ class Service:
         BadModel: the chat template does not parse.
     """
 
-    def __init__(self, settings: Settings, model_name: str, text: ModelText, engine: EngineClient) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model_name: str,
+        text: ModelText,
+        engine: EngineClient,
+        media: MediaLoader | None = None,
+    ) -> None:
         self.settings = settings
+        self.media = media  # None: the model takes text only
         self.model_name = model_name
         self.text = text
         self.engine = engine
@@ -53,6 +62,11 @@ class Service:
         """None until a target has been ready once."""
         info = self.engine.target_info
         return info.max_model_len if info is not None else None
+
+    @property
+    def modalities(self) -> list[str]:
+        """What the model takes."""
+        return ["text", *(self.media.modalities if self.media is not None else [])]
 
     def check_model(self, model: str) -> None:
         """Raises NotFound for a name that is not the served model's."""

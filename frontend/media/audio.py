@@ -7,8 +7,6 @@ header: decoding stops at the limit, whatever length was announced.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import math
 from collections.abc import Iterator
@@ -18,36 +16,13 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from frontend.media.parts import AUDIO_FORMATS
 from shared.errors import InvalidRequest
 
-FORMATS = ("wav", "mp3", "flac", "ogg", "m4a")  # that a client may name
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 4_000, 384_000, 32
 BLOCK = 1 << 16  # frames decoded at a time
 
 Samples = NDArray[np.float32]
-
-
-def decode_part(data: str, label: str | None, rate: int, max_s: float, param: str) -> Samples:
-    """An `input_audio` part's samples.
-
-    Args:
-        data: base64, or a data URI of it.
-        label: the part's `format`.
-        param: the request's field, for messages.
-    Raises:
-        InvalidRequest: an unknown label, malformed base64, or as `decode` says.
-    """
-    if label is not None and label.lower() not in FORMATS:
-        raise InvalidRequest(f"format {label[:40]!r} is none of {', '.join(FORMATS)}", param=f"{param}.format")
-    if data.startswith("data:"):
-        head, comma, data = data.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise InvalidRequest("a data URI of audio must be base64", param=f"{param}.data")
-    try:
-        content = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("the audio is not valid base64", param=f"{param}.data") from error
-    return decode(content, rate, max_s, f"{param}.data")
 
 
 def decode(content: bytes, rate: int, max_s: float, param: str) -> Samples:
@@ -105,7 +80,7 @@ def _by_ffmpeg(content: bytes, max_s: float, param: str) -> tuple[Samples, int]:
             )
             return _joined(mono, own_rate, max_s, param), own_rate
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise InvalidRequest(f"the audio cannot be read as any of {', '.join(FORMATS)}", param=param) from error
+        raise InvalidRequest(f"the audio cannot be read as any of {', '.join(AUDIO_FORMATS)}", param=param) from error
 
 
 _CONTAINERS = "mov,mp4,m4a,aac,mp3,wav,flac,ogg,matroska,webm"

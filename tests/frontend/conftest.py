@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from frontend.engine import EngineClient
+from frontend.media.loader import MediaLoader
 from frontend.server import Server
 from frontend.service import Service
 from frontend.tokenizer import ModelText, load
@@ -68,12 +69,14 @@ def byte_text(**overrides: object) -> ModelText:
 class RunningServer:
     """A frontend serving in a thread, with clients for it."""
 
-    def __init__(self, settings: Settings, text: ModelText, *, lost_limit_s: float = 60.0) -> None:
+    def __init__(
+        self, settings: Settings, text: ModelText, *, lost_limit_s: float = 60.0, media: MediaLoader | None = None
+    ) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.engine_client = EngineClient(settings, lost_limit_s=lost_limit_s)
-        self.server = Server(Service(settings, "Fake-1B", text, self.engine_client))
+        self.server = Server(Service(settings, "Fake-1B", text, self.engine_client, media))
         self.thread = threading.Thread(target=self._serve, name="frontend server", daemon=True)
         self.http = httpx.Client(base_url=self.url, timeout=20)
         self.thread.start()

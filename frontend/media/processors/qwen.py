@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from frontend.media.processors.base import Processed
+from frontend.media.processors.base import Processed, Processor
 from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
@@ -24,7 +24,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenProcessor:
+class QwenProcessor(Processor):
     """Args:
     min_pixels, max_pixels: area of a resized image.
     mean, std: of channels in 0..1.
@@ -56,7 +56,7 @@ class QwenProcessor:
         resized = picture.resize((width, height), Image.Resampling.BICUBIC)
         frames = np.asarray(resized, dtype=np.uint8)[None]
         grid = [1, height // self.patch_size, width // self.patch_size]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "frames": frames,
             "mean": np.array(self.mean, dtype=np.float32),
             "std": np.array(self.std, dtype=np.float32),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from frontend.media.audio import FORMATS, decode, decode_part
+from frontend.media.audio import decode
 from frontend.media.log_mel import LogMel
 from shared.errors import BadModel, InvalidRequest
 
@@ -87,17 +87,6 @@ def test_eight_bits():
     np.testing.assert_allclose(samples, tone()[:, 0], rtol=0, atol=0.01)
 
 
-def test_a_label_does_not_decide():
-    for label in (*FORMATS, "WAV", None):
-        part = decode_part(base64.b64encode(LOSSLESS["flac"]).decode(), label, RATE, 30, "x")
-        np.testing.assert_allclose(part, tone()[:, 0], rtol=0, atol=1e-4)
-
-
-def test_data_uri():
-    uri = "data:audio/wav;base64," + base64.b64encode(LOSSLESS["wav"]).decode()
-    np.testing.assert_allclose(decode_part(uri, None, RATE, 30, "x"), tone()[:, 0], rtol=0, atol=1e-4)
-
-
 def cut_header(count):
     """A WAV that announces more samples than it holds."""
     content = bytearray(LOSSLESS["wav"])
@@ -134,15 +123,6 @@ def test_bad_files_are_refused_with_the_reason(case):
 
 def test_a_header_that_lies_about_its_length_is_not_believed():
     assert len(decode(cut_header(2**31), RATE, 30, "x")) == RATE // 2
-
-
-@pytest.mark.parametrize(
-    ("data", "label", "reason"),
-    [("AAAA", "exe", "is none of wav"), ("###", "wav", "not valid base64"), ("data:audio/wav,abc", None, "base64")],
-)
-def test_bad_parts_are_refused(data, label, reason):
-    with pytest.raises(InvalidRequest, match=reason):
-        decode_part(data, label, RATE, 30, "x")
 
 
 @pytest.mark.parametrize("count", [0, 1, 160])

@@ -74,8 +74,14 @@ def test_what_the_model_takes_and_how_the_prompt_frames_it():
     made = from_configs(config, {})
     assert made.modalities == ("image", "audio")
     assert made.placeholders == {"image": 258_880, "audio": 258_881}
-    assert made.around == {"image": (7, 258_882), "audio": (256_000, 9)}
+    assert made.expansion("image", 2) == ([7, 258_880, 258_880, 258_882], 1)
+    assert made.expansion("audio", 1) == ([256_000, 258_881, 9], 1)
+    assert made.rewrite("a<|image|>b") == "a<|image|>b"
     assert from_configs({"model_type": "gemma4", "vision_config": {}}, {}).modalities == ("image",)
-    clip = made.audio(np.zeros((16_000,), np.float32), "x")
-    assert clip.arrays["frames"].shape == (99, 128)
-    assert clip.num_tokens == 25
+
+
+def test_gemma3_opens_an_image_and_sets_it_apart():
+    made = from_configs({"model_type": "gemma3", "vision_config": {}, "boi_token_index": 3, "eoi_token_index": 4}, {})
+    assert made.placeholders == {"image": 3}
+    assert made.expansion("image", 2) == ([3, 262_144, 262_144, 4], 1)
+    assert made.rewrite("a<start_of_image>b") == "a\n\n<start_of_image>\n\nb"

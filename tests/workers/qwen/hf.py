@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -51,7 +52,7 @@ VISION = {
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def make(transformers, folder, model_type, text=None, vision=None, seed=0, **more):
+def make(transformers, folder, model_type, text=None, vision=None, seed=0, scale=0.1, **more):
     """transformers' model and ours with the same weights."""
     import torch
 
@@ -59,12 +60,11 @@ def make(transformers, folder, model_type, text=None, vision=None, seed=0, **mor
         model_type, text_config={**(TEXT_3 if model_type == "qwen3_vl" else TEXT_2), **(text or {})},
         vision_config={**VISION[model_type], **(vision or {})}, **IDS, **more,
     )  # fmt: skip
-    config._attn_implementation = "eager"
-    reference = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     torch.manual_seed(seed)
+    reference = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in reference.parameters():
-            parameter.copy_(parameter + 0.1 * torch.randn(parameter.shape))
+            parameter.copy_(parameter + scale * torch.randn(parameter.shape))
     reference = reference.eval()
     reference.save_pretrained(folder)
     return reference, load(ModelFiles(name="m", folder=folder), "float32").model
@@ -158,7 +158,7 @@ def our_logits(model, made, chunks=()):
         media.bind(0, len(made.tokens), made.media)
     parts = []
     borders = [0, *chunks, len(made.tokens)]
-    for first, end in zip(borders, borders[1:], strict=False):
+    for first, end in itertools.pairwise(borders):
         tokens = made.tokens[first:end]
         inputs = mx.array([tokens])
         row = StepRow(slot=0, start=first, capacity=256, token_ids=tokens)

@@ -41,7 +41,7 @@ class AxialRope(Rope):
 class TextDecoder(decoder.Model):
     def __init__(self, config: QwenConfig) -> None:
         super().__init__(config.text)
-        self._rope = AxialRope(config.text.rope, config.sections, config.is_interleaved)
+        self._axial_rope = AxialRope(config.text.rope, config.sections, config.is_interleaved)
 
     def hidden(
         self,
@@ -61,7 +61,7 @@ class TextDecoder(decoder.Model):
         x = self.embed(inputs) if input_embeddings is None else input_embeddings
         caches: Sequence[LayerCache] = [NoCache()] * len(self.model.layers) if cache is None else cache
         if positions is not None and positions.ndim == 3:
-            rotate = self._rope.at_positions(positions)
+            rotate = self._axial_rope.at_positions(positions)
         else:
             offset = caches[0].offset if positions is None else positions
             rotate = self._rope.at(offset, x.shape[1], x.shape[0], self.is_cpu)

@@ -191,7 +191,7 @@ class VisionTower(nn.Module):
         """The learned square of positions, resampled bilinearly so that corners meet."""
         assert self.config.num_positions is not None, "an encoder with learned positions"
         side = int(self.config.num_positions**0.5)
-        total = 0
+        total = mx.zeros((1,))
         for row, row_weight in _taps(rows, grid[1], side):
             for column, column_weight in _taps(columns, grid[2], side):
                 weight = mx.array((row_weight * column_weight)[:, None])
@@ -217,17 +217,18 @@ class VisionTower(nn.Module):
 
 RENAMED = (
     ("patch_embed.proj.", "patch_embed."), ("deepstack_merger_list.", "deep_mergers."),
-    ("merger.ln_q.", "merger.norm."), ("merger.mlp.0.", "merger.fc1."), ("merger.mlp.2.", "merger.fc2."), ("linear_fc", "fc"),
+    ("merger.ln_q.", "merger.norm."), ("merger.mlp.0.", "merger.fc1."), ("merger.mlp.2.", "merger.fc2."),
+    ("linear_fc", "fc"),
 )  # fmt: skip
 
 
 def block_positions(grid: tuple[int, int, int], merge: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of each patch, in the order patches come in; both (t * rows * columns,)."""
     t, h, w = grid
-    rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
     shape = (h // merge, merge, w // merge, merge)
-    rows, columns = (a.reshape(shape).swapaxes(1, 2).reshape(-1) for a in (rows, columns))
-    return np.tile(rows, t), np.tile(columns, t)
+    axes = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    rows, columns = (np.tile(axis.reshape(shape).swapaxes(1, 2).reshape(-1), t) for axis in axes)
+    return rows, columns
 
 
 def window_order(grid: tuple[int, int, int], merge: int, window: int) -> tuple[np.ndarray, list[int]]:

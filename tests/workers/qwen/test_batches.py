@@ -1,0 +1,226 @@
+"""Text, image and video requests together, through the real scheduler core and engine: each as when it is alone."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+import pytest
+
+from shared.messages import Hello, Ready, Release, SamplingParams, Step
+from tests.support.engine_rig import EngineRig, make_engine
+from tests.workers.qwen import hf
+from workers.media import SlotMedia
+
+pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
+
+CLASSES = [48, 96, 192]
+MODEL_TYPES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def pair(request, transformers, tmp_path_factory):
+    return hf.make(transformers, tmp_path_factory.mktemp(request.param), request.param, seed=7, scale=0.3)
+
+
+def requests_of(model):
+    config = model.config.vision
+    wide, tall = (hf.item("image", hf.image(*size, 1)[None], config) for size in ((64, 40), (16, 56)))
+    frames = np.stack([hf.image(24, 24, s) for s in (3, 4)])
+    return {
+        "text": hf.prompt([[5, 6, 7, 8, 9]]),
+        "image": hf.prompt([[5, 6], wide, [9, 10, 11]]),
+        "two": hf.prompt([[5, 6, 7], tall, [12, 13], wide, [14]]),
+        "same image again": hf.prompt([[30, 31], wide, [9]]),
+        "image is last": hf.prompt([[33], tall]),
+        "video": hf.prompt([[20, 21], hf.item("video", frames, config), [22]]),
+        "long text": hf.prompt([list(range(3, 60))]),
+    }
+
+
+class MediaRig(EngineRig):
+    """Its target takes images and video; `steps` are all it was sent."""
+
+    def __init__(self, model, **more):
+        self.steps = []
+        super().__init__(
+            make_engine(model, classes=CLASSES, **{k: more.pop(k) for k in ("block_size",) if k in more}), **more
+        )
+        self.core.target.info = msgspec.structs.replace(self.core.target.info, modalities=model.modalities)
+
+    def start(self, made, names, max_tokens=12):
+        for name in names:
+            self.submit(name, made[name].tokens, max_tokens, media=made[name].media)
+
+    def work(self):
+        if self.queue and isinstance(self.queue[0], Step):
+            self.steps.append(self.queue[0])
+        return super().work()
+
+
+def alone(model, made, max_tokens=12):
+    found = {}
+    for name in made:
+        rig = MediaRig(model)
+        rig.start(made, [name], max_tokens)
+        rig.drain()
+        found[name] = rig.tokens(name)
+        assert len(found[name]) == max_tokens
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(pair):
+    return alone(pair[1], requests_of(pair[1]))
+
+
+def test_greedy_text_of_32_tokens_equals_transformers(pair):
+    reference, model = pair
+    made = requests_of(model)["two"]
+    # transformers takes a placeholder among the output for an image without pixels.
+    never = {hf.IMAGE: -100.0, hf.VIDEO: -100.0}
+    rig = MediaRig(model)
+    rig.submit("two", made.tokens, 32, SamplingParams(temperature=0.0, logit_bias=never), media=made.media)
+    rig.drain()
+    output = rig.tokens("two")
+    logits = hf.hf_logits(reference, model, made, output)[len(made.tokens) - 1 : -1]
+    logits[:, list(never)] -= 100
+    assert logits.argmax(axis=-1).tolist() == output
+    assert len(set(output)) > 3, "a text that tells nothing"
+
+
+def test_a_mixed_batch_gives_what_each_request_gives_alone(pair, expected):
+    model = pair[1]
+    made = requests_of(model)
+    rig = MediaRig(model)
+    rig.start(made, made)
+    rig.drain()
+    assert {name: rig.tokens(name) for name in made} == expected
+    together = [step for step in rig.steps if len(step.decodes) > 3]
+    assert together, "rows decoded together"
+
+
+def test_decode_rows_wait_for_one_encoder_run_at_most(pair, expected):
+    model = pair[1]
+    made = requests_of(model)
+    rig = MediaRig(model)
+    rig.start(made, ["text"])
+    while not rig.tokens("text"):
+        rig.work()
+    rig.start(made, ["two", "image"])
+    rig.drain()
+    encoding = [step for step in rig.steps if step.encodes]
+    assert [len(step.encodes) for step in encoding] == [1, 1, 1]
+    assert all(step.decodes and not step.prefills for step in encoding[:2])
+    assert rig.tokens("text") == expected["text"]
+    assert rig.engine.media.num_encoder_runs == 2, "the image of both is encoded once"
+
+
+def test_a_lost_target_in_the_middle_of_an_image_changes_nothing(pair, expected):
+    """Another target computes everything again, from the media that the scheduler kept."""
+    model = pair[1]
+    made = requests_of(model)
+    rig = MediaRig(model)
+    rig.core.planner.max_prefill_tokens = 8
+    rig.start(made, ["two", "text"])
+    item = made["two"].media[1]
+    while not any(item.start < p.start < item.start + item.num_tokens for s in rig.steps for p in s.prefills):
+        assert rig.work()
+    rig.queue.clear()
+    info = msgspec.structs.replace(rig.core.target.info, max_step_tokens=8)
+    rig.engine.reset()
+    rig.engine.media = SlotMedia(model)
+    rig.send("target2", Hello(role="target", instance_id="target2", pid=9))
+    rig._deliver(rig.core.handle("target2", Ready(epoch=rig.epochs["target2"], info=info), rig.now))
+    while rig.queue:
+        message = rig.queue.popleft()
+        if isinstance(message, Release):
+            rig.engine.release(message.slots, message.stores)
+            continue
+        rig.send("target2", rig.engine.finish(rig.engine.begin(message)))
+    assert {name: rig.tokens(name) for name in ("two", "text")} == {n: expected[n] for n in ("two", "text")}
+
+
+def test_preemption_in_the_middle_of_an_image_changes_nothing(pair, expected):
+    model = pair[1]
+    made = requests_of(model)
+    rig = MediaRig(model)
+    rig.core.planner.max_prefill_tokens = 8
+    rig.start(made, ["two"])
+    item = made["two"].media[1]
+    while not any(item.start < p.start < item.start + item.num_tokens for s in rig.steps for p in s.prefills):
+        assert rig.work()
+    rig.core._preempt(rig.core.running[0])
+    rig._deliver(rig.core._finish(rig.now))
+    rig.drain()
+    assert rig.tokens("two") == expected["two"]
+    assert rig.outputs["two"][-1].timings.num_preemptions == 1
+
+
+def test_a_cached_prefix_with_images_is_used_for_the_same_images_only(pair, expected):
+    model = pair[1]
+    made = requests_of(model)
+    config = model.config.vision
+    other = hf.prompt([[5, 6, 7], hf.item("image", hf.image(16, 56, 9)[None], config), [12, 13], [14]])
+    rig = MediaRig(model, block_size=4)
+    rig.start(made, ["two"])
+    rig.drain()
+    runs = rig.engine.media.num_encoder_runs
+    rig.submit("again", made["two"].tokens, 12, media=made["two"].media)
+    rig.submit("other", other.tokens, 12, media=other.media)
+    rig.drain()
+    assert rig.tokens("again") == expected["two"]
+    assert rig.outputs["again"][-1].timings.num_cached_tokens > made["two"].media[0].start + 4
+    assert rig.outputs["other"][-1].timings.num_cached_tokens < 8
+    assert rig.tokens("other") == alone(model, {"other": other})["other"]
+    assert rig.engine.media.num_encoder_runs == runs + 1
+
+
+def test_media_beside_the_prompt_or_of_a_kind_not_taken_are_refused(pair):
+    model = pair[1]
+    made = requests_of(model)["image"]
+    for changes, words in (
+        ({"start": 1000}, "outside the prompt"), ({"kind": "audio"}, "no audio"), ({"num_tokens": 0}, "outside"),
+    ):  # fmt: skip
+        rig = MediaRig(model)
+        media = [msgspec.structs.replace(made.media[0], **changes)]
+        with pytest.raises(AssertionError, match=words):
+            rig.submit("bad", made.tokens, 4, media=media)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_checkpoint_in_mlx_layout_gives_the_same(transformers, tmp_path, bits):
+    """MLX's names and convolution layout; 8 bits agree within the quantisation's error."""
+    from safetensors.numpy import load_file, save_file
+
+    from shared.model_files import ModelFiles
+    from workers.load import load
+
+    vision = {"embed_dim": 64, "num_heads": 4, "hidden_size": 64}
+    _, model = hf.make(
+        transformers, tmp_path, "qwen2_vl", {"hidden_size": 64, "intermediate_size": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 4, 2]}}, vision,
+    )  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {}
+    for name, array in weights.items():
+        name = name.replace("visual.", "vision_tower.") if name.startswith("visual.") else f"language_model.{name}"
+        renamed[name] = array.transpose(0, 2, 3, 4, 1).copy() if array.ndim == 5 else array
+    if bits is not None:
+        for name in [n for n in renamed if n.startswith("language_model.") and n.endswith("proj.weight")]:
+            packed, scales, biases = mx.quantize(mx.array(renamed[name]), group_size=32, bits=bits)
+            base = name.removesuffix("weight")
+            renamed |= {name: np.array(packed), base + "scales": np.array(scales), base + "biases": np.array(biases)}
+        config["quantization"] = {"group_size": 32, "bits": bits}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "mlx"})
+    loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
+    made = hf.prompt([[5, 6], hf.item("image", hf.image(24, 40)[None], model.config.vision), [7]])
+    wanted, got = hf.our_logits(model, made), hf.our_logits(loaded, made)
+    if bits is None:
+        np.testing.assert_array_equal(got, wanted)
+    else:
+        assert 0 < np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
