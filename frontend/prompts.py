@@ -103,12 +103,12 @@ class _MediaParts:
 
     def add(self, part: dict[str, Any], place: str) -> dict[str, str]:
         """The part that a template expects in its place."""
+        read = part.get("part")  # set by the Messages API's own reader, never by JSON
+        place = read.param if isinstance(read, MediaPart) else f"{place}.type"
         if self._is_text_only or self._found is None:
             why = "this model takes text only" if self._is_text_only else "media are not supported here"
-            text = f"{place}.type: parts of type {part['type']!r} are not supported: {why}"
-            raise InvalidRequest(text, param=f"{place}.type")
-        read = part.get("part")  # set by the Messages API's own reader, never by JSON
-        self._found.append(read if isinstance(read, MediaPart) else chat_part(part, place))
+            raise InvalidRequest(f"{place}: parts of type {part['type']!r} are not supported: {why}", param=place)
+        self._found.append(read if isinstance(read, MediaPart) else chat_part(part, place.removesuffix(".type")))
         return {"type": self._found[-1].kind}
 
 

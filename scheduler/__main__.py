@@ -11,8 +11,9 @@ from types import FrameType
 import psutil
 import zmq
 
-from scheduler.core import Core, Envelope
+from scheduler.core import Core
 from scheduler.metrics import Metrics
+from scheduler.outbox import Envelope
 from shared import config, log
 from shared.api_keys import load_keys
 from shared.beat import Beat

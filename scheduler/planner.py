@@ -31,6 +31,7 @@ class Plan:
     sequences: list[Sequence] = field(default_factory=list)
     stores: list[BlockStore] = field(default_factory=list)
     encodes: list[EncodeRow] = field(default_factory=list)
+    encoding: list[Sequence] = field(default_factory=list)  # whose media they are
     num_tokens: int = 0
 
     def __bool__(self) -> bool:
@@ -160,6 +161,8 @@ class Planner:
             sequence = self._next_prefill(prefilling)
             if sequence is None:
                 return
+            if sequence.submit.media and not sequence.is_started and any(start.media for start in plan.starts):
+                return  # a message holds the arrays of one request
             if self.prefix is not None and not self._restore(sequence, self.prefix):
                 continue
             first = sequence.num_scheduled
@@ -172,6 +175,8 @@ class Planner:
                         self._start(plan, sequence, now)
                         assert sequence.slot is not None, "a planned sequence holds a slot"
                         plan.encodes.append(EncodeRow(slot=sequence.slot, index=index))
+                        plan.encoding.append(sequence)
+                        plan.num_tokens += item.num_tokens
                         sequence.num_encoded = index + 1
                     return
                 end = min(end, item.start)

@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from shared.messages import ArchivedBlock, BlocksArchived, BlocksLoaded, BlockStore, LoadBlocks
+from workers.arrays import start_evaluating
 from workers.cache.archive import Archive, ArchivedState, Copy
 from workers.cache.blocks import BlockPool, State
 
 MAX_WAITING = 4096  # blocks that wait for their copy; the oldest are given up
-BUSY_INTERVAL_S = 0.05  # between two copies while steps run
+BUSY_INTERVAL_S = 0.1  # between two copies while steps run
 MAX_IN_MEMORY = 16  # copies that wait for the disk
 ANNOUNCED_AT_ONCE = 2000  # blocks in one message
 
@@ -32,6 +33,15 @@ class Waiting:
     block_id: int
     has_window: bool
     state_id: int | None
+
+
+@dataclass(frozen=True)
+class Copying:
+    """A block that the device is putting together; what is queued before it comes first."""
+
+    item: Waiting
+    content: mx.array
+    state: State | None
 
 
 class Archiver:
@@ -50,6 +60,7 @@ class Archiver:
         self._num_writing = 0
         self._num_loading = 0
         self._last_copy = 0.0
+        self._copying: Copying | None = None
         self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
         self._thread.start()
 
@@ -60,7 +71,7 @@ class Archiver:
     @property
     def has_work(self) -> bool:
         """Blocks wait for their copy and the disk keeps up."""
-        return bool(self._waiting) and self._num_writing < MAX_IN_MEMORY
+        return self._copying is not None or (bool(self._waiting) and self._num_writing < MAX_IN_MEMORY)
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -69,9 +80,10 @@ class Archiver:
     def reset(self) -> None:
         """The pool was emptied."""
         self._waiting.clear()
+        self._copying = None
 
     def clear(self) -> None:
-        self._waiting.clear()
+        self.reset()
         self._archive.clear()
 
     # ------------------------------------------------ device -> archive
@@ -84,7 +96,17 @@ class Archiver:
                 self._waiting.append(item)
 
     def copy_some(self, is_idle: bool) -> None:
-        """Copy a waiting block; nothing while steps run and the last copy was only just made."""
+        """Copy a waiting block; nothing while steps run and the last copy was only just made.
+
+        A copy takes two calls: the first queues it on the device, the second reads it, by when it is done.
+        """
+        if self._copying is not None:
+            item, state = self._copying.item, self._copying.state
+            states = None if state is None else _described(state)
+            self._num_writing += 1
+            self._jobs.put((item.block_hash, Copy(np.array(self._copying.content), states, item.has_window)))
+            self._copying = None
+            return
         now = time.monotonic()
         if not self.has_work or (not is_idle and now - self._last_copy < BUSY_INTERVAL_S):
             return
@@ -93,10 +115,9 @@ class Archiver:
         flags = ("w" if item.has_window else "") + ("s" if item.state_id is not None else "")
         if self._pool.holder(item.block_id) != item.block_hash or self._archive.has(item.block_hash, flags):
             return
-        content = self._pool.read_block(item.block_id, item.has_window)
-        states = None if item.state_id is None else _described(self._pool.read_state(item.state_id))
-        self._num_writing += 1
-        self._jobs.put((item.block_hash, Copy(content, states, item.has_window)))
+        state = None if item.state_id is None else self._pool.read_state(item.state_id)
+        self._copying = Copying(item, self._pool.read_block(item.block_id, item.has_window), state)
+        start_evaluating([self._copying.content])
 
     # ------------------------------------------------ archive -> device
 

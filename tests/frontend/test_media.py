@@ -145,8 +145,8 @@ def test_a_bad_image_is_a_400_and_the_server_goes_on(media_server, name):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://example.com/cat.png", "not supported"),
-        ("file:///etc/passwd", "not supported"),
+        ("http://example.com/cat.png", "fetching URLs is off"),
+        ("file:///etc/passwd", "allowed folders only"),
         ("data:image/png,abc", "data URI"),
         ("data:image/png;base64,@@@@", "not valid base64"),
         ("", "expected a URL"),
@@ -208,7 +208,7 @@ def test_images_of_the_messages_api(media_server, engine):
     for bad, words in (
         (source | {"data": "@@"}, "not valid base64"), (source | {"data": ""}, "no bytes"),
         ({"type": "file", "file_id": "x"}, "not supported"), (source | {"x": 1}, "unknown"),
-        ({"type": "url", "url": "https://example.com/a.png"}, "not supported"),
+        ({"type": "url", "url": "https://example.com/a.png"}, "fetching URLs is off"),
     ):  # fmt: skip
         answer = post(bad)
         assert answer.status_code == 400

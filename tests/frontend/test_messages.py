@@ -289,7 +289,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management.edits"),
     ({"system": [IMAGE]}, "system"),
     ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
-    (turn(IMAGE), "messages\\[0\\].content\\[0\\]: images are not supported yet"),
+    (turn(IMAGE), "messages\\[0\\].content\\[0\\].source.data: .*takes text only"),
     (turn({"type": "search_result"}), "search_result"),
     (turn({"type": "text", "text": "x", "colour": 1}), "colour"),
     (turn({"type": "tool_result", "tool_use_id": "t9", "content": "x"}), "t9"),

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.core import Core, Envelope
+from scheduler.core import Core
 from scheduler.metrics import Metrics
+from scheduler.outbox import Envelope
+from scheduler.session import Session
 from shared.config import Settings
 from shared.messages import (
     Cancel,
@@ -75,6 +77,11 @@ class Rig:
     def target_id(self) -> str:
         return f"target{self.num_targets}"
 
+    @property
+    def session(self) -> Session:
+        assert self.core.session is not None, "no target is ready"
+        return self.core.session
+
     def start_target(self, last_exit: int | None = 0) -> None:
         """A new target process; `last_exit` is how the one before it ended."""
         self.num_targets += 1
@@ -117,8 +124,8 @@ class Rig:
     def assert_idle(self) -> None:
         self.drain()
         assert not self.core.running and not len(self.core.waiting)
-        assert self.core.slots.used_tokens == 0
-        assert self.core.slots.num_free_slots == self.info.num_slots
+        assert self.session.slots.used_tokens == 0
+        assert self.session.slots.num_free_slots == self.info.num_slots
         assert not self.target.slots, "the target still holds slots"
 
 
@@ -245,7 +252,7 @@ def test_cancel_frees_the_slot_by_the_next_step_in_every_state(num_worked: int) 
     for _ in range(num_worked):
         rig.work()
     rig.send("front", Cancel(request_id=RequestId("a")))
-    assert rig.core.slots.num_free_slots == rig.info.num_slots
+    assert rig.session.slots.num_free_slots == rig.info.num_slots
     assert rig.finish_reasons("a") == ["abort"]
     rig.assert_idle()
 

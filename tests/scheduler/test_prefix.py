@@ -249,9 +249,9 @@ def test_a_check_gives_way_to_a_request() -> None:
         chats.submit(name, prompt, 2)
         while not chats.finish_reasons(name):
             chats.work()
-    assert chats.core._check is not None
+    assert chats.session._check is not None
     chats.submit("c", [1, 1], 3)
-    assert chats.core._check is None
+    assert chats.session._check is None
     chats.drain()
     assert chats.tokens("c") == greedy([1, 1], 3)
     assert chats.core.metrics.prefix.checks == {"equal": 0, "different": 0}

@@ -20,12 +20,12 @@ def rig_with(k: int = 4) -> Rig:
 
 def run(rig: Rig, name: str, tenant: str) -> int:
     """Steps that a request took."""
-    before = rig.core._num_steps
+    before = rig.session._num_steps
     rig.submit(name, PROMPT, LENGTH, tenant=tenant)
     while rig.work():
         pass
     assert rig.tokens(name) == greedy(PROMPT, LENGTH, VOCAB)
-    return rig.core._num_steps - before
+    return rig.session._num_steps - before
 
 
 def accepted(rig: Rig, source: str) -> float:

@@ -19,8 +19,10 @@ import mlx.core as mx
 import msgspec
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from scheduler.core import Core, Envelope
+from scheduler.core import Core
 from scheduler.metrics import Metrics
+from scheduler.outbox import Envelope
+from scheduler.session import Session
 from shared.config import Settings
 from shared.messages import (
     Cancel,
@@ -214,11 +216,16 @@ class EngineRig:
         )  # fmt: skip
         self.send("target", Hello(role="target", instance_id="target", pid=2))
         self.send("target", Ready(epoch=self.epochs["target"], info=info))
-        self.core.planner.max_prefill_tokens = MAX_STEP_TOKENS  # type: ignore[union-attr] # a target is ready
+        self.session.planner.max_prefill_tokens = MAX_STEP_TOKENS
         if drafter is not None:
             drafts = worker_info(draft_kind="test", max_draft_tokens=max_draft)
             self.send("drafter", Hello(role="drafter", instance_id="drafter", pid=3))
             self.send("drafter", Ready(epoch=self.epochs["drafter"], info=drafts))
+
+    @property
+    def session(self) -> Session:
+        assert self.core.session is not None, "no target is ready"
+        return self.core.session
 
     def send(self, sender: str, message: Message) -> None:
         self.now += 1e-4
@@ -316,7 +323,7 @@ class EngineRig:
             if schedule.random() < 0.5:
                 self.send("front", Cancel(request_id=RequestId(f"stranger{schedule.randrange(i + 1)}")))
         self.drain()
-        assert self.core.slots.used_tokens == 0, "a slot is still held"
+        assert self.session.slots.used_tokens == 0, "a slot is still held"
         return {name: self.tokens(name) for name in prompts}
 
     def tokens(self, name: str) -> list[int]:

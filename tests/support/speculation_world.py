@@ -13,8 +13,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from scheduler.core import Core, Envelope
+from scheduler.core import Core
 from scheduler.metrics import Metrics
+from scheduler.outbox import Envelope
 from shared.config import Settings
 from shared.messages import (
     Cancel,

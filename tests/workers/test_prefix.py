@@ -90,7 +90,8 @@ def test_a_restored_slot_holds_what_a_prefill_computes(engine: Engine) -> None:
     rig = EngineRig(engine, num_blocks=40)
     rig.run({"a": prompt}, 3)
     assert engine.blocks is not None
-    index = rig.core.prefix.index  # type: ignore[union-attr] # a target is ready
+    assert rig.session.prefix is not None
+    index = rig.session.prefix.index
     entries = list(index._resident.values())
     assert entries
     rig.submit("b", [*prompt, 1, 2, 3], 8)
@@ -142,5 +143,5 @@ def test_a_failed_row_leaves_nothing_in_the_cache() -> None:
     rig.drain()
     engine.model.head = good  # type: ignore[method-assign]
     assert rig.outputs["bad"][-1].finish_reason == "error"
-    assert rig.core.prefix is not None
-    assert rig.core.prefix.index.num_resident == 0
+    assert rig.session.prefix is not None
+    assert rig.session.prefix.index.num_resident == 0

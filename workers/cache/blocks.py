@@ -153,8 +153,8 @@ class BlockPool:
         """The hash of the block that lies at this place."""
         return self._holders.get(block_id)
 
-    def read_block(self, block_id: int, has_window: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """One block's keys and values as bytes, layer by layer; sliding layers only with `has_window`. Waits."""
+    def read_block(self, block_id: int, has_window: bool) -> mx.array:
+        """One block's keys and values as bytes, layer by layer; sliding layers only with `has_window`. Lazy."""
         parts = []
         for layer, keys, values in self._layers():
             if layer.spec.window is None or has_window:
@@ -162,8 +162,8 @@ class BlockPool:
                     block = segments[block_id // SEGMENT_BLOCKS][block_id % SEGMENT_BLOCKS]
                     parts.append(block.reshape(-1).view(mx.uint8))
         if not parts:
-            return np.zeros((0,), np.uint8)
-        return np.array(mx.concatenate(parts))
+            return mx.zeros((0,), mx.uint8)
+        return mx.concatenate(parts)
 
     def write_blocks(
         self,

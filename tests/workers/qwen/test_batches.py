@@ -123,7 +123,7 @@ def test_a_lost_target_in_the_middle_of_an_image_changes_nothing(pair, expected)
     model = pair[1]
     made = requests_of(model)
     rig = MediaRig(model)
-    rig.core.planner.max_prefill_tokens = 8
+    rig.core.session.planner.max_prefill_tokens = 8
     rig.start(made, ["two", "text"])
     item = made["two"].media[1]
     while not any(item.start < p.start < item.start + item.num_tokens for s in rig.steps for p in s.prefills):
@@ -147,12 +147,12 @@ def test_preemption_in_the_middle_of_an_image_changes_nothing(pair, expected):
     model = pair[1]
     made = requests_of(model)
     rig = MediaRig(model)
-    rig.core.planner.max_prefill_tokens = 8
+    rig.core.session.planner.max_prefill_tokens = 8
     rig.start(made, ["two"])
     item = made["two"].media[1]
     while not any(item.start < p.start < item.start + item.num_tokens for s in rig.steps for p in s.prefills):
         assert rig.work()
-    rig.core._preempt(rig.core.running[0])
+    rig.core.session.preempt(rig.core.running[0])
     rig._deliver(rig.core._finish(rig.now))
     rig.drain()
     assert rig.tokens("two") == expected["two"]
@@ -188,6 +188,21 @@ def test_media_beside_the_prompt_or_of_a_kind_not_taken_are_refused(pair):
         media = [msgspec.structs.replace(made.media[0], **changes)]
         with pytest.raises(AssertionError, match=words):
             rig.submit("bad", made.tokens, 4, media=media)
+
+
+def test_a_text_only_conversion_takes_text_only(transformers, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from shared.model_files import ModelFiles
+    from workers.load import load
+
+    _, model = hf.make(transformers, tmp_path, "qwen2_5_vl")
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if "visual" not in n}, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
+    assert (model.modalities, loaded.modalities) == (["image", "video"], [])
+    made = hf.prompt([[5, 6, 7]])
+    np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
 
 
 @pytest.mark.parametrize("bits", [None, 8])

@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from shared.errors import BadModel
 from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
 from workers.models.qwen.config import QwenConfig
@@ -43,7 +42,7 @@ class QwenVL(nn.Module):
 
     @property
     def modalities(self) -> list[MediaKind]:
-        return ["image", "video"]
+        return ["image", "video"] if "vision_tower" in self else []
 
     @property
     def whole_media(self) -> list[MediaKind]:
@@ -83,8 +82,7 @@ class QwenVL(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hugging Face's names, of transformers 4 and 5, and MLX's, to this model's.
 
-        Raises:
-            BadModel: there are no weights of an image encoder.
+        Without weights the encoder is dropped: text-only conversions keep its configuration.
         """
         text: dict[str, mx.array] = {}
         vision: dict[str, mx.array] = {}
@@ -97,6 +95,6 @@ class QwenVL(nn.Module):
             else:
                 text[name.removeprefix("language_model.")] = weight
         if not vision:
-            raise BadModel(f"{self.config.model_type}: the checkpoint has no image encoder")
-        text, vision = self.language_model.sanitize(text), self.vision_tower.sanitize(vision)
+            self.pop("vision_tower", None)
+        text, vision = self.language_model.sanitize(text), VisionTower.sanitize(vision)
         return {f"language_model.{n}": w for n, w in text.items()} | {f"vision_tower.{n}": w for n, w in vision.items()}

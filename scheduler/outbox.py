@@ -1,0 +1,38 @@
+"""What the core sends: messages to peers in order, and each frontend's outputs of one event in one message."""
+
+from __future__ import annotations
+
+from scheduler.sequence import Sequence
+from shared.messages import Message, Output, Outputs, TokenLogprob
+
+Envelope = tuple[str, Message]
+"""(receiver's instance id, message)"""
+
+
+class Outbox:
+    def __init__(self) -> None:
+        self._envelopes: list[Envelope] = []
+        self._outputs: dict[str, list[Output]] = {}
+
+    def send(self, receiver: str, message: Message) -> None:
+        self._envelopes.append((receiver, message))
+
+    def emit(self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        """Tokens of a request that goes on; they are part of the sequence already."""
+        start = len(sequence.token_ids) - sequence.num_prompt_tokens - len(token_ids)
+        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, logprobs=logprobs, start=start)
+        self.put(sequence.frontend, output)
+
+    def put(self, frontend: str, output: Output) -> None:
+        outputs = self._outputs.get(frontend)
+        if outputs is None:
+            outputs = self._outputs[frontend] = []
+        outputs.append(output)
+
+    def take(self) -> list[Envelope]:
+        """All that is to be sent now."""
+        for frontend, outputs in self._outputs.items():
+            self._envelopes.append((frontend, Outputs(outputs=outputs)))
+        self._outputs = {}
+        envelopes, self._envelopes = self._envelopes, []
+        return envelopes
