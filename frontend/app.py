@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from frontend import cache_api, chat, completions, errors, health, messages_api, metrics, models_api, tokenize_api
 from frontend.access import Access
+from frontend.admin import AdminKey
 from frontend.auth import ApiKeys
 from frontend.limits import Limits
 from frontend.messages_schemas import CountTokensBody, MessagesBody
@@ -49,4 +50,6 @@ def create_app(service: Service) -> ASGIApp:
     limited = Limits(app, service.settings)
     keys = load_keys(service.settings)
     guarded: ASGIApp = ApiKeys(limited, keys) if keys else limited
+    if service.settings.admin_key:
+        guarded = AdminKey(guarded, limited, service.settings.admin_key.encode())
     return Access(guarded, app.state.metrics)

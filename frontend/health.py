@@ -19,6 +19,11 @@ def _exactness(status: EngineStatus | None) -> Exactness | None:
     return status.target_info.exactness if status is not None and status.target_info is not None else None
 
 
+def _attention(status: EngineStatus | None) -> list[str]:
+    """Which attention kernels the target uses and why, a line for each shape; empty: stock operations."""
+    return status.target_info.attention if status is not None and status.target_info is not None else []
+
+
 @router.get("/health")
 async def health(request: Request) -> Response:
     """The states of the engine's processes. 503 with Retry-After whenever the target is not ready."""
@@ -37,6 +42,7 @@ async def health(request: Request) -> Response:
         "num_waiting": status.num_waiting if status is not None and is_known else None,
         "num_open_requests": engine.num_live,
         "exactness": _exactness(status),
+        "attention": _attention(status),
     }
     content = msgspec.json.encode(answer)
     return json_response(content) if engine.is_ready else json_response(content, 503, {"retry-after": "2"})

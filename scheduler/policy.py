@@ -219,7 +219,10 @@ class Policy:
         if best_rate <= 0.0:
             return None
         likeliest = max(candidates, key=lambda k: self.rate(batch, k))
-        rivals = [likeliest] if best == 0 else [0, *_neighbours(best, candidates)]
+        if best == 0:
+            rivals = [k for k in candidates if k == likeliest or not self._is_certain(size, k)]
+        else:
+            rivals = [0, *_neighbours(best, candidates)]
         rounds, first_rounds = (TRIAL_ROUNDS + rows // batch for rows in (TRIAL_ROWS, FIRST_TRIAL_ROWS))
         costs = {k: self._trial_cost.get((size, k)) or self._expected_cost(batch, k, rounds, best_rate) for k in rivals}
         self._credit_s = min(self._credit_s, 2 * max(costs.values()))

@@ -233,8 +233,8 @@ class Speculator:
         usual = self._draft_s.get(k, max(self._draft_s.values(), default=0.0))
         patience = max(MIN_PATIENCE_S, DRAFT_PATIENCE * usual) if self._draft_s else FIRST_PATIENCE_S
         self._is_catching_up = any(len(row.token_ids) > 2 * k + 2 for row in wanted)
-        if self._is_catching_up:
-            patience = max(patience, FIRST_PATIENCE_S)  # a whole prompt has to be taken in first
+        if self._is_catching_up or self.forced_k is not None:
+            patience = max(patience, FIRST_PATIENCE_S)  # a prompt has to be taken in; or to measure
         self._waiting = (self._num_drafts, now, now + patience, k)
         ended, self._ended = self._ended, []
         return DraftRequest(

@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_num_batched_tokens: int = 0  # tokens of one step; 0: chosen by the worker for its machine
     max_model_len: int = 0  # 0: the model's own limit, or what memory allows
     kv_cache_bytes: int = 0  # 0: chosen by the worker for its machine
+    attention: Literal["auto", "stock", "kernel"] = "auto"  # auto: a kernel where it is right and faster here
     prefix_cache: bool = True
     prefix_cache_bytes: int = 0  # device memory for cached prefixes; 0: a share of the KV memory
     prefix_host_bytes: int = -1  # copies in host memory; -1: chosen where device memory is separate, else none
@@ -72,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blas_threads: int = 0  # 0: chosen for the machine
     api_keys: str = ""  # comma separated; empty: no authentication
     api_keys_file: str = ""  # more of them, one a line with an optional weight
-    admin_key: str = ""  # for what changes the server; empty: those endpoints are off
+    admin_key: str = ""  # for what changes the server for everybody; empty: every caller may
 
     # limits of HTTP requests
     max_body_bytes: int = 32 * 1024 * 1024

@@ -21,6 +21,7 @@ from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
 from workers.engine import Engine
 from workers.exactness import probe
+from workers.kernels.select import select
 from workers.load import LoadedModel, load
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.models.base import MediaModel
@@ -67,6 +68,7 @@ def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerI
     loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
     engine, info = make_engine(loaded, settings)
     install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
+    info = select_attention(loaded, engine, info, settings)
     warm_up(engine, info)
     if engine.store.feature_layer is not None:
         info = _with_features(info, engine.store.feature_layer.row_bytes)
@@ -122,6 +124,33 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         modalities=engine.media.modalities if engine.media is not None else [],
     )
     return engine, info
+
+
+def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, settings: Settings) -> WorkerInfo:
+    """Give the caches the kernels that proved themselves here.
+
+    Raises:
+        BadConfig: a kernel was asked for that this machine or model cannot have.
+    """
+    specs = [s for s in leaves(engine.store.specs) if isinstance(s, AttentionSpec)]
+    query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
+    layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []
+    is_speculative = bool(settings.draft_checkpoint or settings.is_ngram)
+    choice = select(
+        layers,
+        DTYPES[loaded.dtype],
+        settings.attention,
+        is_speculative=is_speculative,
+        cache_folder=settings.cache_folder,
+    )
+    engine.store.use_attention(choice)
+    if choice is None:
+        return info
+    if choice.is_used and all(choice.is_used.values()):
+        join = getattr(loaded.model, "join_attention_inputs", None)
+        if join is not None:
+            join()
+    return msgspec.structs.replace(info, attention=list(choice.reasons))
 
 
 def prefix_cache_info(

@@ -28,8 +28,8 @@ from shared.messages import (
 from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
 from workers.cache.blocks import BlockPool
-from workers.cache.kv import MAX_VERIFY_WIDTH
 from workers.cache.store import CacheStore, RecurrentSnapshot
+from workers.kernels.base import MAX_VERIFY_WIDTH
 from workers.media import SlotMedia
 from workers.models.base import MediaModel
 from workers.runner import ModelRunner
@@ -146,6 +146,7 @@ class Engine:
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
+        pending += self.store.writes()
         start_evaluating(pending)
         self._keep(step.stores)
         checks = [(check, self._differing(check)) for check in step.checks]

@@ -270,6 +270,23 @@ def test_a_bad_key_file_stops_start_up_without_telling_its_content(content: str,
     assert content.split()[0] not in refusal.value.message or content == "# none"
 
 
+@pytest.mark.parametrize("api_keys", ["", "alpha"])
+def test_what_changes_the_server_takes_the_admin_key_once_there_is_one(start: Start, api_keys: str) -> None:
+    server = start(api_keys=api_keys, admin_key="root-key")
+    for key in ("alpha", "root-kex", ""):
+        refused = server.http.delete("/v1/cache", headers={"x-api-key": key})
+        assert refused.status_code == 403
+        assert error(refused)["type"] == "permission_error"
+    assert server.http.delete("/v1/cache", headers={"authorization": "Bearer root-key"}).status_code != 403
+    assert server.http.get("/v1/models", headers={"x-api-key": "root-key"}).status_code == 200
+    assert server.http.get("/v1/models").status_code == (401 if api_keys else 200)
+
+
+def test_the_admin_key_must_not_be_an_api_key() -> None:
+    with pytest.raises(BadConfig, match="ADMIN_KEY"):
+        load_keys(Settings(api_keys="alpha,root-key", admin_key="root-key"))
+
+
 def test_neither_prompts_nor_keys_are_logged(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", logger="frontend")
     server = start(api_keys="top-secret-key")

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
 def tandem_race(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TANDEM_")}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "TANDEM_BLAS_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "TANDEM_BLAS_THREADS": "1", "TANDEM_DRAFT_TOKENS": "4"}
     return subprocess.run(
         [sys.executable, "-m", "tandem", "race", *arguments], env=environment, cwd=REPOSITORY, capture_output=True,
         text=True, timeout=150, check=False,

@@ -39,14 +39,17 @@ def documents() -> list[dict[str, Any]]:
     return json.loads((FOLDER / "held_out.json").read_text())["documents"][:NUM_DOCUMENTS]
 
 
-def answers(folder: Path, documents: list[dict[str, Any]], **settings: object) -> list[dict[str, Any]]:
-    """Each document's prompt continued greedily for as many tokens as it has."""
+def answers(folder: Path, documents: list[dict[str, Any]], **settings: object) -> tuple[list[str], float]:
+    """Each document's prompt continued greedily for as many tokens as it has; and the mean acceptance length.
+
+    Rounds whose draft came too late on a busy machine were no drafts, and do not count.
+    """
     server = Server("default", folder, blas_threads=0, **settings).start(wait=False)
     try:
         server.wait_ready(READY_S)
         server.wait_for(lambda: server.metric("tandem:worker_up", role="drafter") == 1, "drafter ready", READY_S)
 
-        def ask(document: dict[str, Any]) -> dict[str, Any]:
+        def ask(document: dict[str, Any]) -> str:
             n = document["num_prompt_tokens"]
             body = {
                 "model": "default", "prompt": document["token_ids"][:n], "temperature": 0, "ignore_eos": True,
@@ -54,18 +57,22 @@ def answers(folder: Path, documents: list[dict[str, Any]], **settings: object) -
             }  # fmt: skip
             answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=1200)
             assert answer.status_code == 200, answer.text
-            return answer.json()
+            return answer.json()["choices"][0]["text"]
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(ask, documents))
+            texts = list(pool.map(ask, documents))
+        num_drafts = server.metric("vllm:spec_decode_num_drafts_total")
+        num_accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
+        return texts, 1 + num_accepted / num_drafts if num_drafts else 1.0
     finally:
         server.stop()
 
 
 @pytest.fixture(scope="module")
 def plain(documents: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    answered = answers(tmp_path_factory.mktemp("plain"), documents, draft_model="none")
-    return [a["choices"][0]["text"] for a in answered]
+    texts, length = answers(tmp_path_factory.mktemp("plain"), documents, draft_model="none")
+    assert length == 1.0
+    return texts
 
 
 @pytest.mark.parametrize("name", NUM_TOKENS)
@@ -73,12 +80,8 @@ def test_mean_acceptance_length_and_text_are_the_expected_ones(
     name: str, documents: list[dict[str, Any]], plain: list[str], tmp_path: Path
 ) -> None:
     k = NUM_TOKENS[name]
-    answered = answers(tmp_path, documents, draft_model=FOLDER / name, draft_block_size=k, draft_tokens=k)
-    assert [a["choices"][0]["text"] for a in answered] == plain
-    lengths, expected = [], []
-    for answer, document in zip(answered, documents, strict=True):
-        num_tokens, num_accepted = answer["usage"]["completion_tokens"] - 1, answer["timings"]["draft_n_accepted"]
-        lengths.append(num_tokens / (num_tokens - num_accepted))  # the first token came with the prompt
-        expected.append(mean(document["committed_per_round"][name]))
-    print(f"{name}: mean acceptance length {mean(lengths):.4f}, expected {mean(expected):.4f}")
-    assert mean(lengths) == pytest.approx(mean(expected), rel=TOLERANCE)
+    texts, length = answers(tmp_path, documents, draft_model=FOLDER / name, draft_block_size=k, draft_tokens=k)
+    assert texts == plain
+    rounds = [num_tokens for document in documents for num_tokens in document["committed_per_round"][name]]
+    print(f"{name}: mean acceptance length {length:.4f}, expected {mean(rounds):.4f}")
+    assert length == pytest.approx(mean(rounds), rel=TOLERANCE)

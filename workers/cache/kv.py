@@ -14,8 +14,11 @@ import mlx.core as mx
 
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
+from workers.kernels.base import MAX_VERIFY_WIDTH, PagedAttention, Variant
+from workers.kernels.choice import AttentionChoice
+from workers.kernels.pages import Pages, Pool, slot_pages
+from workers.models.rope import Rotate, Rotation, rotated
 
-MAX_VERIFY_WIDTH = 32  # wider steps are prefill chunks
 RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
 GROW_ROWS = 4  # pools grow by this many rows, then by half
 
@@ -36,12 +39,20 @@ class BatchShape:
     masks: dict[tuple[int, int, int, int | None], mx.array | None] = field(default_factory=dict)
     indices: dict[tuple[int, int], tuple[mx.array, ...]] = field(default_factory=dict)
     spans: Spans | None = None  # per row, where its images lie
+    tables: dict[tuple[int, int], Pages] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.offset = self.starts[0] if len(self.starts) == 1 else mx.array(self.starts, dtype=mx.int32)
 
     def ends(self, run: Run) -> list[int]:
         return [s + self.width for s in self.starts[run.first : run.first + run.size]]
+
+    def pages(self, run: Run) -> Pages:
+        """A run's rows as pages of one block each, made once for all layers."""
+        if (run.first, run.size) not in self.tables:
+            starts = self.starts[run.first : run.first + run.size]
+            self.tables[run.first, run.size] = slot_pages(range(run.row, run.row + run.size), starts)
+        return self.tables[run.first, run.size]
 
     def key_length(self, run: Run, capacity: int) -> int:
         """How many pool indices the run's rows attend to."""
@@ -71,6 +82,30 @@ class KVLayer:
         self.capacities = [c + slack if ring is None else min(c + slack, ring) for c in capacities]
         self.keys: list[mx.array | None] = [None] * len(capacities)
         self.values: list[mx.array | None] = [None] * len(capacities)
+        self.attention: AttentionChoice | None = None
+        self._pools: list[Pool | None] = [None] * len(capacities)
+
+    def pool(self, capacity_class: int) -> Pool:
+        """A class's arrays as kernels take them."""
+        keys, values, pool = self.keys[capacity_class], self.values[capacity_class], self._pools[capacity_class]
+        assert keys is not None and values is not None, "view of a pool that was never reserved"
+        if pool is None or pool.keys is not keys or pool.values is not values:
+            pool = self._pools[capacity_class] = Pool(keys, values)
+        return pool
+
+    def adopt(self, capacity_class: int, pool: Pool) -> None:
+        """Keep what an implementation that does not write in place has rebound."""
+        self.keys[capacity_class], self.values[capacity_class] = pool.keys, pool.values
+
+    def settle(self, capacity_class: int) -> None:
+        """Call before a stock operation touches a class's arrays: kernels may have written them in this step."""
+        pool = self._pools[capacity_class]
+        if pool is not None:
+            pool.settle()
+
+    def writes(self) -> list[mx.array]:
+        """What to evaluate so that every write of a kernel is queued."""
+        return [pool.last for pool in self._pools if pool is not None and pool.last is not None]
 
     def reserve(self, capacity_class: int, num_rows: int) -> None:
         """Have at least `num_rows` rows in a class."""
@@ -80,12 +115,15 @@ class KVLayer:
             have = 0 if pool is None else pool.shape[0]
             if num_rows <= have:
                 continue
+            self.settle(capacity_class)
             rows = max(num_rows, min(have + GROW_ROWS, 4 * GROW_ROWS), have + have // 2) if have else num_rows
             fresh = mx.zeros((rows - have, self.spec.num_kv_heads, capacity, dim), self.dtype)
             pools[capacity_class] = fresh if pool is None else mx.concatenate([pool, fresh])
 
     def move(self, move: Move, length: int) -> None:
         """Carry a row's content over; `length` is the number of positions in use by the longer row."""
+        self.settle(move.from_class)
+        self.settle(move.to_class)
         for pools in (self.keys, self.values):
             source, target = pools[move.from_class], pools[move.to_class]
             assert source is not None and target is not None, "move between pools that do not exist"
@@ -108,6 +146,7 @@ class KVLayer:
 
     def clear(self, capacity_class: int, row: int) -> None:
         """Zero a row: a masked NaN would still reach the next owner's output, as 0 * NaN."""
+        self.settle(capacity_class)
         for pools in (self.keys, self.values):
             pool = pools[capacity_class]
             if pool is not None:
@@ -141,31 +180,106 @@ class KVView:
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        rotation: Rotate | None = None,
         sees_spans: bool = False,
     ) -> mx.array:
         """Write k and v at the rows' positions and attend causally.
 
         Args:
-            q: (B, num_heads, L, key_dim), roped.
-            k, v: (B, num_kv_heads, L, key_dim or value_dim), k roped; None: another layer wrote this layer's rows.
+            q: (B, num_heads, L, key_dim).
+            k, v: (B, num_kv_heads, L, key_dim or value_dim); None: another layer wrote this layer's rows.
             window: the last `window` positions only; the layer's own by default.
             sinks: (num_heads,) attention sink logits.
+            rotation: applied to q and k first; None where they are rotated already.
             sees_spans: the tokens of each of the batch's `spans` see each other.
         Returns:
             (B, num_heads, L, value_dim)
         """
         shape, layer = self._shape, self._layer
         window = window if window is not None else layer.spec.window
-        outputs = []
         spans = shape.spans if sees_spans else None
+        if k is None or v is None:  # kernels write what they attend to
+            q = q if rotation is None else rotated(q, rotation)
+            return self._attend_stock(q, None, scale, window, sinks, spans)
+        use = None
+        if layer.attention is not None and spans is None:  # kernels know no spans
+            use = layer.attention.use(layer.spec, q, v, shape.width)
+        is_fused = use is not None and use.is_decode and self._is_plain(rotation)
+        if rotation is not None and not is_fused:
+            q, k = rotated(q, rotation), rotated(k, rotation)
+        if use is not None and use.is_decode:
+            fused = rotation if is_fused and isinstance(rotation, Rotation) else None
+            return self._attend_pages(use.attention, q, k, v, Variant(scale, window, None, sinks, fused))
+        if use is not None and len(shape.starts) == 1:
+            return self._attend_chunk(use.attention, q, k, v, scale, window, sinks)
+        return self._attend_stock(q, (k, v), scale, window, sinks, spans)
+
+    def _attend_stock(
+        self,
+        q: mx.array,
+        new: tuple[mx.array, mx.array] | None,
+        scale: float,
+        window: int | None,
+        sinks: mx.array | None,
+        spans: Spans | None,
+    ) -> mx.array:
+        """By MLX's own operation; `new` keys and values are written first."""
+        shape = self._shape
+        outputs = []
         for run in shape.runs:
-            if k is not None and v is not None:
-                self._write(run, k, v)
+            if new is not None:
+                self._write(run, *new)
+            else:
+                self._layer.settle(run.capacity_class)
             keys, values = self._pools(run)
             queries = q if run.size == q.shape[0] else q[run.first : run.first + run.size]
             for row, size in _pieces(run, shape):
                 outputs.append(self._attend_rows(run, row, size, queries, keys, values, scale, window, sinks, spans))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def _is_plain(self, rotation: Rotate | None) -> bool:
+        """May a kernel do it, which rotates by the positions in the cache?"""
+        if rotation is None:
+            return True
+        if not isinstance(rotation, Rotation) or not rotation.is_plain:
+            return False
+        offset = self._shape.offset
+        return rotation.offset is offset or (isinstance(offset, int) and bool(rotation.offset == offset))
+
+    def _attend_pages(
+        self, attention: PagedAttention, q: mx.array, k: mx.array, v: mx.array, variant: Variant
+    ) -> mx.array:
+        """Decode or verify rows through a kernel, a launch for each run."""
+        outputs = []
+        for run in self._shape.runs:
+            pool = self._layer.pool(run.capacity_class)
+            rows = slice(run.first, run.first + run.size)
+            part = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
+            outputs.append(attention.attend(*part, pool, self._shape.pages(run), variant))
+            self._layer.adopt(run.capacity_class, pool)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def _attend_chunk(
+        self,
+        attention: PagedAttention,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        window: int | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """A prefill chunk of one sequence: a kernel writes it and gathers what is before it, a stock one attends."""
+        (run,), (start,), width = self._shape.runs, self._shape.starts, self._shape.width
+        old = start if window is None else min(start, window - 1)
+        pool = self._layer.pool(run.capacity_class)
+        keys, values = attention.append(k, v, pool, self._shape.pages(run), old)
+        self._layer.adopt(run.capacity_class, pool)
+        mask: mx.array | str = "causal"
+        if window is not None and old + width > window:
+            distance = mx.arange(old, old + width)[:, None] - mx.arange(old + width)
+            mask = (distance >= 0) & (distance < window)
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     def write(self, k: mx.array, v: mx.array) -> None:
         """Only write the rows: k and v (B, num_kv_heads, L, dim)."""
@@ -206,6 +320,7 @@ class KVView:
 
     def _write(self, run: Run, k: mx.array, v: mx.array) -> None:
         shape, layer = self._shape, self._layer
+        layer.settle(run.capacity_class)
         c, capacity = run.capacity_class, layer.capacities[run.capacity_class]
         starts = shape.starts[run.first : run.first + run.size]
         lo, hi = starts[0] % capacity, starts[0] % capacity + shape.width

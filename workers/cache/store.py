@@ -11,6 +11,7 @@ from workers.cache.kv import BatchShape, KVLayer, KVView, Spans
 from workers.cache.placement import Placement
 from workers.cache.recurrent import RecurrentLayer, RecurrentView, State
 from workers.cache.spec import AttentionSpec, LayerSpec, ListSpec, leaves
+from workers.kernels.choice import AttentionChoice
 
 View = KVView | RecurrentView
 RecurrentSnapshot = list[tuple[State, int] | None]
@@ -77,6 +78,11 @@ class CacheStore:
         self.feature_layer: KVLayer | None = None
         self._slack = slack
         self._lengths: dict[int, int] = {}  # slot -> positions ever written
+
+    def use_attention(self, choice: AttentionChoice | None) -> None:
+        """From now on attend by kernels where `choice` has one; None: stock operations."""
+        for layer in self.kv_layers:
+            layer.attention = choice
 
     @property
     def is_recurrent(self) -> bool:
@@ -187,9 +193,16 @@ class CacheStore:
                 nested.append(next(remaining))
         return nested
 
+    def writes(self) -> list[mx.array]:
+        """What to evaluate so that every kernel's write is queued; empty without kernels."""
+        return [last for layer in self.kv_layers for last in layer.writes()]
+
     def pending(self) -> list[mx.array]:
         """Everything a step may have left unevaluated."""
-        arrays = [p for layer in self.kv_layers for pools in (layer.keys, layer.values) for p in pools if p is not None]
+        arrays = self.writes()
+        arrays += [
+            p for layer in self.kv_layers for pools in (layer.keys, layer.values) for p in pools if p is not None
+        ]
         return arrays + [a for layer in self.recurrent_layers for a in layer.pending()]
 
     def nbytes(self) -> int:

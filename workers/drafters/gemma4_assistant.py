@@ -25,7 +25,7 @@ import mlx.nn as nn
 from shared.errors import BadModel
 from workers.models.gemma.config import GemmaConfig
 from workers.models.gemma.text import Layer, make_norm
-from workers.models.rope import Rope
+from workers.models.rope import Rope, Rotate, rotated
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
@@ -87,9 +87,11 @@ class _Context:
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        rotation: Rotate | None = None,
         sees_spans: bool = False,
     ) -> mx.array:
         assert k is None and v is None, "an assistant's layers write no keys"
+        q = q if rotation is None else rotated(q, rotation)
         return mx.fast.scaled_dot_product_attention(q, *self._rows, scale=scale, mask=self._mask)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
+from workers.models.rope import Rotate, rotated
 
 
 class LayerCache(Protocol):
@@ -27,12 +28,14 @@ class LayerCache(Protocol):
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        rotation: Rotate | None = None,
         sees_spans: bool = False,
     ) -> mx.array:
         """Write k and v, attend causally to all earlier positions, or to the last `window` of them.
 
         Args:
-            q: (B, num_heads, L, key_dim), with positions applied.
+            q: (B, num_heads, L, key_dim).
+            rotation: applied to q and k first, here because a kernel does it on the way; None: they are rotated.
             k, v: (B, num_kv_heads, L, key_dim or value_dim); None reads what another layer wrote in this forward.
             sinks: (num_heads,) attention sink logits.
             sees_spans: the tokens of one image see each other, later ones too, where the batch tells of images.
@@ -57,8 +60,11 @@ class NoCache:
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
+        rotation: Rotate | None = None,
         sees_spans: bool = False,
     ) -> mx.array:
+        if rotation is not None:
+            q, k = rotated(q, rotation), None if k is None else rotated(k, rotation)
         if k is not None and v is not None:
             self._rows = k, v
         assert self._rows is not None, "shared keys were not written in this forward"

@@ -168,13 +168,17 @@ class Attention(nn.Module):
 
     def _attend_apart(self, x: mx.array, rotate: Rotate, cache: LayerCache) -> mx.array:
         batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+        if "qkv_proj" in self:  # where a kernel reads the parts as they lie
+            qkv = self.qkv_proj(x).reshape(batch, length, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+            q, k, v = mx.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
+        else:
+            q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim)
+            k = self.k_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
+            v = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q).swapaxes(1, 2), rotate(k).swapaxes(1, 2), v.swapaxes(1, 2)
-        out = cache.attend(q, k, v, self.scale, window=self.window)
+        q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
+        out = cache.attend(q, k, v, self.scale, window=self.window, rotation=rotate)
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, self.num_heads * self.head_dim))
 
     def _qkv(self, x: mx.array) -> mx.array:
@@ -183,8 +187,11 @@ class Attention(nn.Module):
         return mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
 
     def fuse(self) -> None:
-        if not self.is_cpu:
-            return
+        if self.is_cpu:
+            self.join()
+
+    def join(self) -> None:
+        """One product for q, k and v."""
         fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
         if fused is not None:
             self.qkv_proj = fused
@@ -270,6 +277,10 @@ class Model(nn.Module):
         c = self.config
         return [AttentionSpec(c.num_kv_heads, c.head_dim, c.head_dim, window) for window in c.windows]
 
+    def query_heads(self) -> list[int]:
+        """Of each layer in `layer_specs`: for models whose attention ends in `cache.attend`."""
+        return [self.config.num_heads] * len(self.config.windows)
+
     def embed(self, inputs: mx.array) -> mx.array:
         return self.model.embed_tokens(inputs)
 
@@ -304,3 +315,9 @@ class Model(nn.Module):
         """Join projections that read the same input. Call once, after the weights are in."""
         for layer in self.model.layers:
             layer.self_attn.fuse()
+
+    def join_attention_inputs(self) -> None:
+        """One product for q, k and v on a GPU, where attention is a kernel that reads the parts as they lie."""
+        for layer in self.model.layers:
+            if not self.is_cpu and not layer.self_attn.has_qk_norm:
+                layer.self_attn.join()

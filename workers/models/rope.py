@@ -26,6 +26,7 @@ MAX_GATHERED_ROWS = 8  # up to here gathering the swapped halves costs less than
 DEFAULT_MAX_POSITIONS = 2048  # transformers' default for Llama
 
 Rotate = Callable[[mx.array], mx.array]
+"""(batch, length, heads, dim) -> the same shape; a `Rotation` where a kernel may do it in its place."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,25 @@ def _longrope(
     return inv_freq / factors, float(attention_factor)
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """One forward's rotation of its rows, as a function and as what it is made of.
+
+    Args:
+        inv_freq: (dim/2,) float32, radians per position: dimension i rotates with i + dim/2.
+        is_plain: nothing but that; a kernel may do it.
+    """
+
+    rope: Rope
+    offset: int | mx.array
+    inv_freq: mx.array
+    dim: int
+    is_plain: bool
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.rope.rotate(x, self.offset)
+
+
 class Rope:
     """Rotates queries and keys. `at` prepares one forward; what it returns is applied in every layer."""
 
@@ -155,7 +175,7 @@ class Rope:
             A function (batch, length, heads, dim) -> the same shape.
         """
         if not is_cpu:
-            return lambda x: self._kernel(x, offset)
+            return Rotation(self, offset, self._inv_freq, self.dim, self._factor == 1.0)
         positions = mx.arange(length, dtype=mx.float32)
         positions = (positions + offset)[None] if isinstance(offset, int) else positions[None] + offset[:, None]
         angles = positions[..., None, None] * self._inv_freq  # (batch or 1, length, 1, dim / 2)
@@ -167,12 +187,18 @@ class Rope:
         cos, sin = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return lambda x: (x * cos + mx.take(x, self._swap, axis=-1) * sin).astype(x.dtype)
 
-    def _kernel(self, x: mx.array, offset: int | mx.array) -> mx.array:
+    def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """x (batch, length, heads, dim), rotated in one kernel."""
         if self._factor != 1.0:
             x = x * self._factor
         x = x.swapaxes(1, 2)
         x = mx.fast.rope(x, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths)
         return x.swapaxes(1, 2)
+
+
+def rotated(x: mx.array, rotate: Rotate) -> mx.array:
+    """x (B, heads, L, dim)."""
+    return rotate(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def rotate_halves(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

@@ -14,6 +14,8 @@ import pytest
 import replay  # loads a BLAS, so it goes before anything that imports MLX
 
 from shared import config as settings
+from shared.messages import DraftRow, FeatureRows
+from workers.draft_engine import DraftEngine
 from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_fusion
 
@@ -100,3 +102,73 @@ def test_features_one_position_off_lower_acceptance(name, target, documents, hid
     right = replay.mean_acceptance_length(replay.play(drafter, few, rows, num_tokens))
     wrong = replay.mean_acceptance_length(replay.play(drafter, few, late, num_tokens))
     assert wrong < 0.9 * right
+
+
+# ------------------------------------------------ through the drafter worker's own engine
+
+
+def play_engine(engine, documents, rows, num_tokens):
+    """Tokens of each round, as `replay.play` counts them, by requests and features as the worker gets them."""
+    rounds = [[] for _ in documents]
+    sent = [0] * len(documents)
+    anchors = [d["num_prompt_tokens"] for d in documents]
+    while running := [i for i, d in enumerate(documents) if anchors[i] < len(d["token_ids"]) - 1]:
+        asked = []
+        for i in running:
+            first, end = sent[i], anchors[i] + 1
+            known = FeatureRows(request_id=str(i), start=max(0, first - 1), num_rows=end - 1 - max(0, first - 1))
+            engine.take_features(known, rows[i][known.start : end - 1])
+            tokens = documents[i]["token_ids"][first:end]
+            asked.append(DraftRow(request_id=str(i), start=first, token_ids=tokens, num_tokens=num_tokens))
+            engine.take_tokens(asked[-1])
+            sent[i] = end
+        for i, draft in zip(running, engine.draft(asked), strict=True):
+            truth = documents[i]["token_ids"][anchors[i] + 1 :]
+            n = 0
+            while n < min(len(truth), num_tokens) and draft.token_ids[n] == truth[n]:
+                n += 1
+            rounds[i].append(min(n + 1, len(truth)))
+            anchors[i] += rounds[i][-1]
+    return rounds
+
+
+def shift_rope(drafter):
+    """Queries one position late, for keys where they were."""
+    for attention in (
+        [layer.attention for layer in drafter.layers] if hasattr(drafter, "layers") else [drafter.attention]
+    ):
+        right = attention.queries
+        attention.queries = lambda x, positions, right=right: right(x, positions + 1)
+
+
+def shift_slot(drafter):
+    """DFlash: predictions read one row early. The others have one row, so the anchor's feature is one too old."""
+    if hasattr(drafter, "first_row"):
+        drafter.first_row -= 1
+        return
+    right = drafter.extend
+
+    def extend(states, features, token_ids):
+        right(states, [mx.concatenate([rows[:1], rows[:-1]]) for rows in features], token_ids)
+
+    drafter.extend = extend
+
+
+@pytest.mark.parametrize("name", ["dflash-2l", "eagle3", "mtp"])
+def test_rope_slot_or_taps_one_off_lower_acceptance_in_the_workers_engine(name, target, documents, hidden):
+    few, num_tokens = documents[:3], replay.NUM_TOKENS[name]
+
+    def mean(change=None, shift=0):
+        drafter = replay.load(name, target)
+        if change is not None:
+            change(drafter)
+        rounds = play_engine(DraftEngine(drafter, True), few, features(name, hidden[:3], shift), num_tokens)
+        return replay.mean_acceptance_length(rounds)
+
+    right = mean()
+    expected = [d["committed_per_round"][name] for d in few]
+    assert right == pytest.approx(replay.mean_acceptance_length(expected), rel=2 * LOOSE)
+    assert mean(shift_rope) < (1 - LOOSE / 2) * right
+    assert mean(shift_slot) < 0.9 * right
+    if detect(replay.FOLDER / name).taps:
+        assert mean(shift=1) < right

@@ -70,18 +70,20 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, rotate: Rotate, cache: LayerCache) -> mx.array:
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim))
-        k, v = self._keys_and_values(x, rotate) if self.writes else (None, None)
-        out = cache.attend(rotate(q).swapaxes(1, 2), k, v, self.scale, window=self.window, sees_spans=self.sees_spans)
+        k, v = self._keys_and_values(x) if self.writes else (None, None)
+        out = cache.attend(
+            q.swapaxes(1, 2), k, v, self.scale, window=self.window, rotation=rotate, sees_spans=self.sees_spans
+        )
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, self.num_heads * self.head_dim))
 
-    def _keys_and_values(self, x: mx.array, rotate: Rotate) -> tuple[mx.array, mx.array]:
+    def _keys_and_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
         batch, length, _ = x.shape
         shape = (batch, length, self.num_kv_heads, self.head_dim)
         k = self.k_proj(x).reshape(shape)
         v = self.v_proj(x).reshape(shape) if self.has_v_proj else k
         if self.has_v_norm:
             v = mx.fast.rms_norm(v, None, self.eps)
-        return rotate(self.k_norm(k)).swapaxes(1, 2), v.swapaxes(1, 2)
+        return self.k_norm(k).swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 class MLP(nn.Module):

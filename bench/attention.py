@@ -1,0 +1,89 @@
+"""Decode and verify attention through the slots' cache: kernel against stock operations against copy bandwidth.
+
+`python -m bench.attention --shape 8b --rows 1,8 --batches 1,8,32 --contexts 1024,8192`
+
+Times are of one layer in a chain of layers with pools of their own, rotation and write of the new rows included. "copy"
+is what reading the layer's keys and values once would take at the rate of a device copy (bytes read and written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from bench.report import print_last_line, provenance, table, write_json
+from workers.kernels.choice import ShapeClass
+from workers.kernels.cuda import CudaAttention, supports
+from workers.kernels.prove import largest_error, seconds
+
+HEADS = {"8b": (32, 8, 128), "small": (9, 3, 64), "4b": (32, 8, 80), "gemma": (8, 4, 256)}
+
+
+def copy_bandwidth(gib: int = 2) -> float:
+    """Bytes per second of a device copy, those read and those written counted."""
+    source = mx.zeros((gib << 29,), mx.bfloat16)
+    mx.eval(source)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        mx.eval(source + 0)
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.nbytes / best
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__)
+    parser.add_argument("--shape", choices=sorted(HEADS), default="8b")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--rows", default="1,8", help="query rows a sequence")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--contexts", default="1024,8192")
+    parser.add_argument("--no-stock", action="store_true", help="the kernel only")
+    parser.add_argument("--max-gib", type=float, default=24.0, help="leave out what needs more memory")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    heads, kv_heads, dim = HEADS[options.shape]
+    dtype = getattr(mx, options.dtype)
+    bandwidth = copy_bandwidth()
+    attention = CudaAttention()
+    results: list[dict[str, Any]] = []
+    for rows in map(int, options.rows.split(",")):
+        shape = ShapeClass(heads, kv_heads, dim, rows, dtype)
+        if not supports(heads, kv_heads, dim, dtype.size, rows):
+            continue
+        error = largest_error(attention, shape)
+        for batch in map(int, options.batches.split(",")):
+            for context in map(int, options.contexts.split(",")):
+                read = batch * context * kv_heads * dim * 2 * dtype.size
+                if 8 * read > options.max_gib * 2**30:
+                    continue
+                kernel_s = seconds(attention, shape, batch, context)
+                stock_s = None if options.no_stock else seconds(None, shape, batch, context)
+                row = {
+                    "rows": rows, "batch": batch, "context": context, "error": error, "kernel_us": kernel_s * 1e6,
+                    "stock_us": None if stock_s is None else stock_s * 1e6, "copy_us": read / bandwidth * 1e6,
+                    "share_of_copy": read / bandwidth / kernel_s,
+                }  # fmt: skip
+                results.append(row)
+                print({k: v if v is None else round(v, 3) for k, v in row.items()}, file=sys.stderr, flush=True)
+                mx.clear_cache()
+    names = ["rows", "batch", "context", "kernel_us", "stock_us", "copy_us", "share_of_copy"]
+    print(table(names, [["-" if r[n] is None else f"{r[n]:.3g}" for n in names] for r in results]))
+    result = {
+        **provenance("attention"), "shape": options.shape, "dtype": options.dtype, "copy_bytes_per_s": bandwidth,
+        "rows": results,
+    }  # fmt: skip
+    if options.json:
+        write_json(options.json, result)
+    print_last_line(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

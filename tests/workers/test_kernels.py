@@ -1,0 +1,227 @@
+"""Attention over pages: the reference against the slots' stock path, the choice between them, and the CUDA source."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from shared.errors import BadConfig
+from workers.cache.spec import AttentionSpec
+from workers.cache.store import CacheStore
+from workers.kernels import prove as proving
+from workers.kernels import select as selecting
+from workers.kernels.base import Variant
+from workers.kernels.choice import AttentionChoice, ShapeClass
+from workers.kernels.cuda import max_rows, num_parts, shared_bytes, supports
+from workers.kernels.metal import combine
+from workers.kernels.pages import Pages, Pool, slot_pages
+from workers.kernels.prove import largest_error, prove, seconds
+from workers.kernels.reference import ReferenceAttention
+from workers.models.rope import Rope, RopeParameters, Rotation
+
+HEADS, KV_HEADS, DIM = 6, 2, 16
+ALL_WIDTHS = {ShapeClass(HEADS, KV_HEADS, DIM, r, mx.float32): True for r in (0, 1, 2, 4, 8, 16)}
+
+
+class Off(ReferenceAttention):
+    """Gives other values than it should."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        return super().attend(q, k, v, pool, pages, variant) + 1.0
+
+
+class Broken(ReferenceAttention):
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        raise RuntimeError("does not compile")
+
+
+def attend_through(store: CacheStore, slots: list[int], starts: list[int], tensors: list[mx.array]) -> mx.array:
+    """One layer's output, rows in the order of `slots`."""
+    batch = store.open(slots, starts, tensors[0].shape[2])
+    ordered = [t[mx.array(batch.order)] for t in tensors]
+    out = batch.layers[0].attend(*ordered, DIM**-0.5)  # type: ignore[union-attr] # a KVView
+    return out[mx.array(np.argsort(batch.order))]
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_pages_attend_as_slots_do_through_joins_leaves_and_roll_backs(window: int | None) -> None:
+    choose = random.Random(7)
+    spec = AttentionSpec(KV_HEADS, DIM, DIM, window)
+    stock, paged = (CacheStore([spec], [64, 192], 64, mx.float32, is_exact=False, slack=64) for _ in "ab")
+    paged.use_attention(AttentionChoice(ReferenceAttention(), ALL_WIDTHS))
+    limits = {0: 64, 1: 64, 2: 192, 3: 192}
+    lengths: dict[int, int] = {}
+    num_compared = 0
+    for _ in range(60):
+        if lengths and choose.random() < 0.1:
+            slot = choose.choice(list(lengths))
+            del lengths[slot]
+            for store in (stock, paged):
+                store.release(slot)
+        for slot in set(limits) - set(lengths):
+            lengths[slot] = 0
+            for store in (stock, paged):
+                store.ensure(slot, limits[slot])
+        is_chunk = choose.random() < 0.2
+        slots = choose.sample(sorted(lengths), 1 if is_chunk else choose.randint(1, 4))
+        width = choose.choice([33, 48]) if is_chunk else choose.choice([1, 2, 4, 8, 16, 32])
+        slots = [s for s in slots if lengths[s] + width <= limits[s]]
+        if not slots:
+            continue
+        tensors = [mx.random.normal((len(slots), h, width, DIM)) for h in (HEADS, KV_HEADS, KV_HEADS)]
+        starts = [lengths[s] for s in slots]
+        a, b = (attend_through(store, slots, starts, tensors) for store in (stock, paged))
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5)
+        num_compared += len(slots)
+        for slot in slots:  # the rest of the row is rolled back
+            lengths[slot] += width if is_chunk else choose.randint(1, width)
+    assert num_compared > 40
+
+
+def test_blocks_and_slots_hold_the_same_sequence() -> None:
+    starts = (37, 5)
+    dense = [mx.random.normal((2, KV_HEADS, 64, DIM)) for _ in "kv"]
+    table = mx.array([[5, 2, 7, 0], [3, 6, 1, 4]], dtype=mx.int32)
+    blocks = []
+    for array in dense:
+        pool = mx.zeros((8, KV_HEADS, 16, DIM))
+        for b in range(2):
+            for i in range(4):
+                pool[int(table[b, i])] = array[b, :, i * 16 : (i + 1) * 16]
+        blocks.append(pool)
+    q, k, v = (mx.random.normal((2, h, 4, DIM)) for h in (HEADS, KV_HEADS, KV_HEADS))
+    variant = Variant(0.2, window=30, softcap=5.0, sinks=mx.random.normal((HEADS,)))
+    reference = ReferenceAttention()
+    slots, paged = Pool(*dense), Pool(*blocks)
+    pages = Pages(table, mx.array(starts, dtype=mx.int32), starts, 4)
+    a = reference.attend(q, k, v, slots, slot_pages([0, 1], starts), variant)
+    b = reference.attend(q, k, v, paged, pages, variant)
+    np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-6)
+    np.testing.assert_array_equal(np.array(paged.keys[5, :, 0]), np.array(slots.keys[0, :, 0]))
+    np.testing.assert_array_equal(np.array(paged.keys[7, :, 5:9]), np.array(k[0]))  # position 37 is in block 2 at 5
+
+
+def test_a_rotation_given_to_the_cache_is_the_models_own() -> None:
+    rope = Rope(RopeParameters(tuple(10000.0 ** (-i / DIM) for i in range(0, DIM, 2))))
+    spec = AttentionSpec(KV_HEADS, DIM, DIM)
+    outs = []
+    for choice in (None, AttentionChoice(ReferenceAttention(), ALL_WIDTHS)):
+        mx.random.seed(3)
+        store = CacheStore([spec], [64], 64, mx.float32, is_exact=False, slack=64)
+        store.use_attention(choice)
+        for slot in (0, 1):
+            store.ensure(slot, 64)
+        batch = store.open([0, 1], [0, 0], 4)
+        view = batch.layers[0]
+        q, k, v = (mx.random.normal((2, h, 4, DIM)) for h in (HEADS, KV_HEADS, KV_HEADS))
+        rotate = rope.at(view.offset, 4, 2, is_cpu=False)
+        assert isinstance(rotate, Rotation)
+        if choice is None:
+            q, k = (rotate(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, k))
+            outs.append(view.attend(q, k, v, 0.25))  # type: ignore[union-attr] # a KVView
+        else:
+            outs.append(view.attend(q, k, v, 0.25, rotation=rotate))  # type: ignore[union-attr] # a KVView
+    np.testing.assert_allclose(np.array(outs[0]), np.array(outs[1]), atol=1e-5)
+
+
+def test_a_kernel_that_is_off_or_fails_is_not_used() -> None:
+    shape = ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32)
+    (off,), (broken,) = prove(Off(), [shape]), prove(Broken(), [shape])
+    assert not off.is_used
+    assert "off by" in off.reason
+    assert not broken.is_used
+    assert "does not compile" in broken.reason
+
+
+def test_a_kernel_that_is_right_and_slower_is_not_used_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32)
+    monkeypatch.setattr(proving, "seconds", lambda attention, shape: 2e-6 if attention is not None else 1e-6)
+    (slow,), (forced,) = prove(ReferenceAttention(), [shape]), prove(ReferenceAttention(), [shape], is_forced=True)
+    assert not slow.is_used
+    assert "2 us a layer against 1" in slow.reason
+    assert forced.is_used
+
+
+def test_both_paths_are_timed_through_the_slots_cache() -> None:
+    shape = ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32)
+    assert seconds(ReferenceAttention(), shape, rows=2, context=64) > 0
+    assert seconds(None, shape, rows=2, context=64) > 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8])
+def test_the_check_of_values_passes_the_reference(rows: int) -> None:
+    assert (
+        largest_error(ReferenceAttention(), ShapeClass(HEADS, KV_HEADS, DIM, rows, mx.float32), with_blocks=True) == 0
+    )
+
+
+def test_the_choice_is_by_shape_class() -> None:
+    choice = AttentionChoice(ReferenceAttention(), {ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32): True})
+    spec, q, v = AttentionSpec(KV_HEADS, DIM, DIM), mx.zeros((1, HEADS, 1, DIM)), mx.zeros((1, KV_HEADS, 1, DIM))
+    assert choice.use(spec, q, v, 1) is not None
+    assert choice.use(spec, q, v, 4) is None
+    assert choice.use(spec, q.astype(mx.float16), v, 1) is None
+
+
+def test_what_was_found_is_kept_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [(AttentionSpec(KV_HEADS, 64, 64), HEADS)]
+    monkeypatch.setattr(selecting, "machine_kernel", Off)
+    first = selecting.select(layers, mx.float32, "auto", is_speculative=False, cache_folder=tmp_path)
+    assert first is not None
+    assert not any(first.is_used.values())
+    (kept,) = (tmp_path / selecting.FORMAT).iterdir()
+    found = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**found, "reasons": ["as found before"]}))
+    second = selecting.select(layers, mx.float32, "auto", is_speculative=False, cache_folder=tmp_path)
+    assert second is not None
+    assert second.reasons == ("as found before",)
+    with pytest.raises(BadConfig, match="off by"):
+        selecting.select(layers, mx.float32, "kernel", is_speculative=False, cache_folder=tmp_path)
+    assert selecting.select(layers, mx.float32, "stock", is_speculative=False, cache_folder=tmp_path) is None
+
+
+def test_asking_for_a_kernel_where_there_is_none_says_so(tmp_path: Path) -> None:
+    layers = [(AttentionSpec(KV_HEADS, 64, 64), HEADS)]
+    assert selecting.select(layers, mx.float32, "auto", is_speculative=True, cache_folder=tmp_path) is None
+    with pytest.raises(BadConfig, match="no attention kernel"):
+        selecting.select(layers, mx.float32, "kernel", is_speculative=True, cache_folder=tmp_path)
+
+
+def test_parts_of_the_key_axis_join_to_one_softmax() -> None:
+    """Metal's second pass, and the CUDA kernel's: parts of 24 keys, one part without any."""
+    rows, group, kv_heads = 2, 3, 2
+    scores = mx.random.normal((1, kv_heads, rows * group, 24)) * 3
+    values = mx.random.normal((1, kv_heads, 1, 24, DIM))
+    sinks = mx.random.normal((kv_heads * group,))
+    cuts = [(0, 10), (10, 24)]
+    tops = [scores[..., a:b].max(axis=-1) for a, b in cuts]
+    parts = [mx.exp(scores[..., a:b] - t[..., None]) for (a, b), t in zip(cuts, tops, strict=True)]
+    partial = [(p[..., None] * values[..., a:b, :]).sum(axis=-2) for p, (a, b) in zip(parts, cuts, strict=True)]
+    stats = [mx.stack([t, p.sum(axis=-1)], axis=-1) for t, p in zip(tops, parts, strict=True)]
+    partial.append(mx.zeros_like(partial[0]))
+    stats.append(mx.stack([mx.full(tops[0].shape, -mx.inf), mx.zeros(tops[0].shape)], axis=-1))
+    joined = combine(mx.stack(partial, axis=-2), mx.stack(stats, axis=-2), Variant(1.0, sinks=sinks), rows)
+    by_query = mx.tile(sinks.reshape(kv_heads, 1, group), (1, rows, 1)).reshape(1, kv_heads, rows * group, 1)
+    weights = mx.softmax(mx.concatenate([by_query, scores], axis=-1), axis=-1)[..., 1:]
+    whole = (weights[..., None] * values).sum(axis=-2).reshape(kv_heads, rows, group, DIM)
+    np.testing.assert_allclose(
+        np.array(joined), np.array(whole.swapaxes(1, 2).reshape(1, kv_heads * group, rows, DIM)), atol=1e-5
+    )
+
+
+def test_kernels_that_exist_fit_their_shared_memory() -> None:
+    for dim in (64, 80, 96, 128, 192, 256):
+        for group in (1, 3, 4, 8, 16):
+            for itemsize in (2, 4):
+                rows = max_rows(dim, itemsize)
+                assert supports(group * 2, 2, dim, itemsize, rows) == (
+                    shared_bytes(group * rows, dim, itemsize) <= 48 << 10
+                )
+                assert num_parts(group * rows, dim, itemsize) * 32 >= group * rows
+    assert not supports(8, 2, 64, 2, 17)
+    assert not supports(8, 2, 72, 2, 1)

@@ -1,0 +1,86 @@
+"""Every CUDA kernel compiles as MLX would compile it. Needs NVIDIA's compiler and headers as Python packages:
+`pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl` (65 MB); skipped without them."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from workers.kernels.cuda import header, kernel_bodies
+
+nvidia = pytest.importorskip("nvidia", reason="no NVIDIA packages")
+ROOTS = [Path(folder) for folder in getattr(nvidia, "__path__", [])]
+LIBRARIES = [path for root in ROOTS for path in sorted(root.glob("*/lib/libnvrtc.so.*"))]
+INCLUDES = [p.parent for root in ROOTS for p in root.glob("*/include/cuda_fp16.h")]
+INCLUDES += [p.parent.parent for root in ROOTS for p in root.glob("*/include/**/cuda/__cccl_config")]
+
+pytestmark = pytest.mark.skipif(not LIBRARIES or len(INCLUDES) < 2, reason="no NVRTC with headers")
+
+# What MLX puts before a kernel: the parts of mlx/backend/cuda/device/utils.cuh that the kernels use.
+PRELUDE = """
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+#include <cooperative_groups.h>
+namespace mlx::core::cu {
+using Shape = cuda::std::array<int32_t, 10>;
+using Strides = cuda::std::array<int64_t, 10>;
+}
+"""
+BF16, FP16, FP32 = "__nv_bfloat16", "__half", "float"
+NOT_T = {
+    "table": "int", "starts": "int", "params": "int", "old": "int", "inv_freq": "float", "sinks": "float",
+    "partial": "float", "stats": "float",
+}  # fmt: skip
+
+
+def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str, str]:
+    """The text MLX generates around a body, and the function's name, which holds the template's values."""
+    inputs, outputs, body = kernel_bodies()[kernel]
+    name = "_".join(["custom_kernel_tandem", kernel, *(str(v) for v in template.values())])
+    arguments = []
+    for each in inputs:
+        arguments.append(f"const {NOT_T.get(each, dtype)}* {each}")
+        for kind, suffix in (("Shape", "_shape"), ("Strides", "_strides")):
+            if each + suffix in body:
+                arguments.append(f"const __grid_constant__ {kind} {each}{suffix}")
+    for each in outputs:
+        arguments.append(f"{'float' if kernel == 'attend_split' else NOT_T.get(each, dtype)}* {each}")
+    constants = "".join(f"constexpr int {k} = {v};\n" for k, v in template.items())
+    signature = f"__global__ void {name}({', '.join(arguments)})"
+    function = f"{signature} {{\nusing T = {dtype};\n{constants}{body}\n}}"
+    return f"{PRELUDE}{header()}namespace mlx::core::cu {{\n{function}\n}}\n", name
+
+
+def compile_log(text: str, name: str) -> str:
+    """Empty when NVRTC takes it for an H100, else what it says."""
+    library = ctypes.CDLL(str(LIBRARIES[-1]))
+    program = ctypes.c_void_p()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None) == 0
+    assert library.nvrtcAddNameExpression(program, f"mlx::core::cu::{name}".encode()) == 0
+    options = [b"--device-as-default-execution-space", b"--gpu-architecture=sm_90a", b"-std=c++17"]
+    options += [f"--include-path={folder}".encode() for folder in INCLUDES]
+    if library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)) == 0:
+        return ""
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value + 1)
+    library.nvrtcGetProgramLog(program, log)
+    return log.value.decode()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "template"),
+    [
+        ("attend", BF16, {"D": 64, "G": 3, "MT": 1, "NEW": 16, "ROPE": 64, "SHIFT": 0, "NW": 4}),
+        ("attend", FP32, {"D": 256, "G": 2, "MT": 1, "NEW": 8, "ROPE": 0, "SHIFT": 5, "NW": 4}),
+        ("attend_split", FP16, {"D": 80, "G": 4, "MT": 2, "NEW": 16, "ROPE": 80, "SHIFT": 5, "NW": 4}),
+        ("combine", BF16, {"D": 96, "G": 4}),
+        ("append", BF16, {"D": 128, "SHIFT": 0}),
+        ("append_after", FP32, {"D": 64, "SHIFT": 5}),
+    ],
+)
+def test_nvrtc_compiles(kernel: str, dtype: str, template: dict[str, int]) -> None:
+    assert compile_log(*whole_source(kernel, dtype, template)) == ""

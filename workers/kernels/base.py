@@ -1,0 +1,47 @@
+"""What `cache.attend` asks of an implementation of attention over pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from workers.kernels.pages import Pages, Pool
+from workers.models.rope import Rotation
+
+MAX_VERIFY_WIDTH = 32  # wider forwards are prefill chunks
+MAX_ROWS = 16  # query rows a sequence that a kernel takes
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+MAX_GROUP = 16  # query heads that share a key-value head
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one layer computes besides plain causal attention.
+
+    Args:
+        window: the last `window` positions only.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: (num_heads,) attention sink logits.
+        rotation: applied to q and k first.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: mx.array | None = None
+    rotation: Rotation | None = None
+
+
+class PagedAttention(Protocol):
+    """Decode, verify and the writing of rows. Shapes as in `LayerCache.attend`."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        """Write k and v at the rows' positions, attend causally: (B, num_heads, R, dim), R at most MAX_ROWS."""
+
+    def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
+        """Write k and v; return keys and values of the `old` positions before them and of their own.
+
+        Each is (B, num_kv_heads, old + L, dim); `old` is at most the smallest start.
+        """

@@ -1,0 +1,61 @@
+"""Which implementation of attention a layer uses: a kernel where it has proved itself on this machine, else stock.
+
+A kernel is asked for by shape class: the layer's heads and dimensions, and the width of the forward. It is checked
+against the reference on random ragged rows (values), and against the stock path of the slots (time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from workers.cache.spec import AttentionSpec
+from workers.kernels.base import MAX_ROWS, MAX_VERIFY_WIDTH, PagedAttention
+
+
+@dataclass(frozen=True)
+class ShapeClass:
+    """What a kernel is compiled for and checked by. `rows`: query rows a sequence; 0 is a prefill chunk."""
+
+    num_heads: int
+    num_kv_heads: int
+    dim: int
+    rows: int
+    dtype: mx.Dtype
+
+    @property
+    def name(self) -> str:
+        """As in the log: "decode 4 rows, 32/8 heads of 128, bfloat16"."""
+        what = f"{self.rows} query rows" if self.rows else "prefill chunks"
+        kind = str(self.dtype).rpartition(".")[2]
+        return f"{what}, {self.num_heads}/{self.num_kv_heads} heads of {self.dim}, {kind}"
+
+
+@dataclass(frozen=True)
+class Use:
+    attention: PagedAttention
+    is_decode: bool  # attends itself; otherwise it writes and gathers a prefill chunk
+
+
+@dataclass
+class AttentionChoice:
+    """Args:
+    attention: the implementation.
+    is_used: by shape class; a class that is not named here uses stock operations.
+    """
+
+    attention: PagedAttention
+    is_used: Mapping[ShapeClass, bool] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+    def use(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> Use | None:
+        """The implementation for a forward of `width` tokens a row through a layer of this kind."""
+        if spec.key_dim != spec.value_dim:
+            return None
+        if MAX_ROWS < width <= MAX_VERIFY_WIDTH:
+            return None
+        rows = width if width <= MAX_ROWS else 0
+        shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, rows, q.dtype)
+        return Use(self.attention, rows > 0) if self.is_used.get(shape, False) else None

@@ -1,0 +1,206 @@
+"""Checks a kernel on this machine before it serves: values against the reference, time against the stock path."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from workers.arrays import start_evaluating
+from workers.cache.spec import AttentionSpec
+from workers.cache.store import CacheStore
+from workers.kernels.base import PagedAttention, Variant
+from workers.kernels.choice import AttentionChoice, ShapeClass
+from workers.kernels.pages import Pages, Pool, slot_pages
+from workers.kernels.reference import ReferenceAttention
+from workers.models.rope import Rope, RopeParameters, Rotate, Rotation
+
+logger = logging.getLogger("target")
+
+TOLERANCE = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 4e-2}  # of values of about 1; 32-bit products may be TF32
+CHUNK = 96  # tokens of the prefill chunk that is checked
+TIMED_LAYERS = 8
+TIMED_ROWS = 8
+TIMED_CONTEXT = 512
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found for one shape class. `error`: the largest difference; seconds are of one layer."""
+
+    shape: ShapeClass
+    is_used: bool
+    reason: str
+    error: float = 0.0
+    kernel_s: float = 0.0
+    stock_s: float = 0.0
+
+
+def prove(attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False) -> list[Proof]:
+    """Check each class; with `is_forced` only that it runs and gives the right values."""
+    return [_prove(attention, shape, is_forced) for shape in shapes]
+
+
+def choose(attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False) -> AttentionChoice:
+    proofs = prove(attention, shapes, is_forced=is_forced)
+    return AttentionChoice(attention, {proof.shape: proof.is_used for proof in proofs}, tuple(p.reason for p in proofs))
+
+
+def _prove(attention: PagedAttention, shape: ShapeClass, is_forced: bool) -> Proof:
+    try:
+        error = largest_error(attention, shape)
+        if not error <= TOLERANCE[shape.dtype]:  # NaN fails, too
+            return Proof(shape, False, f"{shape.name}: stock, the kernel is off by {error:.3g}", error)
+        if is_forced:
+            return Proof(shape, True, f"{shape.name}: kernel, as asked for", error)
+        kernel_s, stock_s = seconds(attention, shape), seconds(None, shape)
+    except (RuntimeError, ValueError) as failure:  # does not compile or launch here
+        return Proof(shape, False, f"{shape.name}: stock, the kernel fails: {str(failure)[:200]}")
+    times = f"{kernel_s * 1e6:.0f} us a layer against {stock_s * 1e6:.0f}"
+    is_used = kernel_s < stock_s
+    return Proof(shape, is_used, f"{shape.name}: {'kernel' if is_used else 'stock'}, {times}", error, kernel_s, stock_s)
+
+
+# ------------------------------------------------ values
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows to attend or to append, and a pool for them."""
+
+    pages: Pages
+    num_blocks: int
+    block_size: int
+    variant: Variant
+    old: int = 0  # of a prefill chunk
+
+
+def largest_error(attention: PagedAttention, shape: ShapeClass, *, with_blocks: bool = False) -> float:
+    """Against the reference, which runs on the CPU: there stock operations need no compilation.
+
+    Outputs and whole pools are compared. `with_blocks`: rows in blocks, too, which is one more kernel to compile.
+    """
+    worst = 0.0
+    for case in cases(shape, with_blocks):
+        error = _error(attention, shape, case)
+        if not error <= worst:  # NaN stays
+            worst = error
+    return worst
+
+
+def cases(shape: ShapeClass, with_blocks: bool) -> list[Case]:
+    """Ragged rows; rows that are split over the key axis; a ring that wraps, with a window, soft-cap and sinks."""
+    with mx.stream(mx.cpu):
+        if shape.rows == 0:
+            none = Variant(1.0)
+            chunks = [Case(slot_pages([2], [0]), 4, 256, none), Case(slot_pages([1], [101]), 4, 256, none, 101)]
+            mx.eval([case.pages.table for case in chunks], [case.pages.starts for case in chunks])
+            return chunks
+        sinks = mx.random.normal((shape.num_heads,), key=mx.random.key(9))
+        short, long, wrapped = [0, 1, 37, 200], [1500, 5, 640], [10, 700, 131]
+        made = [
+            Case(slot_pages([3, 1, 0, 5], short), 6, 250, Variant(shape.dim**-0.5)),
+            Case(slot_pages([1, 0, 2], long), 3, 1600, Variant(shape.dim**-0.5)),
+            Case(slot_pages([0, 2, 1], wrapped), 3, 192, Variant(0.1, window=100, softcap=20.0, sinks=sinks)),
+        ]
+        if with_blocks:
+            table = mx.array([[7, 3, 12, 5, 9, 14, 11, 2, 8, 15], [1, 4, 6, 0, 10, 13, 16, 17, 18, 19]], dtype=mx.int32)
+            blocks = Pages(table, mx.array([250, 97], dtype=mx.int32), (250, 97), 5)
+            made.append(Case(blocks, 20, 32, Variant(shape.dim**-0.5)))
+        mx.eval(sinks, [case.pages.table for case in made], [case.pages.starts for case in made])
+        return made
+
+
+def _error(attention: PagedAttention, shape: ShapeClass, case: Case) -> float:
+    pages, variant = case.pages, case.variant
+    with mx.stream(mx.cpu):
+        q, k, v = _random(shape, pages.num_rows, shape.rows or CHUNK)
+        pools = [_pool(shape, case) for _ in "ab"]
+        rope = Rope(rope_of(shape.dim))
+        rotation = rope.at(pages.starts, shape.rows, pages.num_rows, is_cpu=False)
+        mx.eval(q, k, v)
+    assert isinstance(rotation, Rotation), "off the CPU a rope gives a Rotation"
+    reference = ReferenceAttention()
+    if shape.rows:
+        variant = replace(variant, rotation=rotation)
+        got = [attention.attend(q, k, v, pools[0], pages, variant)]
+        mx.eval(got)
+        with mx.stream(mx.cpu):
+            wanted = [reference.attend(q, k, v, pools[1], pages, variant)]
+    else:
+        got = list(attention.append(k, v, pools[0], pages, case.old))
+        mx.eval(got)
+        with mx.stream(mx.cpu):
+            wanted = list(reference.append(k, v, pools[1], pages, case.old))
+    pools[0].settle()
+    mx.synchronize()
+    got += [pools[0].keys, pools[0].values]
+    wanted += [pools[1].keys, pools[1].values]
+    return max(_difference(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def _difference(a: mx.array, b: mx.array) -> float:
+    with mx.stream(mx.cpu):
+        return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
+
+
+def rope_of(dim: int) -> RopeParameters:
+    return RopeParameters(tuple(10000.0 ** (-i / dim) for i in range(0, dim, 2)))
+
+
+def _random(shape: ShapeClass, batch: int, rows: int) -> list[mx.array]:
+    """q, k, v as a model makes them: (B, L, heads, dim), seen as (B, heads, L, dim)."""
+    keys = mx.random.split(mx.random.key(rows), 3)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    return [
+        mx.random.normal((batch, rows, n, shape.dim), key=key).astype(shape.dtype).swapaxes(1, 2)
+        for n, key in zip(heads, keys, strict=True)
+    ]
+
+
+def _pool(shape: ShapeClass, case: Case) -> Pool:
+    size = (case.num_blocks, shape.num_kv_heads, case.block_size, shape.dim)
+    arrays = [mx.random.normal(size, key=mx.random.key(i)).astype(shape.dtype) for i in (1, 2)]
+    mx.eval(arrays)
+    return Pool(*arrays)
+
+
+# ------------------------------------------------ time
+
+
+def seconds(
+    attention: PagedAttention | None, shape: ShapeClass, rows: int = TIMED_ROWS, context: int = TIMED_CONTEXT
+) -> float:
+    """One layer of a forward through the slots' cache, rotation and write included; None: the stock path."""
+    width = shape.rows or CHUNK
+    rows = rows if shape.rows else 1
+    spec = AttentionSpec(shape.num_kv_heads, shape.dim, shape.dim)
+    store = CacheStore([spec] * TIMED_LAYERS, [context + 64], max(width, CHUNK), shape.dtype, is_exact=False, slack=64)
+    if attention is not None:
+        store.use_attention(AttentionChoice(attention, {shape: True}))
+    for slot in range(rows):
+        store.ensure(slot, context + 64)
+    rope = Rope(rope_of(shape.dim))
+    q, k, v = _random(shape, rows, width)
+    mx.eval(q, k, v, store.pending())
+    starts = [context - 7 * i for i in range(rows)] if shape.rows else [0]
+    times = []
+    for _ in range(REPEATS + 2):
+        began = time.perf_counter()
+        for _ in "ab":  # the second is queued while the first runs, as steps are
+            start_evaluating([_forward(store, q, k, v, starts, rope), *store.writes()])
+        mx.synchronize()
+        times.append((time.perf_counter() - began) / 2 / TIMED_LAYERS)
+    return min(times)
+
+
+def _forward(store: CacheStore, q: mx.array, k: mx.array, v: mx.array, starts: list[int], rope: Rope) -> mx.array:
+    batch = store.open(list(range(q.shape[0])), starts, q.shape[2])
+    rotate: Rotate = rope.at(batch.layers[0].offset, q.shape[2], q.shape[0], is_cpu=False)
+    for view in batch.layers:
+        q = view.attend(q, k, v, q.shape[-1] ** -0.5, rotation=rotate)  # type: ignore[union-attr] # all are KVViews
+    return q

@@ -1,0 +1,85 @@
+"""The kernels' arithmetic in stock operations: for machines without a kernel, and what a kernel is checked against.
+
+It gathers each row's pages into a padded rectangle and masks that, in 32 bits.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from workers.kernels.base import Variant
+from workers.kernels.pages import Pages, Pool
+
+
+class ReferenceAttention:
+    """`PagedAttention`. Writes are functional: the pool's arrays are rebound."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        batch, heads, rows, dim = q.shape
+        if variant.rotation is not None:
+            q = variant.rotation(q.swapaxes(1, 2)).swapaxes(1, 2)
+            k = variant.rotation(k.swapaxes(1, 2)).swapaxes(1, 2)
+        write_rows(pool, pages, k, v)
+        num_kv_heads = k.shape[1]
+        n = min(max(pages.host_starts) + rows, pages.table.shape[1] * pool.block_size)  # a ring holds no more
+        positions = pages.starts[:, None] + (rows - n) + mx.arange(n)  # (B, n), negative before the first
+        keys, values = (_gather(a, pages, positions).astype(mx.float32) for a in (pool.keys, pool.values))
+        grouped = q.astype(mx.float32).reshape(batch, num_kv_heads, heads // num_kv_heads, rows, dim)
+        scores = (grouped @ keys[:, :, None].swapaxes(-1, -2)) * variant.scale
+        if variant.softcap is not None:
+            scores = mx.tanh(scores / variant.softcap) * variant.softcap
+        queries = pages.starts[:, None] + mx.arange(rows)
+        distance = queries[:, :, None] - positions[:, None]  # (B, R, n)
+        seen = (distance >= 0) & (positions >= 0)[:, None]
+        if variant.window is not None:
+            seen = seen & (distance < variant.window)
+        scores = mx.where(seen[:, None, None], scores, -mx.inf)
+        if variant.sinks is not None:
+            sinks = variant.sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1)
+            scores = mx.concatenate([mx.broadcast_to(sinks, (*scores.shape[:-1], 1)), scores], axis=-1)
+        weights = mx.softmax(scores, axis=-1)
+        if variant.sinks is not None:
+            weights = weights[..., 1:]
+        # What no query sees may be NaN, and 0 * NaN is NaN.
+        values = mx.where(seen.any(axis=1)[:, None, :, None], values, 0.0)
+        out = weights @ values[:, :, None]
+        return out.reshape(batch, heads, rows, values.shape[-1]).astype(q.dtype)
+
+    def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
+        gathered = []
+        for array, new in ((pool.keys, k), (pool.values, v)):
+            before = [
+                _gather(array, _one(pages, b), mx.arange(start - old, start)[None])
+                for b, start in enumerate(pages.host_starts)
+            ]
+            gathered.append(mx.concatenate([mx.concatenate(before), new.astype(array.dtype)], axis=2) if old else new)
+        write_rows(pool, pages, k, v)
+        return gathered[0], gathered[1]
+
+
+def _one(pages: Pages, b: int) -> Pages:
+    return Pages(pages.table[b : b + 1], pages.starts[b : b + 1], pages.host_starts[b : b + 1], pages.shift)
+
+
+def _where(pages: Pages, block_size: int, positions: mx.array) -> tuple[mx.array, mx.array]:
+    """Blocks and indices in them of positions (B, n): both (B, n)."""
+    index = (positions // block_size) % pages.table.shape[1]
+    return mx.take_along_axis(pages.table, index, axis=1), positions % block_size
+
+
+def _gather(array: mx.array, pages: Pages, positions: mx.array) -> mx.array:
+    """(B, num_kv_heads, n, dim) of positions (B, n); negative ones give position 0."""
+    blocks, offsets = _where(pages, array.shape[2], mx.maximum(positions, 0))
+    heads = mx.arange(array.shape[1])
+    return array[blocks[:, None], heads[None, :, None], offsets[:, None]]
+
+
+def write_rows(pool: Pool, pages: Pages, k: mx.array, v: mx.array) -> None:
+    """Scatter k and v (B, num_kv_heads, L, dim) to their pages; the pool's arrays are rebound."""
+    positions = pages.starts[:, None] + mx.arange(k.shape[2])
+    blocks, offsets = _where(pages, pool.block_size, positions)
+    heads = mx.arange(k.shape[1])[None, :, None]
+    keys, values = pool.keys, pool.values
+    keys[blocks[:, None], heads, offsets[:, None]] = k.astype(keys.dtype)
+    values[blocks[:, None], heads, offsets[:, None]] = v.astype(values.dtype)
+    pool.keys, pool.values = keys, values

@@ -1,0 +1,133 @@
+"""At start: asks the machine's kernel to prove itself for the model's layers, and says what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import msgspec
+
+from shared.errors import BadConfig
+from workers.cache.spec import AttentionSpec
+from workers.kernels.base import MAX_ROWS, PagedAttention
+from workers.kernels.choice import AttentionChoice, ShapeClass
+from workers.kernels.cuda import CudaAttention, supports
+from workers.kernels.metal import MetalAttention
+from workers.kernels.prove import choose
+from workers.machine import device_name
+
+logger = logging.getLogger("target")
+
+VERIFY_ROWS = (2, 4, 8, 16)  # widths that the engine pads verify rows to
+FORMAT = "attention-1"
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What a check found, kept in the cache folder: in the order of the shape classes."""
+
+    is_used: list[bool]
+    reasons: list[str]
+
+
+def select(
+    layers: Sequence[tuple[AttentionSpec, int]],
+    dtype: mx.Dtype,
+    setting: str,
+    *,
+    is_speculative: bool,
+    cache_folder: Path,
+) -> AttentionChoice | None:
+    """The kernels that serve, None where stock operations do everything.
+
+    Args:
+        layers: each attention layer and its number of query heads.
+        setting: "auto", "stock" or "kernel".
+        is_speculative: verify rows will come.
+        cache_folder: keeps what "auto" found, by device, MLX version and the kernel's text.
+    Raises:
+        BadConfig: "kernel" was asked for, and there is none or it gives other values.
+    """
+    if setting == "stock":
+        return None
+    attention = machine_kernel()
+    if attention is None:
+        _check_none_is_wanted(setting, "no attention kernel for this machine")
+        return None
+    shapes = shape_classes(
+        layers, dtype, is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention)
+    )
+    if not shapes:
+        _check_none_is_wanted(setting, "no attention kernel for this model's layers")
+        return None
+    path = cache_folder / FORMAT / f"{fingerprint(shapes)}.json"
+    choice = _read(path, attention, shapes) if setting == "auto" else None
+    if choice is None:
+        started = time.perf_counter()
+        choice = choose(attention, shapes, is_forced=setting == "kernel")
+        logger.info("attention kernels checked in %.1f s", time.perf_counter() - started)
+        if setting == "auto":
+            _write(path, choice, shapes)
+    for reason in choice.reasons:
+        logger.info("attention: %s", reason)
+    if setting == "kernel" and not all(choice.is_used.values()):
+        raise BadConfig(f"TANDEM_ATTENTION=kernel: {'; '.join(choice.reasons)}")
+    return choice
+
+
+def fingerprint(shapes: Sequence[ShapeClass]) -> str:
+    """Changes with whatever may change the outcome of a check."""
+    digest = hashlib.sha256(f"{device_name()} {version('mlx')} {[shape.name for shape in shapes]}".encode())
+    for name in ("attention.cuh", "attention.metal", "cuda.py", "metal.py", "prove.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path, attention: PagedAttention, shapes: Sequence[ShapeClass]) -> AttentionChoice | None:
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Found)
+    except (OSError, msgspec.DecodeError):
+        return None
+    if len(found.is_used) != len(shapes):
+        return None
+    return AttentionChoice(attention, dict(zip(shapes, found.is_used, strict=True)), tuple(found.reasons))
+
+
+def _write(path: Path, choice: AttentionChoice, shapes: Sequence[ShapeClass]) -> None:
+    found = Found(is_used=[choice.is_used[shape] for shape in shapes], reasons=list(choice.reasons))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.encode(found))
+    except OSError as error:
+        logger.warning("cannot keep the attention check: %s", error)
+
+
+def machine_kernel() -> PagedAttention | None:
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return None
+    if mx.metal.is_available():
+        return MetalAttention()
+    return CudaAttention() if mx.cuda.is_available() else None
+
+
+def shape_classes(
+    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, *, is_speculative: bool, has_chunks: bool
+) -> list[ShapeClass]:
+    """What the layers need, as far as a kernel was written for it; decode first."""
+    rows = [1, *([0] if has_chunks else []), *(r for r in VERIFY_ROWS if is_speculative and r <= MAX_ROWS)]
+    kinds = dict.fromkeys((num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim) for spec, num_heads in layers)
+    return [
+        ShapeClass(num_heads, num_kv_heads, dim, r, dtype)
+        for r in rows
+        for num_heads, num_kv_heads, dim, value_dim in kinds
+        if dim == value_dim and supports(num_heads, num_kv_heads, dim, dtype.size, max(r, 1))
+    ]
+
+
+def _check_none_is_wanted(setting: str, reason: str) -> None:
+    if setting == "kernel":
+        raise BadConfig(f"TANDEM_ATTENTION=kernel: {reason}")
