@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from tests.support.engine_rig import EngineRig, ForcedDrafts, make_engine
 from tests.workers.gemma import hf
+from workers.kernels.choice import AttentionChoice, ShapeClass
+from workers.kernels.reference import ReferenceAttention
 from workers.models.gemma.config import GemmaConfig
 from workers.models.own import OWN
 
@@ -68,6 +70,19 @@ def target(request):
 def test_batched_and_chunked(target, is_exact):
     model, expected = target
     engine = make_engine(model, classes=CLASSES, is_exact=is_exact)
+    assert EngineRig(engine).run(prompts(), NUM_TOKENS, schedule=random.Random(1)) == expected
+
+
+def test_with_attention_by_a_kernel(target):
+    """Layers that write go through it, layers that read another's keys through the stock operation, in one forward."""
+    model, expected = target
+    engine = make_engine(model, classes=CLASSES, is_exact=False)
+    shapes = {
+        ShapeClass(4, spec.num_kv_heads, spec.key_dim, rows, mx.float32): True
+        for spec in model.layer_specs()
+        for rows in (0, 1, 2, 4, 8, 16)
+    }
+    engine.store.use_attention(AttentionChoice(ReferenceAttention(), shapes))
     assert EngineRig(engine).run(prompts(), NUM_TOKENS, schedule=random.Random(1)) == expected
 
 
