@@ -92,7 +92,7 @@ class SlotMedia:
     def _is_whole(self, item: MediaItem) -> bool:
         return item.kind in self._model.whole_media
 
-    def forward(self, rows: Sequence[StepRow], inputs: mx.array) -> dict[str, mx.array]:
+    def forward(self, rows: Sequence[StepRow], inputs: mx.array) -> dict[str, mx.array | int]:
         """Embeddings and positions that `rows` need; nothing where none of them has media.
 
         Args:
@@ -100,7 +100,7 @@ class SlotMedia:
         """
         if not any(row.slot in self._bound for row in rows):
             return {}
-        given = self._embeddings(rows, inputs)
+        given: dict[str, mx.array | int] = {**self._embeddings(rows, inputs)}
         positions = self._positions(rows, inputs.shape[1])
         return given if positions is None else {**given, "positions": positions}
 
@@ -128,13 +128,14 @@ class SlotMedia:
                     deep[:, i, place] = media[1:].astype(embeddings.dtype)
         return given
 
-    def _positions(self, rows: Sequence[StepRow], width: int) -> mx.array | None:
-        """(B,) where every row is behind its media, otherwise (3, B, width)."""
+    def _positions(self, rows: Sequence[StepRow], width: int) -> mx.array | int | None:
+        """(B,), or a number for one row, where every row is behind its media, otherwise (3, B, width)."""
         bounds = [self._bound.get(row.slot) for row in rows]
         if all(b is None or b.positions is None for b in bounds):
             return None
         if all(b is None or row.start >= b.end for row, b in zip(rows, bounds, strict=True)):
-            return mx.array([row.start + (b.shift if b else 0) for row, b in zip(rows, bounds, strict=True)])
+            firsts = [row.start + (b.shift if b else 0) for row, b in zip(rows, bounds, strict=True)]
+            return firsts[0] if len(firsts) == 1 else mx.array(firsts)  # as the caches' `offset` has it
         positions = np.empty((3, len(rows), width), dtype=np.int32)
         for i, (row, bound) in enumerate(zip(rows, bounds, strict=True)):
             positions[:, i] = np.arange(row.start, row.start + width) + (bound.shift if bound else 0)

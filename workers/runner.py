@@ -64,7 +64,7 @@ class ModelRunner:
         inputs: mx.array,
         cache: Sequence[object],
         wanted: Sequence[tuple[int, int, int]],
-        media: Mapping[str, mx.array] | None = None,
+        media: Mapping[str, mx.array | int] | None = None,
     ) -> mx.array:
         """One forward over inputs (B, L).
 

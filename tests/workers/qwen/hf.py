@@ -58,7 +58,7 @@ def make(transformers, folder, model_type, text=None, vision=None, seed=0, scale
 
     config = transformers.AutoConfig.for_model(
         model_type, text_config={**(TEXT_3 if model_type == "qwen3_vl" else TEXT_2), **(text or {})},
-        vision_config={**VISION[model_type], **(vision or {})}, **IDS, **more,
+        vision_config={**VISION[model_type], **(vision or {})}, **{**IDS, **more},
     )  # fmt: skip
     torch.manual_seed(seed)
     reference = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")

@@ -66,14 +66,24 @@ class QwenVL(nn.Module):
     def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray:
         return axial_positions(num_tokens, media, self.config.vision.merge_size, self.config.temporal_scale)
 
-    def hidden(self, inputs: mx.array, cache: Sequence[Any] | None = None, **more: mx.array | None) -> mx.array:
+    def hidden(
+        self,
+        inputs: mx.array,
+        cache: Sequence[Any] | None = None,
+        **more: Any,  # noqa: ANN401 - as TextDecoder has them
+    ) -> mx.array:
         """As `TextDecoder.hidden`."""
         return self.language_model.hidden(inputs, cache, **more)
 
     def logits(self, hidden: mx.array) -> mx.array:
         return self.language_model.logits(hidden)
 
-    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None, **more: mx.array | None) -> mx.array:
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Sequence[Any] | None = None,
+        **more: Any,  # noqa: ANN401 - as TextDecoder has them
+    ) -> mx.array:
         return self.logits(self.hidden(inputs, cache, **more))
 
     def fuse(self) -> None:

@@ -48,19 +48,19 @@ class TextDecoder(decoder.Model):
         inputs: mx.array,
         cache: Sequence[Any] | None = None,
         input_embeddings: mx.array | None = None,
-        positions: mx.array | None = None,
+        positions: mx.array | int | None = None,
         deep_embeddings: mx.array | None = None,
     ) -> mx.array:
         """(B, L, H) after the final norm.
 
         Args:
-            positions: of each row's first token (B,), the others follow; or of every token on every axis (3, B, L).
-                None: as the cache counts.
+            positions: of each row's first token, (B,) or one number, the others follow; or of every token on
+                every axis (3, B, L). None: as the cache counts.
             deep_embeddings: (D, B, L, H), added to the output of the first D layers.
         """
         x = self.embed(inputs) if input_embeddings is None else input_embeddings
         caches: Sequence[LayerCache] = [NoCache()] * len(self.model.layers) if cache is None else cache
-        if positions is not None and positions.ndim == 3:
+        if isinstance(positions, mx.array) and positions.ndim == 3:
             rotate = self._axial_rope.at_positions(positions)
         else:
             offset = caches[0].offset if positions is None else positions
