@@ -145,6 +145,7 @@ async def encode_chat(service: Service, text: str, media: Sequence[MediaPart]) -
     """
     if media and service.media is not None:
         service.media.check(media)
+        text = service.media.rewrite(text)
     token_ids = await service.encode(text, add_special_tokens=False, param="messages")
     if not media:
         return token_ids, []

@@ -324,7 +324,7 @@ class Core:
             return "no_target", Unavailable("the model is not ready", retry_after_s=5.0)
         if any(not 0 <= t < info.vocab_size for t in (*submit.prompt_token_ids, *submit.output_token_ids)):
             return "bad_request", InvalidRequest(f"token ids must lie in 0..{info.vocab_size - 1}")
-        if (fault := media_fault(submit, info.modalities)) is not None:
+        if (fault := media_fault(submit, info)) is not None:
             return "bad_request", InvalidRequest(fault)
         total = len(submit.prompt_token_ids) + submit.max_tokens
         if total > info.max_model_len:

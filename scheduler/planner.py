@@ -6,14 +6,15 @@ the lowest priority gives up its slot and is recomputed later.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from scheduler.media import whole_end
 from scheduler.prefix.cache import PrefixCache
 from scheduler.sequence import Sequence
 from scheduler.slots import SlotPool
 from scheduler.waiting import WaitingQueue
-from shared.messages import BlockStore, EncodeRow, SequenceStart, StepRow
+from shared.messages import BlockStore, EncodeRow, MediaKind, SequenceStart, StepRow
 
 DraftsFor = Callable[[Sequence], list[int] | None]
 
@@ -43,6 +44,7 @@ class Planner:
     max_step_tokens: token budget of a step.
     max_prefill_tokens: widest chunk that the target's caches take.
     prefix: cached prefixes; None: every prompt is computed.
+    whole_media: kinds of which one prefill chunk must hold all tokens of an item.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Planner:
         max_step_tokens: int,
         max_prefill_tokens: int,
         prefix: PrefixCache | None = None,
+        whole_media: Collection[MediaKind] = (),
     ) -> None:
         self.waiting = waiting
         self.running = running
@@ -61,6 +64,7 @@ class Planner:
         self.max_prefill_tokens = max_prefill_tokens
         self.suspect: Sequence | None = None  # the one suspect that may be worked on (suspects.py)
         self.prefix = prefix
+        self.whole_media = whole_media
         self._keeps_states = prefix is not None and prefix.info.is_recurrent
 
     def plan(
@@ -178,6 +182,8 @@ class Planner:
                         sequence.num_encoded = index + 1
                     return
                 end = min(end, item.start)
+            if self.whole_media:
+                end = whole_end(sequence.submit.media, self.whole_media, first, end)
             if self.prefix is not None:
                 end = self.prefix.chunk_end(sequence, end)
             n = end - first

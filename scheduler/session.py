@@ -103,7 +103,9 @@ class Session:
         if info.prefix_cache is not None:
             self.prefix = PrefixCache(info.prefix_cache, info.fingerprint, metrics.prefix, settings.prefix_check_rate)
         budget = settings.max_num_batched_tokens or info.max_step_tokens
-        self.planner = Planner(waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix)
+        self.planner = Planner(
+            waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix, info.whole_media
+        )
         self.step_s = 0.0  # moving average
         self._settings = settings
         self._outbox = outbox

@@ -83,8 +83,9 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
     exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
-    attention: list[str] = field(default_factory=list)  # target only: which kernels attend, and why; empty: stock
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text
+    whole_media: list[MediaKind] = field(default_factory=list)  # kinds of which one prefill chunk must hold all tokens
+    attention: list[str] = field(default_factory=list)  # target only: which kernels attend, and why; empty: stock
 
 
 class StepCost(Part, frozen=True, kw_only=True):

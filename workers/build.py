@@ -26,6 +26,7 @@ from workers.exactness import probe
 from workers.kernels.select import select
 from workers.load import LoadedModel, load
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
+from workers.models.base import MediaModel
 from workers.runner import ModelRunner
 
 logger = logging.getLogger("target")
@@ -106,6 +107,8 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     num_slots = settings.max_num_seqs or (CPU_SLOTS if is_cpu() else GPU_SLOTS)
     step_tokens = settings.max_num_batched_tokens or (CPU_STEP_TOKENS if is_cpu() else GPU_STEP_TOKENS)
     classes = capacity_classes(max_model_len)
+    if isinstance(loaded.model, MediaModel):
+        step_tokens = max(step_tokens, loaded.model.max_whole_tokens)
     store = CacheStore(specs, classes, max(step_tokens, MAX_DRAFT_WIDTH), dtype, is_cpu(), SLACK)
     spare = budget - max_model_len * per_token  # one full context comes first
     prefix_bytes = min(settings.prefix_cache_bytes or int(budget * PREFIX_SHARE), spare)
@@ -130,6 +133,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         eos_token_ids=loaded.eos_token_ids,
         max_draft_tokens=MAX_DRAFT_WIDTH - 1,
         prefix_cache=prefix,
+        whole_media=engine.media.whole_media if engine.media is not None else [],
         modalities=engine.media.modalities if engine.media is not None else [],
     )
     return engine, info

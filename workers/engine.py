@@ -249,7 +249,8 @@ class Engine:
     def _forward(self, group: list[StepRow]) -> list[tuple[StepRow, mx.array]]:
         """Run one forward; for each sampled row the hidden rows (n, H) whose logits are wanted."""
         width = self._padded(max(_width(row) for row in group))
-        batch = self.store.open([r.slot for r in group], [r.start for r in group], width)
+        spans = self.media.spans(group) if self.media is not None else None
+        batch = self.store.open([r.slot for r in group], [r.start for r in group], width, spans=spans)
         ordered = [group[i] for i in batch.order]
         inputs = self._inputs(ordered, width)
         media = self.media.forward(ordered, inputs) if self.media is not None else None

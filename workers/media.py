@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from shared.messages import MediaItem, MediaKind, MediaTensor, StepRow
+from workers.cache.kv import Spans
 from workers.models.base import MediaModel
 
 MAX_CACHED_BYTES = 256 << 20  # of encoder outputs: about 30 images of 1,000 tokens at 4,096 16-bit values
@@ -44,6 +45,10 @@ class SlotMedia:
     def modalities(self) -> list[MediaKind]:
         return self._model.modalities
 
+    @property
+    def whole_media(self) -> list[MediaKind]:
+        return self._model.whole_media
+
     def bind(self, slot: int, num_prompt_tokens: int, items: Sequence[MediaItem]) -> None:
         """A slot's sequence starts."""
         positions = self._model.media_positions(num_prompt_tokens, items)
@@ -68,6 +73,24 @@ class SlotMedia:
         while len(self._encoded) > 1 and sum(r.nbytes for r in self._encoded.values()) > self._max_bytes:
             self._encoded.popitem(last=False)
         return rows
+
+    def spans(self, rows: Sequence[StepRow]) -> Spans | None:
+        """Of each row, where items lie whose tokens see each other; None: there are none."""
+        if not self._model.whole_media:
+            return None
+        found = [self._row_spans(row) for row in rows]
+        return found if any(found) else None
+
+    def _row_spans(self, row: StepRow) -> list[tuple[int, int]]:
+        bound = self._bound.get(row.slot)
+        if bound is None:
+            return []
+        stop = row.start + len(row.token_ids or [0])
+        spans = [(item.start, item.start + item.num_tokens) for item in bound.items if self._is_whole(item)]
+        return [(first, end) for first, end in spans if first < stop and end > row.start]
+
+    def _is_whole(self, item: MediaItem) -> bool:
+        return item.kind in self._model.whole_media
 
     def forward(self, rows: Sequence[StepRow], inputs: mx.array) -> dict[str, mx.array | int]:
         """Embeddings and positions that `rows` need; nothing where none of them has media.

@@ -1,1 +1,1 @@
-"""Media that requests point to: fetched here, decoded elsewhere."""
+"""Images and sounds of a request: fetched, decoded, checked and turned into what a model takes."""

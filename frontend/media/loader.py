@@ -49,6 +49,10 @@ class MediaLoader:
                     f"{part.param}: {part.kind} input is not supported for this model", param=part.param
                 )
 
+    def rewrite(self, prompt: str) -> str:
+        """As `Processor.rewrite`."""
+        return self._processor.rewrite(prompt)
+
     async def attach(self, token_ids: list[int], parts: Sequence[MediaPart]) -> tuple[list[int], list[MediaItem]]:
         """A rendered prompt's tokens with each placeholder repeated as often as its item has rows, and the items.
 
@@ -68,11 +72,14 @@ class MediaLoader:
         return self._place(token_ids, items)
 
     def _prepare(self, part: MediaPart, data: bytes) -> MediaItem:
-        picture = decode_image(data, part.param)
         try:
-            processed = self._processor.image(picture)
+            if part.kind == "audio":
+                processed = self._processor.audio(data, part.param)
+            else:
+                processed = self._processor.image(decode_image(data, part.param))
         except InvalidRequest as error:
-            raise InvalidRequest(f"{part.param}: {error.message}", param=part.param) from error
+            told = error.message if error.message.startswith(part.param) else f"{part.param}: {error.message}"
+            raise InvalidRequest(told, param=part.param) from error
         return make_item(part, processed)
 
     def _place(self, token_ids: list[int], items: Sequence[MediaItem]) -> tuple[list[int], list[MediaItem]]:
@@ -86,8 +93,9 @@ class MediaLoader:
             item = items[len(placed)] if len(placed) < len(items) else None
             if item is None or item.kind != kinds[token]:
                 raise InvalidRequest("messages: the prompt has a placeholder without an image", param="messages")
-            placed.append(msgspec.structs.replace(item, start=len(expanded)))
-            expanded += [token] * item.num_tokens
+            tokens, offset = self._processor.expansion(item.kind, item.num_tokens)
+            placed.append(msgspec.structs.replace(item, start=len(expanded) + offset))
+            expanded += tokens
         if len(placed) != len(items):
             text = f"messages: the chat template shows {len(placed)} of {len(items)} images"
             raise InvalidRequest(text, param="messages")

@@ -14,7 +14,12 @@ from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
 MAX_ITEM_BYTES = 20 * 1024 * 1024
-MEDIA_TYPES: dict[str, MediaKind] = {"image_url": "image", "input_image": "image", "video_url": "video"}
+MEDIA_TYPES: dict[str, MediaKind] = {
+    "image_url": "image",
+    "input_image": "image",
+    "video_url": "video",
+    "input_audio": "audio",
+}
 
 _DATA_URI = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 
@@ -42,6 +47,36 @@ class MediaPart:
             raise InvalidRequest(f"{self.param}: not valid base64", param=self.param) from error
 
 
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg", "m4a")
+
+
+def audio_part(part: dict[str, Any], place: str) -> MediaPart:
+    """{"type": "input_audio", "input_audio": {"data": base64 or a data URI of it, "format": ...}}.
+
+    The format is checked and then not used: what the bytes are is found from the bytes.
+
+    Raises:
+        InvalidRequest: a field is missing, unknown or of a wrong type.
+    """
+    where = f"{place}.input_audio"
+    source = part.get("input_audio")
+    if not isinstance(source, dict):
+        raise InvalidRequest(f"{where}: expected an object", param=where)
+    unknown = [f"{place}.{name}" for name in part if name not in ("type", "input_audio")]
+    unknown += [f"{where}.{name}" for name in source if name not in ("data", "format")]
+    if unknown:
+        raise InvalidRequest(f"{unknown[0]}: unknown or unsupported field", param=unknown[0])
+    data, form = source.get("data"), source.get("format")
+    if not isinstance(data, str) or not data:
+        raise InvalidRequest(f"{where}.data: expected base64", param=f"{where}.data")
+    if form is not None and (not isinstance(form, str) or form.lower() not in AUDIO_FORMATS):
+        text = f"{where}.format: {str(form)[:40]!r} is none of {', '.join(AUDIO_FORMATS)}"
+        raise InvalidRequest(text, param=f"{where}.format")
+    if data[:5].lower() == "data:":
+        return from_url("audio", data, f"{where}.data")
+    return MediaPart("audio", f"{where}.data", data=data)
+
+
 def chat_part(part: dict[str, Any], place: str) -> MediaPart:
     """An OpenAI part: {"type": "image_url", "image_url": {"url": ...}}, or with the URL itself in place of the object.
 
@@ -49,6 +84,8 @@ def chat_part(part: dict[str, Any], place: str) -> MediaPart:
         InvalidRequest: a field is missing, unknown or of a wrong type.
     """
     name = part["type"]
+    if name == "input_audio":
+        return audio_part(part, place)
     key = name if name in part else "image_url"
     source = part.get(key)
     where = f"{place}.{key}"

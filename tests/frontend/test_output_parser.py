@@ -223,3 +223,30 @@ def test_misspelt_parsers_stop_start_up() -> None:
         tools.choose("herms", "")
     with pytest.raises(BadConfig, match=r"TANDEM_REASONING_PARSER.*think"):
         reasoning.choose("thinking", "", TOKENIZER)
+
+
+GEMMA_CALL = '<|tool_call>call:read{path:<|"|>a<|"|>}<tool_call|>'
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("", "<|channel>thought\nhm\n<channel|>Yes", [("reasoning", "hm"), ("text", "Yes")]),
+        ("", "<|channel>thought\n<channel|>Yes", [("text", "Yes")]),  # what models write that do not think
+        ("...<|channel>thought\n", "hm<channel|>Yes", [("reasoning", "hm"), ("text", "Yes")]),
+        ("...<|channel>thought\n<channel|>", "Yes", [("text", "Yes")]),
+        ("", "<|channel>thought\nhm", [("reasoning", "hm")]),
+        ("", "Yes <|channel>", [("text", "Yes <|channel>")]),
+        ("", f"<|channel>thought\nhm<channel|>{GEMMA_CALL}", [("reasoning", "hm"), ("call", "read", '{"path": "a"}')]),
+    ],
+)
+def test_gemma4_thinking_is_split_off_at_every_border(prompt: str, text: str, expected: list[tuple[str, ...]]) -> None:
+    marks = reasoning.choose("gemma4", "", TOKENIZER)
+    for i in range(len(text) + 1):
+        assert Parsed("gemma4", [text[:i], text[i:]], marks=marks, prompt=prompt).blocks == expected
+
+
+def test_gemma4_thinking_is_found_in_its_template() -> None:
+    chosen = reasoning.choose("", "{{ '<|channel>thought\n<channel|>' }}", TOKENIZER)
+    assert chosen is not None
+    assert chosen.name == "gemma4"

@@ -211,6 +211,8 @@ class EngineRig:
             kv_capacity_tokens=classes[-1] * engine._num_slots, capacity_classes=classes,
             max_step_tokens=MAX_STEP_TOKENS * 8, max_draft_tokens=max_draft,
             prefix_cache=prefix_info(engine, num_blocks),
+            modalities=engine.media.modalities if engine.media is not None else [],
+            whole_media=engine.media.whole_media if engine.media is not None else [],
         )  # fmt: skip
         self.send("target", Hello(role="target", instance_id="target", pid=2))
         self.send("target", Ready(epoch=self.epochs["target"], info=info))

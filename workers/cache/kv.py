@@ -17,10 +17,14 @@ from workers.cache.spec import AttentionSpec
 from workers.kernels.base import MAX_VERIFY_WIDTH, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice
 from workers.kernels.pages import Pages, Pool, slot_pages
-from workers.models.rope import Rotate, Rotation
+from workers.models.rope import Rotate, Rotation, rotated
 
 RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
 GROW_ROWS = 4  # pools grow by this many rows, then by half
+
+
+Spans = list[list[tuple[int, int]]]
+"""Per row of a batch: (first, end) positions of the stretches whose tokens see each other. Each lies in one step."""
 
 
 @dataclass
@@ -34,6 +38,7 @@ class BatchShape:
     offset: int | mx.array = 0
     masks: dict[tuple[int, int, int, int | None], mx.array | None] = field(default_factory=dict)
     indices: dict[tuple[int, int], tuple[mx.array, ...]] = field(default_factory=dict)
+    spans: Spans | None = None  # per row, where its images lie
     tables: dict[tuple[int, int], Pages] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,42 +175,66 @@ class KVView:
     def attend(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: mx.array | None,
+        v: mx.array | None,
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
         rotation: Rotate | None = None,
+        sees_spans: bool = False,
     ) -> mx.array:
         """Write k and v at the rows' positions and attend causally.
 
         Args:
             q: (B, num_heads, L, key_dim).
-            k, v: (B, num_kv_heads, L, key_dim or value_dim).
+            k, v: (B, num_kv_heads, L, key_dim or value_dim); None: another layer wrote this layer's rows.
             window: the last `window` positions only; the layer's own by default.
             sinks: (num_heads,) attention sink logits.
             rotation: applied to q and k first; None where they are rotated already.
+            sees_spans: the tokens of each of the batch's `spans` see each other.
         Returns:
             (B, num_heads, L, value_dim)
         """
         shape, layer = self._shape, self._layer
         window = window if window is not None else layer.spec.window
-        use = None if layer.attention is None else layer.attention.use(layer.spec, q, v, shape.width)
+        spans = shape.spans if sees_spans else None
+        if k is None or v is None:  # kernels write what they attend to
+            q = q if rotation is None else rotated(q, rotation)
+            return self._attend_stock(q, None, scale, window, sinks, spans)
+        use = None
+        if layer.attention is not None and spans is None:  # kernels know no spans
+            use = layer.attention.use(layer.spec, q, v, shape.width)
         is_fused = use is not None and use.is_decode and self._is_plain(rotation)
         if rotation is not None and not is_fused:
-            q, k = rotation(q.swapaxes(1, 2)).swapaxes(1, 2), rotation(k.swapaxes(1, 2)).swapaxes(1, 2)
+            q, k = rotated(q, rotation), rotated(k, rotation)
         if use is not None and use.is_decode:
             fused = rotation if is_fused and isinstance(rotation, Rotation) else None
             return self._attend_pages(use.attention, q, k, v, Variant(scale, window, None, sinks, fused))
         if use is not None and len(shape.starts) == 1:
             return self._attend_chunk(use.attention, q, k, v, scale, window, sinks)
+        return self._attend_stock(q, (k, v), scale, window, sinks, spans)
+
+    def _attend_stock(
+        self,
+        q: mx.array,
+        new: tuple[mx.array, mx.array] | None,
+        scale: float,
+        window: int | None,
+        sinks: mx.array | None,
+        spans: Spans | None,
+    ) -> mx.array:
+        """By MLX's own operation; `new` keys and values are written first."""
+        shape = self._shape
         outputs = []
         for run in shape.runs:
-            self._write(run, k, v)
+            if new is not None:
+                self._write(run, *new)
+            else:
+                self._layer.settle(run.capacity_class)
             keys, values = self._pools(run)
             queries = q if run.size == q.shape[0] else q[run.first : run.first + run.size]
             for row, size in _pieces(run, shape):
-                outputs.append(self._attend_rows(run, row, size, queries, keys, values, scale, window, sinks))
+                outputs.append(self._attend_rows(run, row, size, queries, keys, values, scale, window, sinks, spans))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
     def _is_plain(self, rotation: Rotate | None) -> bool:
@@ -268,6 +297,7 @@ class KVView:
         scale: float,
         window: int | None,
         sinks: mx.array | None,
+        spans: Spans | None,
     ) -> mx.array:
         """Attention of `size` rows from `row` (counted within the run)."""
         piece = Run(run.capacity_class, run.row + row, run.first + row, size)
@@ -279,7 +309,7 @@ class KVView:
             keys[rows, :, :length],
             values[rows, :, :length],
             scale=scale,
-            mask=self._mask(piece, length, capacity, window),
+            mask=self._mask(piece, length, capacity, window, spans),
             sinks=sinks,
         )
 
@@ -318,16 +348,21 @@ class KVView:
             )
             pools[c] = pool
 
-    def _mask(self, run: Run, length: int, capacity: int, window: int | None) -> mx.array | str | None:
+    def _mask(
+        self, run: Run, length: int, capacity: int, window: int | None, spans: Spans | None = None
+    ) -> mx.array | str | None:
         """Which of the pool's first `length` indices each query sees; None: all of them, "causal": as MLX does."""
         shape = self._shape
+        has_spans = spans is not None and any(spans[run.first : run.first + run.size])
         ends = shape.ends(run)
         is_windowed = window is not None and max(ends) > window
-        if not is_windowed and min(ends) == max(ends) == length:
+        if not is_windowed and not has_spans and min(ends) == max(ends) == length:
             return None if shape.width == 1 else "causal"
-        key = (run.first, run.size, length * 2**32 + capacity, window if is_windowed else None)
+        key = (run.first, run.size, (length * 2**32 + capacity) * 2 + has_spans, window if is_windowed else None)
         if key not in shape.masks:
-            mask = position_mask(shape, run, length, capacity, window if is_windowed else None)
+            mask = position_mask(
+                shape, run, length, capacity, window if is_windowed else None, spans if has_spans else None
+            )
             if not shape.is_exact:  # a GPU adds a mask faster than it selects by one (H100, 8 rows: 58 against 78 us)
                 mask = mx.where(mask, mx.array(0.0, self._layer.dtype), mx.array(-mx.inf, self._layer.dtype))
             shape.masks[key] = mask
@@ -373,7 +408,9 @@ class KVView:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
-def position_mask(shape: BatchShape, run: Run, length: int, capacity: int, window: int | None) -> mx.array:
+def position_mask(
+    shape: BatchShape, run: Run, length: int, capacity: int, window: int | None, spans: Spans | None = None
+) -> mx.array:
     """Boolean (rows, 1, width, length): does the query at start+i see pool index j?
 
     Index j of a row that ends at `end` holds the newest position p < end with p % capacity == j.
@@ -383,10 +420,23 @@ def position_mask(shape: BatchShape, run: Run, length: int, capacity: int, windo
     j = mx.arange(length)[None, None, None, :]
     positions = end - 1 - (end - 1 - j) % capacity if max(shape.ends(run)) > capacity else j
     queries = starts + mx.arange(shape.width)[None, None, :, None]
-    mask = (positions <= queries) & (positions >= 0)
+    mask = positions <= queries
+    if spans is not None:
+        mask = mask | _same_span(positions, queries, spans[run.first : run.first + run.size])
+    mask = mask & (positions >= 0)
     if window is not None:
         mask = mask & (queries - positions < window)
     return mask
+
+
+def _same_span(positions: mx.array, queries: mx.array, spans: Spans) -> mx.array:
+    """Do a query (rows, 1, width, 1) and a position (rows or 1, 1, 1, length) lie in the same stretch of their row?"""
+    same = mx.zeros((1,), mx.bool_)
+    for i in range(max(len(row) for row in spans)):
+        bounds = [row[i] if i < len(row) else (0, 0) for row in spans]
+        first, end = (mx.array(column)[:, None, None, None] for column in zip(*bounds, strict=True))
+        same = same | ((positions >= first) & (positions < end) & (queries >= first) & (queries < end))
+    return same
 
 
 def _pieces(run: Run, shape: BatchShape) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from workers.cache.kv import BatchShape, KVLayer, KVView
+from workers.cache.kv import BatchShape, KVLayer, KVView, Spans
 from workers.cache.placement import Placement
 from workers.cache.recurrent import RecurrentLayer, RecurrentView, State
 from workers.cache.spec import AttentionSpec, LayerSpec, ListSpec, leaves
@@ -146,12 +146,18 @@ class CacheStore:
             layer.restore(slot, state)
 
     def open(
-        self, slots: Sequence[int], starts: Sequence[int], width: int, lengths: Sequence[int] | None = None
+        self,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        width: int,
+        lengths: Sequence[int] | None = None,
+        spans: Spans | None = None,
     ) -> Batch:
         """Views for one forward of `width` tokens per row, written at positions starts[i] .. starts[i]+width-1.
 
         Args:
             lengths: real tokens of each row where rows are padded to `width`; recurrent layers need it.
+            spans: per row, positions of the images that this step holds, for models whose images see themselves whole.
         """
         assert width <= self.max_width, f"step of width {width}, caches made for {self.max_width}"
         order_slots, runs, moves = self.placement.gather(list(slots))
@@ -162,6 +168,7 @@ class CacheStore:
         index = {slot: i for i, slot in enumerate(slots)}
         order = [index[slot] for slot in order_slots]
         shape = BatchShape(runs, [starts[i] for i in order], width, self.is_exact)
+        shape.spans = None if spans is None else [spans[i] for i in order]
         for i in order:
             self._lengths[slots[i]] = max(self._lengths.get(slots[i], 0), starts[i] + width)
         real = None if lengths is None else mx.array([lengths[i] for i in order])

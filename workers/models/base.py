@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
-from workers.models.rope import Rotate
+from workers.models.rope import Rotate, rotated
 
 
 class LayerCache(Protocol):
@@ -23,20 +23,22 @@ class LayerCache(Protocol):
     def attend(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: mx.array | None,
+        v: mx.array | None,
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
         rotation: Rotate | None = None,
+        sees_spans: bool = False,
     ) -> mx.array:
         """Write k and v, attend causally to all earlier positions, or to the last `window` of them.
 
         Args:
             q: (B, num_heads, L, key_dim).
             rotation: applied to q and k first, here because a kernel does it on the way; None: they are rotated.
-            k, v: (B, num_kv_heads, L, key_dim or value_dim).
+            k, v: (B, num_kv_heads, L, key_dim or value_dim); None reads what another layer wrote in this forward.
             sinks: (num_heads,) attention sink logits.
+            sees_spans: the tokens of one image see each other, later ones too, where the batch tells of images.
         Returns:
             (B, num_heads, L, value_dim)
         """
@@ -47,18 +49,26 @@ class NoCache:
 
     offset = 0
 
+    def __init__(self) -> None:
+        self._rows: tuple[mx.array, mx.array] | None = None
+
     def attend(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: mx.array | None,
+        v: mx.array | None,
         scale: float,
         window: int | None = None,
         sinks: mx.array | None = None,
         rotation: Rotate | None = None,
+        sees_spans: bool = False,
     ) -> mx.array:
         if rotation is not None:
-            q, k = rotation(q.swapaxes(1, 2)).swapaxes(1, 2), rotation(k.swapaxes(1, 2)).swapaxes(1, 2)
+            q, k = rotated(q, rotation), None if k is None else rotated(k, rotation)
+        if k is not None and v is not None:
+            self._rows = k, v
+        assert self._rows is not None, "shared keys were not written in this forward"
+        k, v = self._rows
         length = q.shape[2]
         mask: str | mx.array | None = "causal" if length > 1 else None
         if window is not None and length > window:
@@ -119,6 +129,14 @@ class MediaModel(Protocol):
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """Rows (1 + D, num_tokens, H) in place of a media item's tokens, from its tensors."""
+
+    @property
+    def whole_media(self) -> list[MediaKind]:
+        """Kinds whose tokens see later ones of their own item, so that one prefill chunk must hold an item's tokens."""
+
+    @property
+    def max_whole_tokens(self) -> int:
+        """The most tokens of an item of `whole_media`."""
 
     def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray | None:
         """Where positions are not simply counted: (3, num_tokens) int32 of a prompt's tokens on three axes."""

@@ -9,6 +9,9 @@ from typing import Any
 import mlx.nn as nn
 
 from workers.models import decoder
+from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
+from workers.models.gemma.model import Gemma, MultimodalConfig
+from workers.models.gemma.text import TextDecoder
 from workers.models.qwen import model as qwen
 from workers.models.qwen.config import MODEL_TYPES as QWEN_TYPES
 from workers.models.qwen.config import QwenConfig
@@ -24,6 +27,10 @@ class Own:
 
 OWN = {
     **{name: Own(decoder.Model, decoder.DecoderConfig.from_hf) for name in decoder.MODEL_TYPES},
+    **{
+        name: Own(TextDecoder, GemmaConfig.from_hf) if name.endswith("_text") else Own(Gemma, MultimodalConfig.from_hf)
+        for name in (*GEMMA3_TYPES, *GEMMA4_TYPES)
+    },
     **{name: Own(qwen.QwenVL, QwenConfig.from_hf) for name in QWEN_TYPES},
 }
 

@@ -51,7 +51,8 @@ def rope_parameters(config: dict[str, Any], head_dim: int, max_model_len: int) -
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     base = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if (scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and kind != "proportional":
         raise BadModel("partial_rotary_factor is not supported for this architecture")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     inv_freq = 1.0 / base**exponents
@@ -61,6 +62,11 @@ def rope_parameters(config: dict[str, Any], head_dim: int, max_model_len: int) -
         match kind:
             case "default" | "mrope":
                 factor = 1.0
+            case "proportional":
+                # Gemma 4: the exponents of the whole head, but only its first `share` turns at all.
+                num_turning = int(share * head_dim // 2)
+                inv_freq, factor = np.where(np.arange(head_dim // 2) < num_turning, inv_freq, 0.0), 1.0
+                inv_freq = inv_freq / (scaling.get("factor") or 1.0)
             case "linear":
                 inv_freq, factor = inv_freq / scaling["factor"], 1.0
             case "dynamic":
@@ -188,6 +194,11 @@ class Rope:
         x = x.swapaxes(1, 2)
         x = mx.fast.rope(x, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths)
         return x.swapaxes(1, 2)
+
+
+def rotated(x: mx.array, rotate: Rotate) -> mx.array:
+    """x (B, heads, L, dim)."""
+    return rotate(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def rotate_halves(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

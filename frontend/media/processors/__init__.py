@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frontend.media.processors import qwen
+from frontend.media.processors import gemma, qwen
 from frontend.media.processors.base import Processor
 from shared.errors import BadModel
 
-FAMILIES = dict.fromkeys(qwen.MODEL_TYPES, qwen.from_configs)
+FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Processor]] = {
+    **dict.fromkeys(qwen.MODEL_TYPES, qwen.from_configs),
+    **dict.fromkeys(gemma.MODEL_TYPES, gemma.from_configs),
+}
 
 
 def processor_of(folder: Path) -> Processor | None:
@@ -24,9 +28,14 @@ def processor_of(folder: Path) -> Processor | None:
     if make is None:
         return None
     try:
-        return make(config, _read(folder / "preprocessor_config.json"))
+        return make(config, _settings(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadModel(f"{folder.name}: malformed image settings: {error!r}") from error
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json; newer checkpoints have processor_config.json with sections in its place."""
+    return _read(folder / "processor_config.json") | _read(folder / "preprocessor_config.json")
 
 
 def _read(path: Path) -> dict[str, Any]:

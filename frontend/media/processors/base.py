@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
 
@@ -37,3 +38,19 @@ class Processor(Protocol):
         Raises:
             InvalidRequest: its form does not suit the model.
         """
+
+    def audio(self, data: bytes, param: str) -> Processed:
+        """An audio file.
+
+        Raises:
+            InvalidRequest: it cannot be read, or is too short or too long for the model.
+        """
+        raise InvalidRequest("audio input is not supported for this model", param=param)
+
+    def rewrite(self, prompt: str) -> str:
+        """The rendered conversation, where the family writes something around its placeholders."""
+        return prompt
+
+    def expansion(self, kind: MediaKind, num_tokens: int) -> tuple[list[int], int]:
+        """What stands in a prompt for one placeholder, and where in it the item's `num_tokens` begin."""
+        return [self.placeholders[kind]] * num_tokens, 0

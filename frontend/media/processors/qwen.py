@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from frontend.media.processors.base import Processed
+from frontend.media.processors.base import Processed, Processor
 from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
@@ -24,7 +24,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenProcessor:
+class QwenProcessor(Processor):
     """Args:
     min_pixels, max_pixels: area of a resized image.
     mean, std: of channels in 0..1.

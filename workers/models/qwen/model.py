@@ -44,6 +44,14 @@ class QwenVL(nn.Module):
     def modalities(self) -> list[MediaKind]:
         return ["image", "video"] if "vision_tower" in self else []
 
+    @property
+    def whole_media(self) -> list[MediaKind]:
+        return []
+
+    @property
+    def max_whole_tokens(self) -> int:
+        return 0
+
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
 

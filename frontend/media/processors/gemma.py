@@ -1,0 +1,118 @@
+"""Gemma's images and clips: 8 bits a channel, and log-mel frames. The target scales and cuts pixels into patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from frontend.media.audio import decode
+from frontend.media.gemma_images import Gemma3Images, Gemma4Images
+from frontend.media.log_mel import LogMel
+from frontend.media.processors.base import Processed, Processor
+from shared.messages import MediaKind
+
+MODEL_TYPES = ("gemma3", "gemma4")
+OPENING = "<start_of_image>"
+MAX_CLIP_S = 30.0  # transformers' feature extractor cuts behind it; here longer audio is refused
+
+DEFAULT_TOKEN_IDS = {
+    "gemma3": {"image": 262_144, "boi": 255_999, "eoi": 256_000},
+    "gemma4": {
+        "image": 258_880, "boi": 255_999, "eoi": 258_882, "audio": 258_881, "boa": 256_000, "eoa": 258_883,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaProcessor(Processor):
+    """Args:
+    repeated: the token that stands once for each row, by kind.
+    around: the tokens before and after those, by kind.
+    is_opened: the template writes the token before an image (Gemma 3), not the one that is repeated.
+    """
+
+    images: Gemma3Images | Gemma4Images | None
+    num_image_tokens: int  # of every image: Gemma 3
+    log_mel: LogMel | None
+    repeated: dict[MediaKind, int]
+    is_opened: bool
+    around: dict[MediaKind, tuple[int, int]]
+    max_clip_s: float = MAX_CLIP_S
+
+    @property
+    def modalities(self) -> tuple[MediaKind, ...]:
+        return tuple(self.repeated)
+
+    @property
+    def placeholders(self) -> dict[MediaKind, int]:
+        return {kind: self.around[kind][0] if self.is_opened else token for kind, token in self.repeated.items()}
+
+    def rewrite(self, prompt: str) -> str:
+        """Gemma 3 has an empty line on both sides of an image, which has to be there when the text is tokenized."""
+        return prompt.replace(OPENING, f"\n\n{OPENING}\n\n") if self.is_opened else prompt
+
+    def expansion(self, kind: MediaKind, num_tokens: int) -> tuple[list[int], int]:
+        before, after = self.around[kind]
+        return [before, *[self.repeated[kind]] * num_tokens, after], 1
+
+    def image(self, picture: Image.Image) -> Processed:
+        """An RGB image."""
+        assert self.images is not None, "an image for a model without an image encoder"
+        pixels = self.images.resized(picture)
+        if isinstance(self.images, Gemma3Images):
+            return Processed({"pixels": pixels}, [1, 1, 1], self.num_image_tokens)
+        grid = self.images.grid(pixels)
+        return Processed({"pixels": pixels}, [1, *grid], self.images.num_tokens(grid))
+
+    def audio(self, data: bytes, param: str) -> Processed:
+        assert self.log_mel is not None, "a clip for a model without an audio encoder"
+        samples = decode(data, self.log_mel.rate, self.max_clip_s, param)
+        frames = self.log_mel(samples, param)
+        return Processed({"frames": frames}, [], self.log_mel.num_tokens(len(samples)))
+
+
+def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> GemmaProcessor:
+    """From config.json and the settings of image processor and feature extractor.
+
+    Args:
+        processor_config: processor_config.json with its sections, or an older preprocessor_config.json.
+    Raises:
+        KeyError, TypeError, ValueError: malformed.
+    """
+    model_type = config["model_type"]
+    ids = {name: _token_id(config, name, default) for name, default in DEFAULT_TOKEN_IDS[model_type].items()}
+    section = processor_config.get("image_processor") or processor_config
+    images: Gemma3Images | Gemma4Images | None = None
+    repeated: dict[MediaKind, int] = {}
+    around: dict[MediaKind, tuple[int, int]] = {}
+    if config.get("vision_config") is not None:
+        repeated["image"], around["image"] = ids["image"], (ids["boi"], ids["eoi"])
+        if model_type == "gemma3":
+            images = Gemma3Images(int(config["vision_config"].get("image_size") or 896))
+        else:
+            vision = config["vision_config"]
+            images = Gemma4Images(
+                patch_size=int(vision.get("patch_size") or 16),
+                pooling=int(vision.get("pooling_kernel_size") or 3),
+                max_soft_tokens=int(section.get("max_soft_tokens") or 280),
+            )
+    log_mel = None
+    if model_type == "gemma4" and config.get("audio_config") is not None:
+        repeated["audio"], around["audio"] = ids["audio"], (ids["boa"], ids["eoa"])
+        log_mel = LogMel.from_hf(processor_config.get("feature_extractor") or {})
+    return GemmaProcessor(
+        images=images,
+        num_image_tokens=int(config.get("mm_tokens_per_image") or 256),
+        log_mel=log_mel,
+        repeated=repeated,
+        is_opened=model_type == "gemma3",
+        around=around,
+    )
+
+
+def _token_id(config: dict[str, Any], name: str, default: int) -> int:
+    """Configurations say `..._token_id` or, older ones, `..._token_index`."""
+    found = config.get(f"{name}_token_id", config.get(f"{name}_token_index"))
+    return default if found is None else int(found)
