@@ -145,3 +145,17 @@ def test_a_failed_row_leaves_nothing_in_the_cache() -> None:
     assert rig.outputs["bad"][-1].finish_reason == "error"
     assert rig.session.prefix is not None
     assert rig.session.prefix.index.num_resident == 0
+
+
+def test_a_hit_beyond_the_ring_of_a_sliding_layer_restores_its_window_where_the_ring_has_it() -> None:
+    engine = make_engine(decoder_target(window=WINDOW), num_slots=4, block_size=BLOCK)
+    ring = min(layer.capacities[-1] for layer in engine.store.kv_layers)
+    rng = random.Random(4)
+    prompt = [rng.randrange(VOCAB) for _ in range(110)]
+    assert len(prompt) > ring, "nothing wraps"
+    rig = EngineRig(engine, num_blocks=60)
+    wanted = rig.run({"cold": prompt}, 8)["cold"]
+    assert rig.run({"warm": prompt}, 8)["warm"] == wanted
+    timings = rig.outputs["warm"][-1].timings
+    assert timings is not None
+    assert timings.num_cached_tokens == 108

@@ -133,7 +133,7 @@ class BlockPool:
         if end <= capacity:
             pool[row, :, start:end] = rows
         else:
-            pool[row, :, mx.arange(start, end) % capacity] = rows.swapaxes(0, 1)
+            pool[row, :, mx.arange(start, end) % capacity] = rows
         pools[capacity_class] = pool
 
     # ------------------------------------------------ archive and self-check
