@@ -11,8 +11,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INNER, HEAD_DIM = 48, 3, 4, 2, 96, 12
 MAX_POSITIONS = 512
+VISION_LAYERS, VISION_HIDDEN, PATCH = 2, 16, 4
+VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+VISION_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 
@@ -76,12 +85,72 @@ def write_eagle3(folder: Path, target: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _tokenizer() -> Tokenizer:
+def write_qwen2_vl(folder: Path, seed: int = 0) -> Path:
+    """Write a Qwen2-VL whose text decoder has the sizes of `write`, under the names that Hugging Face's files have."""
+    write(folder, seed)
+    tokenizer = _tokenizer(VISION_TOKENS)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocab_size = tokenizer.get_vocab_size()
+    start, pad, end, video = map(tokenizer.token_to_id, VISION_TOKENS)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "vocab_size": vocab_size,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
+        "vision_start_token_id": start,
+        "image_token_id": pad,
+        "vision_end_token_id": end,
+        "video_token_id": video,
+        "vision_config": {
+            "depth": VISION_LAYERS, "embed_dim": VISION_HIDDEN, "hidden_size": HIDDEN, "mlp_ratio": 2, "num_heads": 2,
+            "patch_size": PATCH, "in_chans": 3,
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"patch_size": PATCH, "merge_size": 2, "min_pixels": 64, "max_pixels": 4096})
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = VISION_TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    rng = np.random.default_rng(seed)
+    weights = _weights(rng, vocab_size)
+    for i in range(LAYERS):
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            weights[f"model.layers.{i}.self_attn.{name}_proj.bias"] = _matrix(rng, 1, heads * HEAD_DIM)[0]
+    save_file(weights | _vision_weights(rng), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _vision_weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    width, merged = VISION_HIDDEN, VISION_HIDDEN * 4
+    patch = _matrix(rng, width, 3 * 2 * PATCH * PATCH).reshape(width, 3, 2, PATCH, PATCH)
+    weights = {"visual.patch_embed.proj.weight": patch}
+    for i in range(VISION_LAYERS):
+        for name, outputs, inputs in (
+            ("attn.qkv", 3 * width, width), ("attn.proj", width, width), ("mlp.fc1", 2 * width, width),
+            ("mlp.fc2", width, 2 * width),
+        ):  # fmt: skip
+            weights[f"visual.blocks.{i}.{name}.weight"] = _matrix(rng, outputs, inputs)
+            weights[f"visual.blocks.{i}.{name}.bias"] = _matrix(rng, 1, outputs)[0]
+        for name in ("norm1", "norm2"):
+            weights[f"visual.blocks.{i}.{name}.weight"] = np.ones((width,), np.float32)
+            weights[f"visual.blocks.{i}.{name}.bias"] = np.zeros((width,), np.float32)
+    weights["visual.merger.ln_q.weight"] = np.ones((width,), np.float32)
+    weights["visual.merger.ln_q.bias"] = np.zeros((width,), np.float32)
+    for name, outputs in (("0", merged), ("2", HIDDEN)):
+        weights[f"visual.merger.mlp.{name}.weight"] = _matrix(rng, outputs, merged)
+        weights[f"visual.merger.mlp.{name}.bias"] = _matrix(rng, 1, outputs)[0]
+    return weights
+
+
+def _tokenizer(more: tuple[str, ...] = ()) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|start|>", "<|end|>", *more)])
     return tokenizer
 
 

@@ -1,0 +1,136 @@
+"""Images through HTTP, the OpenAI SDK and the real processes, with a tiny Qwen2-VL."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from tests.support import tiny_model
+from tests.support.server import Server
+
+pytestmark = [pytest.mark.system, pytest.mark.mlx]
+
+SIZE = (40, 24)  # pixels: 5 x 3 merged patches
+IMAGE_TOKENS = 15
+
+
+@pytest.fixture(scope="module")
+def vision_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tiny_model.write_qwen2_vl(tmp_path_factory.mktemp("vision") / "tiny")
+    with Server(folder, tmp_path_factory.mktemp("server"), max_num_seqs=8) as running:
+        yield running
+
+
+def part(seed: int) -> dict[str, Any]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return {"type": "image_url", "image_url": {"url": uri(stream.getvalue())}}
+
+
+def uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def words(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client: openai.OpenAI, *content: dict[str, Any], max_tokens: int = 24) -> tuple[str, int, int]:
+    """(text, prompt tokens, cached tokens) of a greedy answer."""
+    messages: list[Any] = [{"role": "user", "content": list(content)}]
+    # The model is random: it would write a placeholder or end its turn now and then.
+    answer = client.chat.completions.create(
+        model="default", messages=messages, max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+    return (
+        answer.choices[0].message.content or "",
+        answer.usage.prompt_tokens,
+        answer.usage.prompt_tokens_details.cached_tokens or 0,
+    )
+
+
+def test_images_are_seen_counted_cached_and_streamed(vision_server: Server) -> None:
+    with client_of(vision_server) as client:
+        text, num_tokens, cached = ask(client, words("What is it? "), part(1))
+        assert cached == 0
+        _, without, _ = ask(client, words("What is it? "))
+        assert num_tokens == without + IMAGE_TOKENS + 2  # vision start and end
+        again, _, cached = ask(client, words("What is it? "), part(1))
+        assert (again, cached > IMAGE_TOKENS) == (text, True)
+        other, _, cached_other = ask(client, words("What is it? "), part(2))
+        assert other != text, "the pixels change the answer"
+        assert cached_other < cached, "the same text with other pixels is another prefix"
+        messages: list[Any] = [{"role": "user", "content": [words("What is it? "), part(1)]}]
+        stream = client.chat.completions.create(
+            model="default", messages=messages, max_tokens=24, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == text
+
+
+def test_requests_with_and_without_images_together_give_what_each_gives_alone(vision_server: Server) -> None:
+    contents = [
+        [part(3), words("one")],
+        [words("just words, no picture")],
+        [words("a"), part(4), words("b"), part(3)],
+        [words("x"), part(5)],
+    ]
+    with client_of(vision_server) as client, ThreadPoolExecutor(len(contents)) as threads:
+        together = list(threads.map(lambda content: ask(client, *content)[0], contents))
+        httpx.delete(f"{vision_server.url}/v1/cache").raise_for_status()
+        assert [ask(client, *content)[0] for content in contents] == together
+
+
+def test_a_target_killed_under_an_image_request_changes_nothing(vision_server: Server) -> None:
+    with client_of(vision_server) as client:
+        expected, *_ = ask(client, part(6), words("and then?"), max_tokens=300)
+        httpx.delete(f"{vision_server.url}/v1/cache").raise_for_status()
+        messages: list[Any] = [{"role": "user", "content": [part(6), words("and then?")]}]
+        stream = client.chat.completions.create(
+            model="default", messages=messages, max_tokens=300, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        pieces = []
+        for chunk in stream:
+            if len(pieces) == 3:
+                vision_server.worker("workers.target").kill()
+            pieces += [choice.delta.content or "" for choice in chunk.choices]
+        assert "".join(pieces) == expected
+
+
+def test_bad_images_are_400s_and_the_server_goes_on(vision_server: Server) -> None:
+    with client_of(vision_server) as client:
+        good = part(1)
+        whole = base64.b64decode(good["image_url"]["url"].partition(",")[2])
+        for data, why in ((b"", "no bytes"), (whole[:200], "damaged"), (b"GIF89a", "supported format")):
+            with pytest.raises(openai.BadRequestError, match=why):
+                ask(client, {"type": "image_url", "image_url": {"url": uri(data)}})
+        with pytest.raises(openai.BadRequestError, match="images"):
+            ask(client, *[good] * 200)
+        with pytest.raises(openai.BadRequestError, match=str(tiny_model.MAX_POSITIONS)):
+            ask(client, *[good] * 40)  # more tokens than the context holds
+        assert ask(client, good)[1] > IMAGE_TOKENS
+
+
+def test_modalities_are_told_and_a_text_model_refuses_images(vision_server: Server, server: Server) -> None:
+    for running, modalities in ((vision_server, ["text", "image"]), (server, ["text"])):
+        assert httpx.get(f"{running.url}/health").json()["input_modalities"] == modalities
+        assert httpx.get(f"{running.url}/v1/models").json()["data"][0]["input_modalities"] == modalities
+    with client_of(server) as client, pytest.raises(openai.BadRequestError, match="takes text only"):
+        ask(client, part(1))
