@@ -205,6 +205,34 @@ def test_a_text_only_conversion_takes_text_only(transformers, tmp_path):
     np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
 
 
+def _mlx_name(name):
+    """Of a tensor in transformers' files, with one prefix for each version."""
+    for prefix in ("model.visual.", "visual."):
+        if name.startswith(prefix):
+            return "vision_tower." + name.removeprefix(prefix)
+    return "language_model." + name.replace("model.language_model.", "model.")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_mlx_names_and_layout_of_the_newer_families_give_the_same(transformers, tmp_path, model_type, is_tied):
+    from safetensors.numpy import load_file, save_file
+
+    from shared.model_files import ModelFiles
+    from workers.load import load
+
+    _, model = hf.make(transformers, tmp_path, model_type, tie_word_embeddings=is_tied)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("lm_head.weight") for name in weights) != is_tied
+    save_file(
+        {_mlx_name(n): w.transpose(0, 2, 3, 4, 1).copy() if w.ndim == 5 else w for n, w in weights.items()},
+        tmp_path / "model.safetensors", {"format": "mlx"},
+    )  # fmt: skip
+    loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
+    made = hf.prompt([[5, 6], hf.item("image", hf.image(24, 40)[None], model.config.vision), [7]])
+    np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_checkpoint_in_mlx_layout_gives_the_same(transformers, tmp_path, bits):
     """MLX's names and convolution layout; 8 bits agree within the quantisation's error."""
