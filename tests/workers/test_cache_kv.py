@@ -14,6 +14,7 @@ import pytest
 
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
+from workers.models.rope import Rope, RopeParameters
 
 pytestmark = pytest.mark.mlx
 
@@ -88,3 +89,24 @@ def test_every_row_attends_to_its_own_committed_positions(window, is_exact, prot
         store.placement.check_integrity()
     assert num_rows > 200
     assert num_wrapped > 20
+
+
+def test_a_kernel_rotates_by_the_positions_in_the_cache_and_no_others():
+    """Rows behind an image have other positions. A lone row's position is an array then, which nobody waits for."""
+    store = CacheStore([AttentionSpec(KV_HEADS, DIM, DIM)], [64], MAX_WIDTH, mx.float32, True)
+    rope = Rope(RopeParameters((1.0, 0.5, 0.1)))
+
+    def is_for_kernel(view, offset):
+        return view._is_plain(rope.at(offset, 1, 1, is_cpu=False))
+
+    for slot in (0, 1):
+        store.ensure(slot, 64)
+    alone = store.open([0], [5], 1)
+    (view,) = alone.layers
+    assert is_for_kernel(view, 5)
+    assert not is_for_kernel(view, 3)
+    assert not is_for_kernel(view, mx.array([5]))
+    alone.close()
+    (view,) = store.open([0, 1], [5, 7], 1).layers
+    assert is_for_kernel(view, view.offset)
+    assert not is_for_kernel(view, mx.array([5, 4]))

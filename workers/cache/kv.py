@@ -243,8 +243,9 @@ class KVView:
             return True
         if not isinstance(rotation, Rotation) or not rotation.is_plain:
             return False
-        offset = self._shape.offset
-        return rotation.offset is offset or (isinstance(offset, int) and bool(rotation.offset == offset))
+        offset, other = self._shape.offset, rotation.offset
+        # Two arrays are not compared: reading them would wait for the device, in every layer.
+        return other is offset or (isinstance(offset, int) and isinstance(other, int) and other == offset)
 
     def _attend_pages(
         self, attention: PagedAttention, q: mx.array, k: mx.array, v: mx.array, variant: Variant

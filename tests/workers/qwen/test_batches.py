@@ -178,6 +178,41 @@ def test_a_cached_prefix_with_images_is_used_for_the_same_images_only(pair, expe
     assert rig.engine.media.num_encoder_runs == runs + 1
 
 
+def test_a_second_image_keeps_the_cached_prefix_before_it(pair):
+    """A conversation that goes on with another picture."""
+    model = pair[1]
+    config = model.config.vision
+    first, second = (hf.item("image", hf.image(*size, 3)[None], config) for size in ((64, 40), (16, 56)))
+    turn = hf.prompt([[5, 6], first, [9, 10, 11, 12]])
+    longer = hf.prompt([[5, 6], first, [9, 10, 11, 12, 13], second, [14]])
+    wanted = alone(model, {"longer": longer})["longer"]
+    rig = MediaRig(model, block_size=4)
+    rig.submit("turn", turn.tokens, 12, media=turn.media)
+    rig.drain()
+    runs = rig.engine.media.num_encoder_runs
+    rig.submit("longer", longer.tokens, 12, media=longer.media)
+    rig.drain()
+    assert rig.tokens("longer") == wanted
+    assert rig.outputs["longer"][-1].timings.num_cached_tokens >= len(turn.tokens) - 4
+    assert rig.engine.media.num_encoder_runs == runs + 1, "the image of the hit needs no encoder"
+
+
+def test_drafts_out_of_text_change_nothing_behind_images(pair):
+    """Verify rows of several tokens, whose positions lie apart from their places in the cache."""
+    model = pair[1]
+    made = {name: prompt for name, prompt in requests_of(model).items() if name != "long text"}
+    few = SamplingParams(temperature=0.0, logit_bias=dict.fromkeys((5, 6, 7), 100.0))  # so that texts repeat
+    plain, drafted = MediaRig(model), MediaRig(model, k=3, ngram=True)
+    for rig in (plain, drafted):
+        for name in made:
+            rig.submit(name, made[name].tokens, 24, few, media=made[name].media)
+        rig.drain()
+    assert [drafted.tokens(name) for name in made] == [plain.tokens(name) for name in made]
+    counts = [drafted.outputs[name][-1].timings for name in made if made[name].media]
+    assert sum(c.num_accepted_tokens for c in counts) > 5
+    assert sum(c.num_draft_tokens - c.num_accepted_tokens for c in counts) > 0, "nothing was rolled back"
+
+
 def test_media_beside_the_prompt_or_of_a_kind_not_taken_are_refused(pair):
     model = pair[1]
     made = requests_of(model)["image"]
