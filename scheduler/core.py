@@ -122,6 +122,8 @@ class Core:
         for peer in self.peers.lost(now):
             self._lose(peer, now)
         self._check_step_time(now)
+        if self.target is not None and self.session is not None and self.session.has_lost_load(now):
+            self._resynchronise(self.target, now)
         self.speculator.expire(now)
         for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
             self._end(sequence, "error", now, error="the request's time limit passed", code=DeadlineExceeded.code)

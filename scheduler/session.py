@@ -38,6 +38,7 @@ from shared.messages import (
     WorkerInfo,
 )
 
+LOAD_TIMEOUT_S = 20.0  # for blocks from the archive; then a message was lost
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
 
 
@@ -112,7 +113,9 @@ class Session:
         self._end = end
         self._check: SelfCheck | None = None
         self._in_flight: deque[InFlight] = deque()
+        self._loads: dict[int, float] = {}  # LoadBlocks that were not answered -> when they left
         self._num_steps = 0
+        self._num_releases = 0
         self._freed: list[int] = []
         self._kept: list[BlockStore] = []  # of the freed slots
         self._last_result = 0.0
@@ -126,6 +129,10 @@ class Session:
             return False
         step = self._in_flight[0]
         return now - max(step.sent, self._last_result) > self._timeout.limit_s(step.num_tokens)
+
+    def has_lost_load(self, now: float) -> bool:
+        """Whether a LoadBlocks or its answer was lost: a sequence waits for it, and its blocks may yet be written."""
+        return any(now - sent > LOAD_TIMEOUT_S for sent in self._loads.values())
 
     def close(self, strikes: int) -> list[Sequence]:
         """The target is gone: every running sequence waits to be computed again by the next one.
@@ -160,7 +167,14 @@ class Session:
 
     def release_freed(self) -> None:
         if self._freed:
-            release = Release(epoch=self.epoch, slots=self._freed, stores=self._kept, after_step=self._num_steps)
+            self._num_releases += 1
+            release = Release(
+                epoch=self.epoch,
+                slots=self._freed,
+                stores=self._kept,
+                release_id=self._num_releases,
+                after_step=self._num_steps,
+            )
             self._outbox.send(self.target_id, release)
         self._freed, self._kept = [], []
 
@@ -191,7 +205,7 @@ class Session:
                 self.planner.suspect = self.suspects.choose(in_flight, self.waiting.peek())
             plan = self.planner.plan(now, drafts_for, self.preempt, self._settings.ttft_bound_s)
             self.release_freed()
-            self._send_loads()
+            self._send_loads(now)
             if not plan:
                 return
             self._is_drafted = False
@@ -207,6 +221,7 @@ class Session:
                 encodes=plan.encodes,
                 prefills=plan.prefills,
                 stores=plan.stores,
+                after_release=self._num_releases,
             )
             self._in_flight.append(_in_flight(step, plan, now, k))
             self._outbox.send(self.target_id, step)
@@ -229,6 +244,7 @@ class Session:
         self._num_steps += 1
         chunk = min(self.planner.max_step_tokens, self.planner.max_prefill_tokens)
         step = self._check.next_step(self.epoch, self._num_steps, chunk, prefix)
+        step = msgspec.structs.replace(step, after_release=self._num_releases)
         self._in_flight.append(InFlight(step.step_id, {}, now, 0, 0, 0, False, num_tokens=chunk, sequences=[]))
         self._outbox.send(self.target_id, step)
         if self._check.is_done:
@@ -360,11 +376,14 @@ class Session:
 
     # ------------------------------------------------ the prefix cache's tiers
 
-    def _send_loads(self) -> None:
+    def _send_loads(self, now: float) -> None:
         """What sequences wait for comes from the target's archive."""
         if self.prefix is not None and self.prefix.to_load:
             for load in self.prefix.to_load:
-                self._outbox.send(self.target_id, msgspec.structs.replace(load, epoch=self.epoch))
+                self._loads[load.load_id] = now
+                self._outbox.send(
+                    self.target_id, msgspec.structs.replace(load, epoch=self.epoch, after_step=self._num_steps)
+                )
             self.prefix.to_load = []
 
     def archive_message(self, message: BlocksLoaded | BlocksArchived) -> None:
@@ -372,7 +391,7 @@ class Session:
             self.metrics.dropped["unexpected"].inc()
         elif isinstance(message, BlocksArchived):
             self.prefix.archived(message)
-        elif not self.prefix.loaded(message):
+        elif self._loads.pop(message.load_id, None) is None or not self.prefix.loaded(message):
             self.metrics.dropped["unexpected"].inc()
 
     # ------------------------------------------------ invariants

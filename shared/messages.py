@@ -412,6 +412,7 @@ class Step(Message, frozen=True, kw_only=True):
     starts: list[SequenceStart]
     decodes: list[StepRow]
     prefills: list[StepRow]
+    after_release: int = 0  # id of the last Release sent before it
     stores: list[BlockStore] = field(default_factory=list)  # after the rows
     checks: list[BlockStore] = field(default_factory=list)  # after the stores
     encodes: list[EncodeRow] = field(default_factory=list)
@@ -422,6 +423,7 @@ class Release(Message, frozen=True, kw_only=True):
 
     epoch: int
     slots: list[int]
+    release_id: int = 0  # counts from 1 in each epoch
     after_step: int = 0  # id of the last Step sent before it
     stores: list[BlockStore] = field(default_factory=list)
 
@@ -430,9 +432,10 @@ class LoadBlocks(Message, frozen=True, kw_only=True):
     """Fetch blocks from the archive (host memory, SSD) into the device pool. Answered by BlocksLoaded."""
 
     epoch: int
-    load_id: int
+    load_id: int  # counts from 1 in each epoch
     hashes: list[bytes]
     block_ids: list[int]
+    after_step: int = 0  # id of the last Step sent before it: that may still read what lies there
     states: dict[int, int] = field(default_factory=dict)  # position in `hashes` -> state id
 
 

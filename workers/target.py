@@ -69,7 +69,7 @@ class Target:
         self.step_s = 0.0  # moving average of the time a step keeps the device
         self.epoch = 0
         self.scheduler_id = ""
-        self.last_step = 0  # id of the last Step taken in this epoch
+        self.last_step = self.last_release = self.last_load = 0  # ids of the last messages taken in this epoch
         self.last_word = time.monotonic()  # when the scheduler was last told who we are
         self.is_draining = False
 
@@ -98,7 +98,8 @@ class Target:
                         if len(waiting) + len(running) <= self.depth:
                             continue  # look for more before waiting for the device
                     case LoadBlocks() if message.epoch == self.epoch and self.archiver is not None:
-                        self.archiver.load(message)
+                        if self._is_next(message):
+                            self.archiver.load(message)
                     case ClearArchive() if message.epoch == self.epoch and self.archiver is not None:
                         self.archiver.clear()
                     case Step() | Release() | LoadBlocks() | ClearArchive():
@@ -136,21 +137,33 @@ class Target:
     def _is_repeated(self, message: Welcome) -> bool:
         return message.scheduler_id == self.scheduler_id and message.epoch <= self.epoch
 
-    def _is_next(self, message: Step | Release) -> bool:
+    def _is_next(self, message: Step | Release | LoadBlocks) -> bool:
         """Whether a message continues where the last one ended. A gap begins a new epoch: what is here may be wrong."""
         if isinstance(message, Step):
-            is_repeated, is_next = message.step_id <= self.last_step, message.step_id == self.last_step + 1
+            is_repeated = message.step_id <= self.last_step
+            is_next = message.step_id == self.last_step + 1 and message.after_release == self.last_release
+        elif isinstance(message, Release):
+            is_repeated = message.release_id <= self.last_release
+            is_next = message.release_id == self.last_release + 1 and message.after_step == self.last_step
         else:
-            is_repeated, is_next = False, message.after_step == self.last_step
-        if is_next:
-            self.last_step = message.step_id if isinstance(message, Step) else self.last_step
+            is_repeated = message.load_id <= self.last_load
+            is_next = message.load_id == self.last_load + 1 and message.after_step <= self.last_step
+        if is_next and not is_repeated:
+            match message:
+                case Step():
+                    self.last_step = message.step_id
+                case Release():
+                    self.last_release = message.release_id
+                case LoadBlocks():
+                    self.last_load = message.load_id
             return True
         self.link.num_dropped += 1
         if not is_repeated:
             logger.warning("messages were lost on their way; saying hello again")
             self.epoch = 0  # until the answer: what else comes of the old epoch is of no use
             self.link.hello()
-            self.last_word, self.last_step = time.monotonic(), 0
+            self.last_word = time.monotonic()
+            self.last_step = self.last_release = self.last_load = 0
         return False
 
     def _patience(self, num_waiting: int, num_running: int) -> float:
@@ -201,6 +214,7 @@ class Target:
     def _welcome(self, greeting: Welcome) -> None:
         """A (new) scheduler: it knows of no sequence here."""
         self.epoch, self.scheduler_id, self.last_step = greeting.epoch, greeting.scheduler_id, 0
+        self.last_release = self.last_load = 0
         self.engine.reset()
         self.link.send(Ready(epoch=self.epoch, info=self.info))
         if self.archiver is not None:

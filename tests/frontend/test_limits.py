@@ -232,14 +232,15 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_request_cancelled(start:
         full = threading.Event()
 
         def pour() -> None:
-            while not full.is_set() and not any(isinstance(m, Cancel) for m in engine.received):
+            # No faster than the server takes it: what it had to work off later would delay its end.
+            while not full.wait(0.002) and not any(isinstance(m, Cancel) for m in engine.received):
                 with contextlib.suppress(KeyError):  # cancelled since the engine was asked
                     engine.send_output(submit.request_id, ids("a" * 400))
 
         poured = threading.Thread(target=pour)
         poured.start()
         try:
-            assert engine.wait_for(Cancel)[0].request_id == submit.request_id
+            assert engine.wait_for(Cancel, timeout_s=60)[0].request_id == submit.request_id
         finally:
             full.set()
             poured.join(20)

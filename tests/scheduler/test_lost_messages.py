@@ -5,7 +5,22 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from shared.messages import Hello, Output, Ready, RequestId, SamplingParams, SayHello, Step, Submit
+from scheduler.session import LOAD_TIMEOUT_S
+from shared.messages import (
+    ArchivedBlock,
+    BlocksArchived,
+    Hello,
+    LoadBlocks,
+    Output,
+    PrefixCacheInfo,
+    Ready,
+    Release,
+    RequestId,
+    SamplingParams,
+    SayHello,
+    Step,
+    Submit,
+)
 from tests.scheduler.test_core import GREEDY, Rig
 from tests.support.fake_target import greedy, worker_info
 
@@ -113,3 +128,46 @@ def test_steps_are_numbered_from_one_in_each_epoch_and_releases_say_after_which(
             seen.append(message.step_id if isinstance(message, Step) else message.after_step)
             rig.work()
         assert seen[0] == 1 and seen == sorted(seen) and len(seen) > 3
+
+
+def test_a_lost_load_begins_a_new_epoch() -> None:
+    """A sequence waits for its blocks, and nobody can tell whether they will still be written: begin again."""
+    info = PrefixCacheInfo(block_size=4, num_blocks=12, block_bytes=1)
+    rig = Rig(worker_info(prefix_cache=info), heartbeat_timeout_s=10 * LOAD_TIMEOUT_S)
+    rig.start_target()
+    prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0, 2, 1]
+    rig.submit("a", prompt, 2)
+    rig.drain()
+    archive = rig.target.archive
+    rig.start_target()
+    added = [ArchivedBlock(block_hash=h, has_window=b.has_window, has_state=False) for h, (b, _) in archive.items()]
+    rig.send(rig.target_id, BlocksArchived(epoch=rig.epoch, added=added))
+    rig.submit("b", prompt, 2)
+    (lost,) = rig.queue
+    assert isinstance(lost, LoadBlocks)
+    rig.queue.clear()
+    rig.now += LOAD_TIMEOUT_S + 1
+    envelopes = rig.core.tick(rig.now)
+    assert [r for r, m in envelopes if isinstance(m, SayHello)] == [rig.target_id]
+    rig.start_target()
+    rig.drain()
+    assert rig.tokens("b") == greedy(prompt, 2)
+
+
+def test_steps_and_releases_are_numbered_without_gaps() -> None:
+    rig = Rig(worker_info())
+    rig.start_target()
+    for i in range(6):
+        rig.submit(f"r{i}", [0, 1, i % 3], 3)
+    seen = (0, 0)
+    while rig.queue:
+        message = rig.queue[0]
+        if isinstance(message, Step):
+            assert (message.step_id, message.after_release) == (seen[0] + 1, seen[1])
+            seen = (message.step_id, seen[1])
+        elif isinstance(message, Release):
+            assert (message.after_step, message.release_id) == (seen[0], seen[1] + 1)
+            seen = (seen[0], message.release_id)
+        rig.work()
+    assert seen[0] > 3
+    assert seen[1] > 1
