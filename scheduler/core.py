@@ -20,6 +20,7 @@ from scheduler.queue_pace import QueuePace
 from scheduler.sequence import Sequence
 from scheduler.session import Session
 from scheduler.speculation import Speculator
+from scheduler.step_timeout import StepTimeout
 from scheduler.suspects import OUTER_DEATH, OWN_DEATH, POISON, RESTART, Suspects, strikes_of
 from scheduler.waiting import WaitingQueue
 from shared.config import Settings
@@ -75,6 +76,8 @@ class Core:
         self._requests: dict[RequestId, Sequence] = {}
         self._num_arrivals = 0
         self._outbox = Outbox()
+        self._step_timeout = StepTimeout(settings.step_timeout_s)
+        self._timed = ""  # the target process whose steps it knows: a new epoch of the same one changes nothing
         self._roles_seen: set[Role] = set()
         self.suspects = Suspects()
         self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
@@ -204,9 +207,11 @@ class Core:
         self.metrics.set_worker(peer.role, True)
         if peer.role == "target":
             info = message.info
+            if sender != self._timed:
+                self._step_timeout, self._timed = StepTimeout(self.settings.step_timeout_s), sender
             self.session = Session(
                 sender, peer.epoch, info, self.settings, self.metrics, self.waiting, self.speculator, self.suspects,
-                self._outbox, self._end,
+                self._step_timeout, self._outbox, self._end,
             )  # fmt: skip
             self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
         elif message.info.draft_kind is not None:

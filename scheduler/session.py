@@ -89,6 +89,7 @@ class Session:
         waiting: WaitingQueue,
         speculator: Speculator,
         suspects: Suspects,
+        step_timeout: StepTimeout,
         outbox: Outbox,
         end: End,
     ) -> None:
@@ -120,7 +121,7 @@ class Session:
         self._kept: list[BlockStore] = []  # of the freed slots
         self._last_result = 0.0
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
-        self._timeout = StepTimeout(settings.step_timeout_s)
+        self._timeout = step_timeout
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
 
     def is_hung(self, now: float) -> bool:
