@@ -83,6 +83,12 @@ def test_images_are_seen_counted_cached_and_streamed(vision_server: Server) -> N
         assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == text
 
 
+def test_the_order_of_two_images_matters(vision_server: Server) -> None:
+    with client_of(vision_server) as client:
+        texts = [ask(client, part(a), part(b), words("which?"))[0] for a, b in ((1, 2), (2, 1), (1, 2))]
+    assert texts[0] == texts[2] != texts[1]
+
+
 def test_requests_with_and_without_images_together_give_what_each_gives_alone(vision_server: Server) -> None:
     contents = [
         [part(3), words("one")],
@@ -105,12 +111,16 @@ def test_a_target_killed_under_an_image_request_changes_nothing(vision_server: S
             model="default", messages=messages, max_tokens=300, temperature=0, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
-        pieces = []
+        text, is_killed = "", False
+        before = vision_server.metric("tandem:worker_restarts_total", role="target")
         for chunk in stream:
-            if len(pieces) == 3:
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            if text and not is_killed:
                 vision_server.worker("workers.target").kill()
-            pieces += [choice.delta.content or "" for choice in chunk.choices]
-        assert "".join(pieces) == expected
+                is_killed = True
+        assert is_killed
+        assert text == expected
+        assert vision_server.metric("tandem:worker_restarts_total", role="target") == before + 1, "it ended before"
 
 
 def test_bad_images_are_400s_and_the_server_goes_on(vision_server: Server) -> None:

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
+from tests.support.cached_logits import cached_logits
 from workers.cache.spec import AttentionSpec
-from workers.cache.store import CacheStore
 from workers.load import load
 from workers.models import decoder
 from workers.models.base import SplitModel
@@ -116,32 +116,6 @@ def test_logits_equal_transformers(transformers, tmp_path, case):
     np.testing.assert_allclose(
         cached_logits(model, tokens), expected, rtol=0, atol=1e-4, err_msg="chunked prefill, ragged decode"
     )
-
-
-def cached_logits(model, tokens):
-    """Logits (B, n, V) through the cache: row i prefilled to 20 + 3i tokens in two chunks, then all decode together."""
-    rows, length = tokens.shape
-    store = CacheStore(model.layer_specs(), [64], 32, mx.float32, True)
-    logits = np.zeros((rows, length, model.vocab_size), np.float32)
-
-    def forward(slots, starts, width):
-        batch = store.open(slots, starts, width)
-        order = [(slots[i], starts[i]) for i in batch.order]
-        out = model(mx.array([tokens[s, p : p + width].tolist() for s, p in order]), cache=batch.layers)
-        batch.close()
-        for (slot, start), row in zip(order, np.array(out), strict=True):
-            logits[slot, start : start + width] = row
-
-    at = [20 + 3 * i for i in range(rows)]
-    for slot in range(rows):
-        store.ensure(slot, 64)
-        forward([slot], [0], 7)
-        forward([slot], [7], at[slot] - 7)
-    while min(at) < length:
-        live = [s for s in range(rows) if at[s] < length]
-        forward(live, [at[s] for s in live], 1)
-        at = [min(a + 1, length) for a in at]
-    return logits
 
 
 # ------------------------------------------------ parts

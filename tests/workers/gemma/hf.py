@@ -6,11 +6,9 @@ import os
 
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
-import mlx.core as mx
 import numpy as np
 
 from shared.model_files import ModelFiles
-from workers.cache.store import CacheStore
 from workers.load import load
 
 VOCAB = 96
@@ -70,29 +68,3 @@ def hf_agrees(model, prompt, output, forbidden=(), **more):
 def save_and_load(model, folder):
     model.save_pretrained(folder)
     return load(ModelFiles(name="m", folder=folder), "float32").model
-
-
-def cached_logits(model, tokens, is_exact=True):
-    """Logits (B, n, V) through the cache: row i prefilled to 20 + 3i tokens in two chunks, then all decode together."""
-    rows, length = tokens.shape
-    store = CacheStore(model.layer_specs(), [64], 32, mx.float32, is_exact)
-    logits = np.zeros((rows, length, model.vocab_size), np.float32)
-
-    def forward(slots, starts, width):
-        batch = store.open(slots, starts, width)
-        order = [(slots[i], starts[i]) for i in batch.order]
-        out = model(mx.array([tokens[s, p : p + width].tolist() for s, p in order]), cache=batch.layers)
-        batch.close()
-        for (slot, start), row in zip(order, np.array(out), strict=True):
-            logits[slot, start : start + width] = row
-
-    at = [20 + 3 * i for i in range(rows)]
-    for slot in range(rows):
-        store.ensure(slot, 64)
-        forward([slot], [0], 7)
-        forward([slot], [7], at[slot] - 7)
-    while min(at) < length:
-        live = [s for s in range(rows) if at[s] < length]
-        forward(live, [at[s] for s in live], 1)
-        at = [min(a + 1, length) for a in at]
-    return logits

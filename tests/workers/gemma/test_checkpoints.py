@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
+from tests.support.cached_logits import cached_logits
 from tests.workers.gemma import hf
 from workers.load import load
 from workers.models.gemma.config import GemmaConfig
@@ -185,4 +186,4 @@ def test_gemma3n_through_the_adapter_equals_transformers(transformers, tmp_path,
     as_released(tmp_path, released)
     model = load(ModelFiles(name="m", folder=tmp_path), "float32").model
     expected = hf.hf_logits(reference, TOKENS)
-    np.testing.assert_allclose(hf.cached_logits(model, TOKENS), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(cached_logits(model, TOKENS), expected, rtol=0, atol=1e-4)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.cached_logits import cached_logits
 from tests.support.engine_rig import EngineRig, make_engine
 from tests.workers.gemma import hf
 
@@ -66,7 +67,7 @@ def test_logits_equal_transformers(transformers, tmp_path, case):
     tokens = np.random.default_rng(1).integers(3, hf.VOCAB, (2, 40))
     expected = hf.hf_logits(reference, tokens)
     np.testing.assert_allclose(np.array(model(mx.array(tokens))), expected, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(hf.cached_logits(model, tokens), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(cached_logits(model, tokens), expected, rtol=0, atol=1e-4)
 
 
 GREEDY_CASES = [case for case in CASES if "like" in case or case in ("gemma4 unified", "gemma3")]
