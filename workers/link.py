@@ -72,7 +72,8 @@ class Link:
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None when none comes in time. A request to say hello again is answered here."""
         self._last_active = time.monotonic()
-        while self._socket.poll(int(timeout_s * 1000)):
+        deadline = self._last_active + timeout_s  # heartbeats that keep coming do not put it off
+        while self._socket.poll(max(0, round((deadline - time.monotonic()) * 1000))):
             frames = self._socket.recv_multipart()
             try:
                 if len(frames) != 1:
