@@ -78,7 +78,7 @@ class Core:
         self._outbox = Outbox()
         self._step_timeout = StepTimeout(settings.step_timeout_s)
         self._timed = ""  # the target process whose steps it knows: a new epoch of the same one changes nothing
-        self._roles_seen: set[Role] = set()
+        self._last_process: dict[Role, str] = {}  # role -> instance id of its newest process
         self.suspects = Suspects()
         self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
@@ -175,9 +175,9 @@ class Core:
             # The same process says hello again: it forgot, or missed messages.
             self._lose(self.peers.by_id(sender), now, RESTART)
             self.metrics.resynchronisations[hello.role].inc()
-        if hello.role in self._roles_seen and sender not in self.peers and hello.role in self.metrics.worker_restarts:
+        if self._last_process.get(hello.role, sender) != sender and hello.role in self.metrics.worker_restarts:
             self.metrics.worker_restarts[hello.role].inc()
-        self._roles_seen.add(hello.role)
+        self._last_process[hello.role] = sender
         peer = self.peers.add(sender, hello.role, hello.pid, now)
         self._outbox.send(sender, Welcome(scheduler_id=self.scheduler_id, epoch=peer.epoch))
         self._broadcast_status()

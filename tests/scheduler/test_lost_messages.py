@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
 
@@ -25,7 +27,7 @@ from shared.messages import (
     Welcome,
 )
 from tests.scheduler.test_core import GREEDY, Rig
-from tests.support.fake_target import greedy, worker_info
+from tests.support.fake_target import FakeTarget, greedy, worker_info
 
 
 def submit(prompt: list[int], tokens: list[int], sampling: SamplingParams = GREEDY) -> Submit:
@@ -199,7 +201,12 @@ def test_an_idle_target_with_a_step_lost_a_message(lost: str) -> None:
     assert not any(isinstance(m, SayHello) for m in beat(rig)), "the first one may have left before the step came"
     assert any(isinstance(m, SayHello) for m in beat(rig))
     assert not rig.core.hung, "nobody is killed"
-    rig.start_target()
+    rig.send(rig.target_id, Hello(role="target", instance_id=rig.target_id, pid=2, last_exit=0))
+    rig.target = FakeTarget(rig.info)
+    rig.send(rig.target_id, Ready(epoch=rig.epoch, info=rig.info))
+    page = rig.core.metrics.page().decode()
+    assert re.search(r'resynchronisations_total\{[^}]*role="target"[^}]*\} 1.0', page)
+    assert re.search(r'worker_restarts_total\{[^}]*role="target"[^}]*\} 0.0', page), "it is the same process"
     rig.assert_idle()
     assert aligned(rig.outputs["a"]) == greedy([1, 2], 20)
     assert rig.finish_reasons("a") == ["length"]
