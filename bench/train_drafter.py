@@ -124,7 +124,7 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
             parts.append(documents)
             elapsed = time.monotonic() - began
             timed.append((elapsed, generator.num_slot_tokens))
-            bar.update(min(bar.total, int(elapsed)) - bar.n)
+            bar.update(min(round(args.seconds), int(elapsed)) - int(bar.n))
             bar.set_postfix(documents=generator.num_documents, looped=generator.num_looped, refresh=False)
     elapsed = time.monotonic() - began
     whole = Documents.join(parts)
@@ -214,7 +214,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "stage": "train", "kind": args.kind, "steps": steps, "ms_per_step": 1000 * training_s / max(1, steps),
         "steps_per_epoch": batches.steps_per_epoch, "answer_tokens": run.num_answer_tokens,
-        "loss": float(np.mean(run.losses[-20:])) if run.losses else None, "first_loss": (run.losses or [None])[0],
+        "loss": float(np.mean(run.losses[-20:])) if run.losses else None,
+        "first_losses": [round(loss, 3) for loss in run.losses[:3]],
         "peak_gb": peak_gb(), "results": results, "device": str(mx.default_device()),
     }  # fmt: skip
 

@@ -95,7 +95,7 @@ def read(folder: Path, of: Trained) -> Params:
     Raises:
         BadModel: tensors are missing, or there are others.
     """
-    arrays = load_arrays(folder, of.kind, mx.float32, None)  # type: ignore[arg-type]  # kind is one of its literals
+    arrays = load_arrays(folder, of.kind, mx.float32, None)
     wanted = {**{n: tuple(s) for n, s in of.matrices().items()}, **{n: (s,) for n, s in of.norms().items()}}
     if {n: tuple(a.shape) for n, a in arrays.items()} != wanted:
         different = sorted(set(wanted) ^ set(arrays)) or "shapes"

@@ -29,7 +29,9 @@ def save(path: Path, params: dict[str, mx.array], state: dict[str, mx.array], fa
 
 def load(path: Path) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, Any]]:
     """(parameters, optimiser state, facts), float32 again."""
-    arrays, metadata = mx.load(str(path), return_metadata=True)
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    arrays: dict[str, mx.array] = loaded[0]
+    metadata: dict[str, str] = loaded[1]
     params = {n.removeprefix("p/"): a.astype(mx.float32) for n, a in arrays.items() if n.startswith("p/")}
     state: dict[str, mx.array] = {}
     for name, array in arrays.items():

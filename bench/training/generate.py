@@ -21,6 +21,7 @@ from bench.training.documents import HELD_OUT, TRAIN, Documents, is_looped
 from bench.training.prompts import Openings
 from bench.training.sampler import sample
 from bench.training.target import Target
+from workers.arrays import start_evaluating
 from workers.kernels.base import PagedAttention, Variant
 from workers.kernels.cuda import supports
 from workers.kernels.pages import Pages, Pool
@@ -57,7 +58,7 @@ class Slots(NamedTuple):
     position: mx.array  # int32, where
     phase: mx.array  # int32
     row: mx.array  # int32, which prefix
-    count: mx.array  # int32, tokens of this phase so far, the one to be fed included
+    num_tokens: mx.array  # int32, tokens of this phase so far, the one to be fed included
     user_temperature: mx.array
     answer_temperature: mx.array
 
@@ -82,7 +83,8 @@ class SlotCache:
             q, k = rotated(q, rotation), rotated(k, rotation)
         fused = rotation if is_fused and isinstance(rotation, Rotation) else None
         pages = Pages(self._table, self.offset, self._longest)
-        return self._attention.attend(q, k, v, self._pool, pages, Variant(scale, window, None, sinks, fused))
+        variant = Variant(scale, window, None, sinks, fused)
+        return self._attention.attend(q, k, v, self._pool, pages, variant)
 
 
 @dataclass
@@ -152,10 +154,10 @@ class Generator:
         entries = []
         for _ in range(self.options.steps_per_read):
             entry = self.step()
-            mx.async_eval(entry, self._slots)
+            start_evaluating([*entry, *self._slots])
             entries.append(entry)
         logs = [mx.stack([e[i] for e in entries]) for i in range(3)]
-        mx.async_eval(logs)
+        start_evaluating(logs)
         return logs
 
     def run(self, seconds: float | None = None, num_steps: int | None = None) -> Iterator[Documents]:
@@ -237,14 +239,15 @@ def fresh(num_slots: int, tables: Tables, key: mx.array) -> Slots:
         position=zero,
         phase=zero + PREFIX,
         row=row,
-        count=zero + 1,
+        num_tokens=zero + 1,
         user_temperature=_choose(USER_TEMPERATURES, num_slots, keys[1]),
         answer_temperature=_choose(ANSWER_TEMPERATURES, num_slots, keys[2]),
     )
 
 
 def _choose(values: tuple[float, ...], count: int, key: mx.array) -> mx.array:
-    return mx.array(values)[mx.random.randint(0, len(values), shape=(count,), key=key)]
+    index = mx.random.randint(0, len(values), shape=(count,), key=key)
+    return mx.take(mx.array(values), index)
 
 
 def advance(
@@ -270,26 +273,26 @@ def _advance(
     turn_size = tables.turn.size
     keys = mx.random.split(key, 2)
     is_in_prefix = (s.phase == PREFIX) & (s.position + 1 < tables.lengths[s.row])
-    is_in_turn = (s.phase == TURN) & (s.count < turn_size)
+    is_in_turn = (s.phase == TURN) & (s.num_tokens < turn_size)
     writes_user = ((s.phase == PREFIX) & ~is_in_prefix) | (s.phase == USER)
     writes_answer = ((s.phase == TURN) & ~is_in_turn) | (s.phase == ANSWER)
     temperature = mx.where(writes_answer, s.answer_temperature, s.user_temperature)
     sampled = sample(logits, temperature, min_p, keys[0])
 
-    num_user = mx.where(s.phase == USER, s.count, 0)
+    num_user = mx.where(s.phase == USER, s.num_tokens, 0)
     closes = writes_user & (sampled == tables.turn[0]) & (num_user >= min_user)
     is_special = tables.special[sampled]
     is_bad = writes_user & ~closes & (is_special | (num_user >= max_user))
-    num_answer = mx.where(s.phase == ANSWER, s.count, 0)
+    num_answer = mx.where(s.phase == ANSWER, s.num_tokens, 0)
     is_full = (num_answer + 1 >= max_answer) | (s.position + 2 >= capacity)
     has_ended = writes_answer & (is_special | is_full)
 
     phase = mx.where(is_in_prefix, PREFIX, mx.where(closes | is_in_turn, TURN, mx.where(writes_user, USER, ANSWER)))
-    count = mx.where(phase == s.phase, s.count + 1, 1)
+    count = mx.where(phase == s.phase, s.num_tokens + 1, 1)
     forced = mx.where(
         is_in_prefix,
         tables.prefixes[s.row, mx.minimum(s.position + 1, tables.prefixes.shape[1] - 1)],
-        tables.turn[mx.where(is_in_turn, mx.minimum(s.count, turn_size - 1), 0)],
+        tables.turn[mx.where(is_in_turn, mx.minimum(s.num_tokens, turn_size - 1), 0)],
     )
     token = mx.where(is_in_prefix | is_in_turn | closes, forced, sampled)
     moved = Slots(

@@ -25,8 +25,8 @@ class MTP(Recursive):
         return {"fc.weight": (h, 2 * h), **layer_matrices(self.shape, LAYER, h)}
 
     def norms(self) -> dict[str, int]:
-        names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-        names += (LAYER + "input_layernorm", LAYER + "post_attention_layernorm")
+        names = ["pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"]
+        names += [LAYER + "input_layernorm", LAYER + "post_attention_layernorm"]
         return {f"{name}.weight": self.shape.hidden_size for name in names}
 
     def warm_start(self, params: Params, target: Target) -> Params:

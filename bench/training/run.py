@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from tqdm import tqdm
 
 from bench.training import checkpoint, evaluate
@@ -21,6 +22,7 @@ from bench.training.losses import LossOptions, surrogate
 from bench.training.optimiser import Optimiser, State, cosine
 from bench.training.parts import Batch, Params, Trained
 from bench.training.target import Target
+from workers.arrays import start_evaluating
 
 QUEUED_STEPS = 2
 
@@ -97,7 +99,7 @@ class Run:
                 self.params, self.state, batch, float(self.number), cosine(self.progress)
             )
             # Starts the step; the wait below is for an older one, so that the device always has work.
-            mx.async_eval(self.params, self.state, loss)
+            start_evaluating([*self.params.values(), *self.state.values(), loss])
             waiting.append(loss)
             if len(waiting) > QUEUED_STEPS:
                 self.losses.append(waiting.popleft().item())  # type: ignore[arg-type]  # a float32 scalar
@@ -200,7 +202,7 @@ def tap_scale(target: Target, taps: tuple[int, ...], batches: Batches, num_batch
         is_token = (batch.tokens > 0)[..., None]
         joined = mx.concatenate([rows[t] for t in taps], axis=-1).astype(mx.float32)
         total = total + (mx.square(joined) * is_token).sum(axis=(0, 1))
-        count += int(is_token.sum().item())
+        count += int(np.array(is_token.sum()))
         mx.eval(total)
         num_batches -= 1
         if not num_batches:
