@@ -37,12 +37,13 @@ def attend(
     kv, length = keys.shape[1], keys.shape[2]
     group = heads // kv
     # (B, kv, A, group * R, D): all queries of a key-value head in one product with the context
-    q = q.reshape(b, a, kv, group * r, d).transpose(0, 2, 1, 3, 4)
+    q = mx.contiguous(q.reshape(b, a, kv, group * r, d).transpose(0, 2, 1, 3, 4))
     scores = q.reshape(b, kv, a * group * r, d) @ keys.swapaxes(-1, -2)
     scores = scores.reshape(b, kv, a, group * r, length) + bias
     if own is not None and own_bias is not None:
-        own_keys, own_values = (_padded(x) for x in own)
-        mine = q @ own_keys.transpose(0, 2, 1, 4, 3)
+        # Contiguous, so that thousands of small products are one launch.
+        own_keys, own_values = (mx.contiguous(_padded(x).transpose(0, 2, 1, 3, 4)) for x in own)
+        mine = q @ own_keys.swapaxes(-1, -2)
         missing = own_keys.shape[3] - own_bias.shape[1]
         own_bias = mx.pad(own_bias, [(0, 0), (0, missing)], constant_values=-mx.inf).astype(scores.dtype)
         mine = mine + mx.tile(own_bias, (group, 1))
@@ -51,7 +52,7 @@ def attend(
     out = weights[..., :length].reshape(b, kv, a * group * r, length) @ values
     out = out.reshape(b, kv, a, group * r, d)
     if own is not None:
-        out = out + weights[..., length:] @ own_values.transpose(0, 2, 1, 3, 4)
+        out = out + weights[..., length:] @ own_values
     out = out.reshape(b, kv, a, group, r, d).transpose(0, 2, 4, 1, 3, 5)
     return out.reshape(b, a, r, heads * d)
 

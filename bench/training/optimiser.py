@@ -84,8 +84,12 @@ class Optimiser:
         return self.is_muon and value.ndim == 2
 
 
-def orthogonal(x: mx.array, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
-    """The nearest semi-orthogonal matrices to x (N, rows, columns), roughly: singular values of 0.7 to 1.2. Float32."""
+def orthogonal(x: mx.array) -> mx.array:
+    """The nearest semi-orthogonal matrices to x (N, rows, columns), roughly: singular values of 0.7 to 1.2. Float32.
+
+    The rounds are in bfloat16 on a GPU; on a CPU only float32 is fast.
+    """
+    dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
     is_tall = x.shape[1] > x.shape[2]
     x = x.astype(mx.float32)
     x = x / (mx.sqrt(mx.square(x).sum(axis=(1, 2), keepdims=True)) + 1e-7)

@@ -45,5 +45,6 @@ def test_evaluation_finds_the_stated_acceptance(name, target):
     expected = [d["committed_per_round"][name] for d in documents]
     assert [sum(r) for r in found.rounds] == [sum(r) for r in expected]
     wanted = sum(map(sum, expected)) / sum(map(len, expected))
-    assert found.mean_length == pytest.approx(wanted, rel=0.015)
-    assert found.mean_of_documents == pytest.approx(replay.mean_acceptance_length(expected), rel=0.015)
+    tolerance = 0.015 if NUM_DOCUMENTS >= 20 else 0.03  # as in test_real_drafters.py
+    assert found.mean_length == pytest.approx(wanted, rel=tolerance)
+    assert found.mean_of_documents == pytest.approx(replay.mean_acceptance_length(expected), rel=tolerance)
