@@ -136,7 +136,8 @@ class Generator:
 
     def _key(self) -> mx.array:
         self._number += 1
-        return mx.random.key((self.options.seed << 32) + self._number)
+        key: mx.array = mx.random.key((self.options.seed << 32) + self._number)
+        return key
 
     def step(self) -> tuple[mx.array, mx.array, mx.array]:
         """Queue one token of every slot: (log entries, sampled tokens, answer temperatures), each (B,). Lazy."""
