@@ -69,7 +69,9 @@ class Bench:
             count, close = choose_counter(target.url, target.model, None)
             prompts = [self._pair(rng, count) for _ in range(args.repeats)]
             close()
-            self._one(target, self._pair(random.Random(-1), EstimateOnly())[0])  # kernels for these shapes are there
+            self._one(
+                target, self._pair(random.Random("warm-up"), EstimateOnly())[0]
+            )  # kernels for these shapes are there
             for first, second in tqdm(prompts, desc="TTFT", file=sys.stderr):
                 cold.append(self._one(target, first))
                 warm.append(self._one(target, second))
