@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from bench.draft_arms import NULL, PLAIN
-from bench.draft_tables import acceptance, mean_speed_up, noise, speed_ups
+from bench.draft_tables import acceptance, mean_speed_up, model_name, noise, speed_ups
 
 MAX_POSITIONS = 16  # n-gram drafts may be longer; what comes then is seldom tested
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
@@ -23,7 +23,7 @@ def plot(result: Mapping[str, Any], stem: Path) -> list[Path]:
     """Writes STEM-speedup.png and STEM-acceptance.png; returns their paths."""
     names = [arm["name"] for arm in result["arms"] if arm["name"] not in (PLAIN, NULL)]
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
-    title = f"{result['machine']['gpu'] or result['machine']['cpu']}, {result['model']}, {result['date'][:10]}"
+    title = f"{result['machine']['gpu'] or result['machine']['cpu']}, {model_name(result)}, {result['date'][:10]}"
     return [
         _speed_up_plot(result["cells"], colors, title, stem.with_name(stem.name + "-speedup.png")),
         _acceptance_plot(result["cells"], colors, title, stem.with_name(stem.name + "-acceptance.png")),

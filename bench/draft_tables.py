@@ -148,11 +148,16 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def model_name(result: Mapping[str, Any]) -> str:
+    """As a server calls it, else as it was asked for."""
+    return str(next((h["model"] for h in result["health"].values() if h.get("model")), result["model"]))
+
+
 def _model(result: Mapping[str, Any]) -> str:
     exactness = next((h["exactness"] for h in result["health"].values() if h.get("exactness")), None)
-    name = next((h["model"] for h in result["health"].values() if h.get("model")), result["model"])
+    name = model_name(result)
     if exactness is None:
-        return str(name)
+        return name
     return f"{name} (verify and decode differ by up to {exactness['max_logit_difference']:.2g} in a logit)"
 
 

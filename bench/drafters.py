@@ -2,7 +2,7 @@
 
 Every cell (workload x concurrency) is played to every arm in turn, in another order each time, so that what the machine
 does meanwhile falls on all of them. Speed-ups are over the plain arm (`none`) of the same cell and repeat; the arm
-`null` is a second plain server, so what it differs from the first is noise. Greedy answers are compared with plain ones.
+`null` is a second plain server, so what it differs from the first is noise. Answers are greedy and compared.
 `--url NAME=URL` takes servers that run already, of any make that has the `vllm:spec_decode_*` counters.
 """
 
