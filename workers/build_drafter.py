@@ -12,6 +12,7 @@ from shared.config import Settings
 from shared.errors import BadModel
 from shared.messages import WorkerInfo
 from shared.model_files import resolve
+from shared.shipped_drafters import resolve_drafter
 from workers.draft_engine import DraftEngine
 from workers.drafters.causal_lm import CausalLMDrafter
 from workers.drafters.checkpoint import detect
@@ -32,7 +33,7 @@ def draft_config(settings: Settings, target_config: dict[str, Any]) -> DrafterCo
     """
     if not settings.draft_checkpoint:
         return None
-    files = resolve(settings.draft_model, settings)
+    files = resolve_drafter(settings)
     if files.folder is None:
         return DrafterConfig(kind="model", path=files.gguf or Path(), max_draft_tokens=settings.draft_block_size or 4)
     return detect(files.folder, target_config, settings.draft_kind or None)
@@ -56,7 +57,7 @@ def build_drafter(settings: Settings) -> tuple[DraftEngine, WorkerInfo]:
     assert config is not None, "a drafter process without a draft model"
     dtype = DTYPES[target.dtype]
     if config.kind == "model":
-        model = load(resolve(settings.draft_model, settings), settings.dtype)
+        model = load(resolve_drafter(settings), settings.dtype)
         _check_same_vocabulary(target, model)
         engine = DraftEngine(CausalLMDrafter(model.model, target.vocab_size), needs_features=False)
     else:
