@@ -128,17 +128,18 @@ class Servers:
             stack.close()
 
     def start_all(self, arms: Sequence[Arm]) -> None:
-        """With `keep_alive`: the first alone, since it measures step costs that the others find in the cache folder;
-        then the others together.
+        """With `keep_alive`: first one that drafts, alone, since it measures step costs that the others find in the
+        cache folder; then the others together.
 
         Raises:
             RuntimeError: one did not become ready.
         """
         if not self._keep_alive:
             return
-        self.get(arms[0])
-        with ThreadPoolExecutor(max(1, len(arms) - 1)) as pool:
-            list(pool.map(self.get, arms[1:]))
+        first = next((arm for arm in arms if arm.draft_model != PLAIN), arms[0])
+        self.get(first)
+        with ThreadPoolExecutor(len(arms)) as pool:
+            list(pool.map(self.get, [arm for arm in arms if arm is not first]))
 
     def get(self, arm: Arm) -> Running:
         """The server of this arm, started if it does not run.
