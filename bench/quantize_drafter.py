@@ -38,7 +38,7 @@ def quantize(folder: Path, out: Path, bits: int, group_size: int) -> dict[str, A
     if len(index.files) != 1:
         raise ValueError(f"{folder} holds {len(index.files)} safetensors files; one is expected")
     arrays, metadata = mx.load(str(index.files[0]), return_metadata=True)
-    assert isinstance(arrays, dict), "a safetensors file loads as a dict"
+    assert isinstance(arrays, dict) and isinstance(metadata, dict), "a safetensors file loads as two dicts"
     written: dict[str, mx.array] = {}
     num_quantized = 0
     for name, array in arrays.items():

@@ -1,6 +1,6 @@
 """The trained SmolLM2 drafters commit as many tokens a round as their file says, and fewer when anything is shifted.
 
-Skipped without the drafters' folder (`TANDEM_TEST_DRAFTERS`) or the embedded model. The file's rounds were computed in
+Skipped without the drafters' folder (`DRAFTERS_FOLDER`) or the embedded model. The file's rounds were computed in
 bfloat16, where near ties fall differently and one changed round moves all later ones: so every round is drafted from
 the file's own anchor once, and means over the documents are compared.
 """
@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 import pytest
-import replay  # loads a BLAS, so it goes before anything that imports MLX
+
+from tests.support import replay  # isort: skip # loads a BLAS, so it goes before anything that imports MLX
 
 from shared import config as settings
 from shared.messages import DraftRow, FeatureRows
