@@ -127,19 +127,28 @@ class Servers:
             _, (_, stack) = self._running.popitem()
             stack.close()
 
-    def start_all(self, arms: Sequence[Arm]) -> None:
+    def start_all(self, arms: Sequence[Arm]) -> dict[str, str]:
         """With `keep_alive`: first one that drafts, alone, since it measures step costs that the others find in the
         cache folder; then the others together.
 
-        Raises:
-            RuntimeError: one did not become ready.
+        Returns:
+            Name -> reason of those that did not become ready.
         """
         if not self._keep_alive:
-            return
+            return {}
+        failed: dict[str, str] = {}
+
+        def start(arm: Arm) -> None:
+            try:
+                self.get(arm)
+            except (RuntimeError, httpx.HTTPError) as error:
+                failed[arm.name] = f"{type(error).__name__}: {error}"[:300]
+
         first = next((arm for arm in arms if arm.draft_model != PLAIN), arms[0])
-        self.get(first)
+        start(first)
         with ThreadPoolExecutor(len(arms)) as pool:
-            list(pool.map(self.get, [arm for arm in arms if arm is not first]))
+            list(pool.map(start, [arm for arm in arms if arm is not first]))
+        return failed
 
     def get(self, arm: Arm) -> Running:
         """The server of this arm, started if it does not run.

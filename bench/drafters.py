@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import msgspec
@@ -84,10 +85,30 @@ class Bench:
         self.entries: dict[Key, dict[str, Any]] = {}
         self.answers: dict[Key, dict[int, str]] = {}
         self.left_out: list[str] = []
+        self.failed: dict[str, str] = {}  # arm -> why it is not played any more
         self.health: dict[str, Any] = {}
 
-    def play(self, turn: Turn) -> None:
-        """Raises RuntimeError or httpx.HTTPError: its server failed; the other arms can go on."""
+    def try_to_play(self, turn: Turn) -> None:
+        """Nothing for an arm that failed; the others go on."""
+        if turn.arm.name in self.failed:
+            return
+        try:
+            self._play(turn)
+        except (RuntimeError, httpx.HTTPError) as error:
+            self.failed[turn.arm.name] = f"{type(error).__name__}: {error}"[:300]
+            print(f"{turn.arm.name}: {self.failed[turn.arm.name]}", file=sys.stderr)
+
+    def result(self, partings: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "health": self.health,
+            "failed": self.failed,
+            "left_out": self.left_out,
+            "cells": list(self.entries.values()),
+            "partings": partings,
+        }
+
+    def _play(self, turn: Turn) -> None:
+        """Raises RuntimeError or httpx.HTTPError: its server failed."""
         self._bar.set_postfix_str(f"{turn.workload} c={turn.concurrency} {turn.arm.name}")
         running = self._servers.get(turn.arm)
         self.health[turn.arm.name] = running.health
@@ -152,11 +173,11 @@ class Bench:
     def judge(self, pairs: Sequence[dict[str, Any]], plain: Arm, deadline: float) -> list[dict[str, Any]]:
         """Ask the plain server which differences are ties; those that time leaves no room for are "unchecked"."""
         found = []
-        running = self._servers.get(plain) if pairs else None
-        with httpx.Client(base_url=running.target.url if running else "", trust_env=False) as client:
+        running = self._servers.get(plain)
+        with httpx.Client(base_url=running.target.url, trust_env=False) as client:
             for pair in tqdm(pairs, desc="ties", file=sys.stderr, disable=None, leave=False):
                 verdict: dict[str, Any] = {"verdict": "unchecked"}
-                if running is not None and time.monotonic() < deadline:
+                if time.monotonic() < deadline:
                     try:
                         verdict = msgspec.to_builtins(
                             parity.judge(
@@ -203,9 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = draft_arms.parse_urls(args.url) if args.url else args.arms
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
     with output.with_suffix(".log").open("wb") as log:
-        result = measure(args, arms, log, started)
+        result = measure(args, arms, log, lambda partial: report.write_json(output, partial))
     report.write_json(output, result)
     text = markdown(result)
     output.with_suffix(".md").write_text(text)
@@ -216,54 +236,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(is_wrong or any(p["verdict"] == "other" for p in result["partings"]))
 
 
-def measure(args: argparse.Namespace, arms: Sequence[Arm], log: Any, started: float) -> dict[str, Any]:  # noqa: ANN401 - a binary file
-    """Play everything that the time allows."""
+def measure(
+    args: argparse.Namespace, arms: Sequence[Arm], log: IO[bytes], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Play everything that the time allows; `keep` gets what there is after each cell, so that a broken-off run leaves
+    what it measured."""
+    started = time.monotonic()
     is_interleaved = bool(args.url) or args.keep_alive
-    cells = [(workload, concurrency) for concurrency in args.concurrency for workload in args.workloads]
+    cells = [(workload, concurrency) for workload in args.workloads for concurrency in args.concurrency]
     todo = list(turns(arms, cells, args.repeats, is_interleaved))
     base = Target(
         url="", model=args.model_name, ignore_eos=args.ignore_eos, api_key=args.api_key, timeout_s=args.timeout
     )
-    failed: dict[str, str] = {}
     with (
         Servers(args.model, base, {}, args.keep_alive, log) as servers,
         tqdm(total=len(todo), unit="cell", file=sys.stderr, disable=None) as bar,
     ):
         bench = Bench(args, servers, bar)
+        head = report.provenance("drafters") | _head(args, arms, is_interleaved)
         if not args.url:
-            servers.start_all(arms)
-        ready_s = time.monotonic() - started
-        for turn in todo:
+            bench.failed |= servers.start_all(arms)
+        seconds = {"ready": time.monotonic() - started}
+        for number, turn in enumerate(todo):
             if time.monotonic() - started > args.time_budget:
                 bench.left_out.append("/".join(map(str, turn.key)))
-            elif turn.arm.name not in failed:
-                try:
-                    bench.play(turn)
-                except (RuntimeError, httpx.HTTPError) as error:
-                    failed[turn.arm.name] = f"{type(error).__name__}: {error}"[:300]
-                    print(f"{turn.arm.name}: {failed[turn.arm.name]}", file=sys.stderr)
+            else:
+                bench.try_to_play(turn)
+            if number % len(arms) == len(arms) - 1:
+                keep(head | bench.result([]) | {"seconds": seconds})
             bar.update(1)
-        played_s = time.monotonic() - started
-        plain = next((arm for arm in arms if arm.name == PLAIN), None)
-        partings = []
-        if plain is not None and plain.name not in failed:
-            partings = bench.judge(bench.compare(), plain, time.monotonic() + args.tie_time)
-    result = report.provenance("drafters") | {
+        seconds["played"] = time.monotonic() - started
+        pairs = bench.compare()
+        plain = next((arm for arm in arms if arm.name == PLAIN and arm.name not in bench.failed), None)
+        partings = bench.judge(pairs, plain, time.monotonic() + args.tie_time) if plain is not None and pairs else []
+    seconds["all"] = time.monotonic() - started
+    result = head | bench.result(partings) | {"seconds": seconds}
+    return result | {"overview": overview(result)}
+
+
+def _head(args: argparse.Namespace, arms: Sequence[Arm], is_interleaved: bool) -> dict[str, Any]:
+    names = ("output_tokens", "requests_per_cell", "repeats", "warmup_tokens", "ignore_eos", "tie_bound")
+    hidden = {f"TANDEM_{name}" for name in ("API_KEYS", "ADMIN_KEY")}
+    return {
         "model": args.model,
         "arms": [msgspec.to_builtins(arm) for arm in arms],
-        "health": bench.health,
-        "settings": {
-            name: getattr(args, name)
-            for name in ("output_tokens", "requests_per_cell", "repeats", "warmup_tokens", "ignore_eos", "tie_bound")
-        },
+        "settings": {name: getattr(args, name) for name in names},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TANDEM_") and k not in hidden},
         "is_interleaved": is_interleaved,
-        "seconds": {"ready": ready_s, "played": played_s, "all": time.monotonic() - started},
-        "failed": failed,
-        "left_out": bench.left_out,
-        "cells": list(bench.entries.values()),
-        "partings": partings,
     }
-    return result | {"overview": overview(result)}
 
 
 def _try_to_plot(result: dict[str, Any], stem: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import httpx
 import pytest
 
-from bench import draft_tables, prompt_sets
-from bench.draft_arms import Arm, parse_arms, parse_urls
+from bench import draft_tables, drafters, prompt_sets
+from bench.draft_arms import Arm, Running, Servers, parse_arms, parse_urls
 from bench.drafters import main, turns
 from bench.load import Target
 from bench.parity import judge
@@ -192,12 +194,20 @@ def test_two_servers_are_compared_cell_by_cell(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "drafters-acceptance.png").read_bytes() == drawn
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds."""
+    monkeypatch.setattr(drafters, "_try_to_plot", lambda result, stem: None)
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_a_text_that_differs_by_more_than_a_tie_fails_the_run(tmp_path: Path) -> None:
     code, result = play_scripted(tmp_path, "--repeats", "1", "--tie-bound", "0.001")
     assert code == 1
     assert {p["verdict"] for p in result["partings"]} == {"other"}
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_cells_that_time_leaves_no_room_for_are_named(tmp_path: Path) -> None:
     code, result = play_scripted(tmp_path, "--repeats", "1", "--time-budget", "0")
     assert code == 0
@@ -206,6 +216,7 @@ def test_cells_that_time_leaves_no_room_for_are_named(tmp_path: Path) -> None:
     assert "8 cells were left out" in (tmp_path / "drafters.md").read_text()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_server_that_is_gone_fails_alone(tmp_path: Path) -> None:
     plain = Scripted(" one", 0)
 
@@ -219,6 +230,24 @@ def test_a_server_that_is_gone_fails_alone(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "d.json").read_text())
     assert [c["arm"] for c in result["cells"]] == ["none"]
     assert "ConnectError" in result["failed"]["gone"]
+
+
+def test_an_arm_that_does_not_start_is_told_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(self: Servers, arm: Arm, stack: ExitStack) -> Running:
+        started.append(arm.name)
+        if arm.name == "b":
+            raise RuntimeError("no such checkpoint")
+        return Running(arm, Target(url="http://x"), {})
+
+    monkeypatch.setattr(Servers, "_open", start)
+    arms = parse_arms("none,a=/a,b=/b")
+    with TemporaryFile() as log, Servers("m", Target(url=""), {}, True, log) as servers:
+        assert servers.start_all(arms) == {"b": "RuntimeError: no such checkpoint"}
+        assert servers.get(arms[1]).arm == arms[1]
+    assert started[0] == "a", "one that drafts measures the step costs, alone"
+    assert sorted(started) == ["a", "b", "none"]
 
 
 # ------------------------------------------------ figures

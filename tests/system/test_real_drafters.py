@@ -1,7 +1,7 @@
 """The reference drafters of the embedded model through the real processes: acceptance as expected, text unchanged.
 
-`make test-drafters`. The documents were written in bfloat16. Where two tokens are nearly equal, a server that computes in
-float32 goes on with another text, on which a drafter is better or worse. So documents are played in segments between
+`make test-drafters`. The documents were written in bfloat16. Where two tokens are nearly equal, a server that computes
+in float32 goes on with another text, on which a drafter is better or worse. So documents are played in segments between
 such places. Each begins at a round's anchor, so that its rounds are those of the file. Within a segment the document
 is the plain greedy text. Prompts are sent as token ids, all segments of an arm together.
 """
