@@ -19,6 +19,7 @@ from workers.drafters.checkpoint import detect
 from workers.drafters.config import DrafterConfig
 from workers.drafters.registry import load_drafter, load_fusion
 from workers.load import LoadedModel, load
+from workers.load.fingerprint import fingerprint
 from workers.machine import DTYPES, device_name, is_cpu
 from workers.runner import ModelRunner
 
@@ -37,6 +38,20 @@ def draft_config(settings: Settings, target_config: dict[str, Any]) -> DrafterCo
     if files.folder is None:
         return DrafterConfig(kind="model", path=files.gguf or Path(), max_draft_tokens=settings.draft_block_size or 4)
     return detect(files.folder, target_config, settings.draft_kind or None)
+
+
+def drafter_fingerprint(settings: Settings) -> str:
+    """Equal for two drafters only if the target sends both the same features; empty without one.
+
+    A drafter that is trained anew keeps its name: what was cached for the old one is no use to it.
+    """
+    if not settings.draft_checkpoint:
+        return ""
+    files = resolve_drafter(settings)
+    if files.folder is None:
+        return files.name  # a whole model in a GGUF file: it reads tokens, not features
+    config = (files.folder / "config.json").read_text()
+    return fingerprint(sorted(files.folder.glob("*.safetensors")), {"config": config}, settings.dtype)
 
 
 def install_fusion(runner: ModelRunner, config: DrafterConfig | None, dtype: mx.Dtype) -> None:
