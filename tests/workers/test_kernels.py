@@ -53,7 +53,7 @@ def test_pages_attend_as_slots_do_through_joins_leaves_and_roll_backs(window: in
     choose = random.Random(7)
     spec = AttentionSpec(KV_HEADS, DIM, DIM, window)
     stock, paged = (CacheStore([spec], [64, 192], 64, mx.float32, is_exact=False, slack=64) for _ in "ab")
-    paged.use_attention(AttentionChoice(ReferenceAttention(), ALL_WIDTHS))
+    paged.use_attention(AttentionChoice(ReferenceAttention(), ALL_WIDTHS, has_tiles=True))
     limits = {0: 64, 1: 64, 2: 192, 3: 192}
     lengths: dict[int, int] = {}
     num_compared = 0

@@ -38,7 +38,7 @@ def by_kernels(engine: Engine, model) -> Engine:
         assert isinstance(spec, AttentionSpec)
         for rows in range(17):
             used[ShapeClass(num_heads, spec.num_kv_heads, spec.key_dim, rows, engine.store.kv_layers[0].dtype)] = True
-    engine.store.use_attention(AttentionChoice(ReferenceAttention(), used))
+    engine.store.use_attention(AttentionChoice(ReferenceAttention(), used, has_tiles=True))
     return engine
 
 

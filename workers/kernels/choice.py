@@ -44,11 +44,13 @@ class AttentionChoice:
     """Args:
     attention: the implementation.
     is_used: by shape class; a class that is not named here uses stock operations.
+    has_tiles: prefill rows at any position go through the verify kernel in tiles.
     """
 
     attention: PagedAttention
     is_used: Mapping[ShapeClass, bool] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    has_tiles: bool = False
 
     def use(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> Use | None:
         """The implementation for a forward of `width` tokens a row through a layer of this kind."""
@@ -62,7 +64,7 @@ class AttentionChoice:
 
     def tiles(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> PagedAttention | None:
         """The implementation that takes `width` tokens a row as many verify rows of one sequence; see `attend`."""
-        if spec.key_dim != spec.value_dim or width <= MAX_ROWS or width % MAX_ROWS:
+        if not self.has_tiles or spec.key_dim != spec.value_dim or width <= MAX_ROWS or width % MAX_ROWS:
             return None
         shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, MAX_ROWS, q.dtype)
         return self.attention if self.is_used.get(shape, False) else None
