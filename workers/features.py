@@ -141,9 +141,7 @@ class FeatureReceiver:
             or sum(r.num_rows for r in message.rows) != spec.shape[0]
         ):
             raise BadMessage("feature rows do not add up")
-        array = mx.array(np.frombuffer(frames[1], _VIEWS[spec.dtype][1]).reshape(spec.shape))
-        if spec.dtype != "float32":
-            array = array.view(mx.bfloat16 if spec.dtype == "bfloat16" else mx.float16)
+        array = from_bits(np.frombuffer(frames[1], _VIEWS[spec.dtype][1]).reshape(spec.shape), spec.dtype)
         at = 0
         for rows in message.rows:
             yield message.epoch, rows, array[at : at + rows.num_rows]
@@ -152,6 +150,12 @@ class FeatureReceiver:
     def close(self) -> None:
         self._socket.close()
         self._context.term()
+
+
+def from_bits(bits: np.ndarray[Any, Any], dtype: str) -> mx.array:
+    """Rows of type `dtype` from what `as_bits` made of them."""
+    array = mx.array(bits)
+    return array if dtype == "float32" else array.view(mx.bfloat16 if dtype == "bfloat16" else mx.float16)
 
 
 def as_bits(rows: mx.array) -> mx.array:
