@@ -22,6 +22,11 @@ def peak_memory_bytes() -> int:
     return int(mx.get_peak_memory())
 
 
+def free_cached_memory() -> None:
+    """Give back what MLX keeps for reuse."""
+    mx.clear_cache()
+
+
 def disable_compile() -> None:
     """On Linux's CPU backend `mx.compile` calls a compiler at run time, for nothing; where it is too late for the
     variable that `workers.blas.prepare` sets."""

@@ -72,6 +72,7 @@ class LocalEngine:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self.processes.close()
 
     async def _run(self) -> None:
         """Steps while there are any; otherwise wait for a request."""
@@ -127,8 +128,8 @@ class LocalEngine:
         return self.status.target_info
 
     def timings(self, request_id: RequestId) -> Timings | None:
-        """Of a request that has not ended."""
-        return self.processes.core.timings(request_id, time.monotonic())
+        """Of a request that has not ended; None for one that has."""
+        return None if self._is_stopping else self.processes.core.timings(request_id, time.monotonic())
 
     # ------------------------------------------------ requests
 

@@ -36,7 +36,7 @@ from tandem.local.engine import FRONTEND
 from workers.draft_engine import DraftEngine
 from workers.engine import Engine, PendingStep
 from workers.features import from_bits
-from workers.machine import is_cpu, memory, peak_memory_bytes
+from workers.machine import free_cached_memory, is_cpu, memory, peak_memory_bytes
 
 TARGET, DRAFTER = "target", "drafter"  # instance ids
 
@@ -87,9 +87,12 @@ class LocalProcesses:
             self.send(instance_id, Heartbeat(instance_id=instance_id, memory_bytes=own))
         self._deliver(self.core.tick(time.monotonic()))
 
-    def shutdown(self) -> None:
-        """End every live request."""
-        self._deliver(self.core.shutdown(time.monotonic()))
+    def close(self) -> None:
+        """Let go of the models. Nothing else may be called afterwards."""
+        self._queue.clear()
+        self._running.clear()
+        del self.engine, self.drafter
+        free_cached_memory()
 
     def _deliver(self, envelopes: list[Envelope]) -> None:
         requests: list[DraftRequest] = []
