@@ -18,14 +18,13 @@ from frontend.service import Service
 from shared.config import Settings
 from shared.errors import InvalidRequest
 from shared.messages import MediaKind
-from tandem.options import ChatOptions, Message, Options, SamplingOptions
+from tandem.fields import MEDIA, ONLY_CHAT, attach, expand, is_url, paths_of
+from tandem.options import Message, Options
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """A text or its token ids, which the output goes on with, or a conversation, which it answers."""
 
-_SHORT = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-_MEDIA: dict[str, MediaKind] = {"images": "image", "videos": "video", "audio": "audio"}
-_ONLY_CHAT = frozenset(Options.__annotations__) - frozenset(SamplingOptions.__annotations__)
+_KINDS: dict[str, MediaKind] = dict(zip(MEDIA, ("image", "video", "audio"), strict=True))
 _PART_TYPES: dict[MediaKind, str] = {kind: name for name, kind in MEDIA_TYPES.items()}
 
 
@@ -79,68 +78,26 @@ async def prepare(service: Service, prompt: Prompt, options: Mapping[str, Any]) 
     for name in options:
         if name not in Options.__annotations__:
             raise InvalidRequest(f"{name}: unknown or unsupported option", param=name)
-    fields = {name: value for name, value in options.items() if value is not None}
-    _expand(fields)
-    media = [part for name, kind in _MEDIA.items() for part in _parts(fields.pop(name, ()), kind, name)]
-    if isinstance(prompt, str) or _is_tokens(prompt):
-        for name in options:
-            if name in _ONLY_CHAT and options[name] is not None:
-                raise InvalidRequest(f"{name}: needs messages, and the prompt is a text or tokens", param=name)
-        top = fields.pop("top_logprobs", 0)
-        if fields.pop("logprobs", False):
-            fields["logprobs"] = top
-        elif top:
-            raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-        text = prompt if isinstance(prompt, str) else list(prompt)
-        return await prepare_completion(service, Caller(), from_content({**fields, "prompt": text}, CompletionBody))
-    messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
-    if media:
-        _attach(messages, media)
-    return await prepare_chat(service, Caller(), from_content({**fields, "messages": messages}, ChatBody))
+    fields = expand(options)
+    media = [_part(*item, kind) for name, kind in _KINDS.items() for item in paths_of(fields.pop(name, ()), name)]
+    if not isinstance(prompt, str) and not _is_tokens(prompt):
+        messages = attach([message for message in prompt if isinstance(message, Mapping)], media)
+        return await prepare_chat(service, Caller(), from_content({**fields, "messages": messages}, ChatBody))
+    for name in options:
+        if name in ONLY_CHAT and options[name] is not None:
+            raise InvalidRequest(f"{name}: needs messages, and the prompt is a text or tokens", param=name)
+    top = fields.pop("top_logprobs", 0)
+    if fields.pop("logprobs", False):
+        fields["logprobs"] = top
+    elif top:
+        raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
+    text = prompt if isinstance(prompt, str) else list(prompt)
+    return await prepare_completion(service, Caller(), from_content({**fields, "prompt": text}, CompletionBody))
 
 
-def _expand(fields: dict[str, Any]) -> None:
-    """The shorter ways, as the API has them."""
-    given = [name for name in _SHORT if name in fields]
-    if len(given) + ("structured_outputs" in fields) > 1:
-        text = f"{given[0]}: only one of structured_outputs, {', '.join(_SHORT)} can be given"
-        raise InvalidRequest(text, param=given[0])
-    for name in given:
-        fields["structured_outputs"] = {_SHORT[name]: fields.pop(name)}
-    if isinstance(fields.get("logit_bias"), Mapping):
-        fields["logit_bias"] = {str(token): bias for token, bias in fields["logit_bias"].items()}
-    for name in ("stop", "stop_token_ids", "tools"):
-        if isinstance(fields.get(name), tuple):
-            fields[name] = list(fields[name])
-
-
-def _parts(paths: Any, kind: MediaKind, name: str) -> list[dict[str, Any]]:  # noqa: ANN401 - checked here
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    return [_part(path, kind, f"{name}[{i}]") for i, path in enumerate(paths)]
-
-
-def _part(path: Any, kind: MediaKind, place: str) -> dict[str, Any]:  # noqa: ANN401 - checked here
-    """The content part that prompts.py knows; one that cannot come in JSON."""
-    if isinstance(path, str) and path[:7].lower() in ("http://", "https:/"):
-        part = MediaPart(kind, place, url=path)
-    else:
-        try:
-            part = LocalFile(kind, place, url=str(Path(path).expanduser()))
-        except TypeError as error:
-            raise InvalidRequest(f"{place}: expected a path", param=place) from error
+def _part(path: str, place: str, kind: MediaKind) -> dict[str, Any]:
+    """A content part that only this process can make: JSON has none that names a `MediaPart`."""
+    part = MediaPart(kind, place, url=path)
+    if not is_url(path):
+        part = LocalFile(kind, place, url=str(Path(path).expanduser()))
     return {"type": _PART_TYPES[kind], "part": part}
-
-
-def _attach(messages: list[dict[str, Any]], media: list[dict[str, Any]]) -> None:
-    """Put media before the text of the last user message."""
-    for message in reversed(messages):
-        if message.get("role") == "user":
-            content = message.get("content")
-            text = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
-            message["content"] = [*media, *text]
-            return
-    raise InvalidRequest("messages: media need a user message to stand in", param="messages")
-
-
-__all__ = ["ChatOptions", "LocalFile", "Prompt", "prepare", "prompts_of"]
