@@ -1,0 +1,38 @@
+"""`tandem serve`: check the settings, fetch the model, then become `tandem.processes`, which starts all processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from shared import config
+from shared.api_keys import load_keys
+from shared.model_files import resolve
+from shared.sockets import check_addresses
+from tandem.ports import check_port
+from tandem.setting_options import SettingsCommand, setting_options, take_settings
+
+
+@click.command(cls=SettingsCommand)
+@setting_options()
+def command(**options: Any) -> NoReturn:  # noqa: ANN401 # click hands over what the options' types made
+    """Start every process and serve HTTP until Ctrl-C.
+
+    Each option is also an environment variable, `--max-queue` is TANDEM_MAX_QUEUE, and a key of tandem.toml, max_queue.
+    """
+    settings = take_settings(options).settings
+    check_port(settings)
+    resolve(settings.model, settings)
+    check_addresses(settings)
+    load_keys(settings)
+    config.prepare_run_folder(settings)
+    environment = {
+        **os.environ,
+        **config.to_environment(settings),
+        "PYTHON": sys.executable,
+        "PYTHONUNBUFFERED": "1",
+    }
+    os.execve(sys.executable, [sys.executable, "-m", "tandem.processes"], environment)
