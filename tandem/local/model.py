@@ -85,6 +85,11 @@ class LocalModel:
         """What a prompt may hold: "text", and perhaps "image", "video", "audio"."""
         return self._service.modalities
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it can answer messages."""
+        return self._service.template is not None
+
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with what the tokenizer puts before and after one."""
         return tokenizer.encode(self._service.text.tokenizer, text, add_special_tokens=True)
