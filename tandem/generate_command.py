@@ -122,10 +122,9 @@ def _messages(text: str, system: str | None) -> list[dict[str, str]]:
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     """The API's options of what was given."""
-    given = {name: value for name, value in options.items() if value not in (None, (), False) or name == "thinking"}
-    thinking = given.pop("thinking")
-    if thinking is not None:
-        given["enable_thinking"] = thinking
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "thinking" in given:
+        given["enable_thinking"] = given.pop("thinking")
     if "json_schema" in given:
         given["json_schema"] = _schema(given["json_schema"])
     if "grammar" in given:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+STOP_S = 10.0
+OTHER_SYSTEMS_WAIT_S = 0.05
 
 
 class LoopClosed(RuntimeError):
@@ -48,8 +53,23 @@ class LoopThread:
             raise LoopClosed
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def close(self, timeout_s: float = 10.0) -> None:
+    def close(self) -> None:
         """Stop after what is queued. Nothing more is run there."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout_s)
+            self._thread.join(STOP_S)
+            self._wait_gone()
+
+    def _wait_gone(self) -> None:
+        """Until the system's thread has ended, which is a little after Python's.
+
+        MLX keeps Python objects in C++ thread-locals. Their destructors take the interpreter's lock; an interpreter
+        that ends meanwhile stops the thread in the middle of one, and C++ then aborts the process.
+        """
+        if sys.platform != "linux":
+            time.sleep(OTHER_SYSTEMS_WAIT_S)  # there is no exact way to ask
+            return
+        task = Path(f"/proc/self/task/{self._thread.native_id}")
+        deadline = time.monotonic() + STOP_S
+        while task.exists() and time.monotonic() < deadline:
+            time.sleep(0.001)

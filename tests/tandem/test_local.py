@@ -195,6 +195,17 @@ def test_a_closed_model_says_so(folder: Path) -> None:
         generate(closed, "abc")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its threads")
+def test_the_models_thread_is_gone_once_it_is_closed(folder: Path) -> None:
+    """One that still ends while the interpreter does makes C++ abort the process."""
+    closed = load(str(folder), "none", dtype="float32", blas_threads=1)
+    task = Path(f"/proc/self/task/{closed._loop._thread.native_id}")
+    generate(closed, "abc", max_tokens=1)
+    assert task.exists()
+    closed.close()
+    assert not task.exists()
+
+
 def test_images_come_by_path_and_stand_before_the_text(tmp_path: Path) -> None:
     paths = []
     for seed in range(2):
