@@ -1,8 +1,10 @@
 """`tandem convert` and `tandem.convert.convert`: a checkpoint in the form that MLX reads, packed or plain.
 
-from tandem.convert import convert
+    from tandem.convert import convert
 
-convert("org/model", "model-4bit", mode="affine", bits=4)
+    convert("org/model", "model-4bit", mode="affine", bits=4)
+
+docs/convert.md has the table of modes.
 """
 
 from __future__ import annotations

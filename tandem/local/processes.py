@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-
 from scheduler.core import Core
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
@@ -35,7 +33,6 @@ from shared.messages import (
 from tandem.local.engine import FRONTEND
 from workers.draft_engine import DraftEngine
 from workers.engine import Engine, PendingStep
-from workers.features import from_bits
 from workers.machine import free_cached_memory, is_cpu, memory, peak_memory_bytes
 
 TARGET, DRAFTER = "target", "drafter"  # instance ids
@@ -62,7 +59,6 @@ class LocalProcesses:
         self._epochs: dict[str, int] = {}
         self._queue: deque[Step | Release] = deque()
         self._running: deque[PendingStep] = deque()
-        self._dtype = info.dtype
         self._depth = 1 if is_cpu() else 2  # as workers/target.py says
         self._join(FRONTEND, "frontend")
         self._join(TARGET, "target", info)
@@ -138,10 +134,9 @@ class LocalProcesses:
         if features is None or self.drafter is None:
             return
         rows, bits = features
-        array = from_bits(bits, "float32" if bits.dtype == np.float32 else self._dtype)
         at = 0
         for row in rows:
-            self.drafter.take_features(row, array[at : at + row.num_rows])
+            self.drafter.take_features(row, bits[at : at + row.num_rows])
             at += row.num_rows
 
     def _draft(self, request: DraftRequest) -> DraftReply:
