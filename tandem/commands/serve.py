@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -12,18 +12,19 @@ from shared import config
 from shared.api_keys import load_keys
 from shared.model_files import resolve
 from shared.sockets import check_addresses
+from tandem.layers import Effective
 from tandem.ports import check_port
-from tandem.setting_options import SettingsCommand, setting_options, take_settings
+from tandem.setting_options import SettingsCommand, setting_options
 
 
 @click.command(cls=SettingsCommand)
 @setting_options()
-def command(**options: Any) -> NoReturn:  # noqa: ANN401 # click hands over what the options' types made
+def command(found: Effective) -> NoReturn:
     """Start every process and serve HTTP until Ctrl-C.
 
     Each option is also an environment variable, `--max-queue` is TANDEM_MAX_QUEUE, and a key of tandem.toml, max_queue.
     """
-    settings = take_settings(options).settings
+    settings = found.settings
     check_port(settings)
     resolve(settings.model, settings)
     check_addresses(settings)
