@@ -82,7 +82,7 @@ def setting_options(names: Sequence[str] = ()) -> Callable[[Callable[..., _Resul
 
         chosen = names or list(FIELDS)
         text = "Read this file instead of ./tandem.toml or ~/.config/tandem/tandem.toml."
-        params = [SettingOption(FIELDS[name]) for name in chosen]
+        params: list[click.Option] = [SettingOption(FIELDS[name]) for name in chosen]
         params.insert(0, click.Option(["--config"], metavar="FILE", type=click.Path(), help=text))
         command.__dict__.setdefault("__click_params__", []).extend(reversed(params))  # as click's decorators do
         return command
