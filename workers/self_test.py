@@ -57,6 +57,7 @@ class Report(msgspec.Struct, frozen=True):
 
 def run(settings: config.Settings, *, is_tiny: bool) -> Report:
     """Raises BadConfig, BadModel: what a server would refuse with."""
+    files = None if is_tiny else resolve(settings.model, settings)
     blas_line = blas.prepare(settings)
     import importlib.metadata
 
@@ -68,7 +69,6 @@ def run(settings: config.Settings, *, is_tiny: bool) -> Report:
     from workers.machine import device_name
 
     started = time.perf_counter()
-    files = None if is_tiny else resolve(settings.model, settings)
     loaded = tiny_model() if files is None else load(files, settings.dtype)
     engine, info = make_engine(loaded, settings)
     info = select_attention(loaded, engine, info, settings)

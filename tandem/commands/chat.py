@@ -100,6 +100,9 @@ def _loop(talk: Conversation) -> int:
     while True:
         try:
             line = input(_PROMPT if is_person else "").strip()
+            if line in _QUIT:
+                return 0
+            failed = bool(line) and not _take(talk, line)
         except EOFError:
             click.echo() if is_person else None
             return 1 if failed and not is_person else 0
@@ -107,20 +110,19 @@ def _loop(talk: Conversation) -> int:
             if not is_person:
                 raise
             click.echo("\n/quit or Ctrl-D ends the chat")
-            continue
-        if line in _QUIT:
-            return 0
-        if not line:
-            continue
-        try:
-            failed = False
-            if line.startswith("/"):
-                _do(talk, line)
-            else:
-                _answer(talk, line)
-        except TandemError as error:
-            failed = True
-            click.echo(f"tandem: {error.message}", err=True)
+
+
+def _take(talk: Conversation, line: str) -> bool:
+    """Do what a line says; False, with the reason on standard error, when that failed."""
+    try:
+        if line.startswith("/"):
+            _do(talk, line)
+        else:
+            _answer(talk, line)
+    except TandemError as error:
+        click.echo(f"tandem: {error.message}", err=True)
+        return False
+    return True
 
 
 def _do(talk: Conversation, line: str) -> None:
@@ -151,10 +153,10 @@ def _do(talk: Conversation, line: str) -> None:
             raise InvalidRequest(f"{name} is no command; /help lists them")
 
 
-def _answer(talk: Conversation, text: str) -> None:
+def _answer(talk: Conversation, question: str) -> None:
     """Print an answer as it comes; Ctrl-C ends it."""
     shown = ""
-    pieces = talk.ask(text)
+    pieces = talk.ask(question)
     try:
         for piece in pieces:
             if piece.timings is not None:
@@ -164,7 +166,8 @@ def _answer(talk: Conversation, text: str) -> None:
             if piece.kind == "text" and shown == "reasoning":
                 click.echo("\n")
             shown = piece.kind if piece.text else shown
-            click.secho(piece.text.translate(_CONTROLS), nl=False, dim=piece.kind == "reasoning" or None)
+            text = piece.text.translate(_CONTROLS)
+            click.echo(click.style(text, dim=True) if piece.kind == "reasoning" else text, nl=False)
     except KeyboardInterrupt:
         _end_line(shown)
         click.secho("[stopped]", dim=True)

@@ -10,6 +10,7 @@ import click
 
 from shared import config
 from shared.api_keys import load_keys
+from shared.errors import BadConfig
 from shared.model_files import resolve
 from shared.sockets import check_addresses
 from tandem.layers import Effective
@@ -25,6 +26,8 @@ def command(found: Effective) -> NoReturn:
     Each option is also an environment variable, `--max-queue` is TANDEM_MAX_QUEUE, and a key of tandem.toml, max_queue.
     """
     settings = found.settings
+    if settings.trust_remote_code:
+        raise BadConfig("--trust-remote-code is not supported: no code is ever run from a model's folder")
     check_port(settings)
     resolve(settings.model, settings)
     check_addresses(settings)
