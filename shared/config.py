@@ -38,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "auto"
     draft_kind: Annotated[str, "kind of the drafter; empty: by its checkpoint"] = ""
     draft_block_size: Annotated[int, "tokens that a block drafter proposes at once; 0: its checkpoint's"] = 0
+    draft_max_batch: Annotated[int, "no drafts while more sequences decode; 0: as long as they pay"] = 0
     draft_tokens: Annotated[int, "drafted in every step, whatever it costs (to measure); 0: as many as pay"] = 0
     ngram: Annotated[bool, "propose from the text itself before asking the drafter"] = False
     dtype: Annotated[

@@ -80,7 +80,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     draft_kind: str | None = None  # drafter only
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
-    step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+    step_costs: list[StepCost] = field(default_factory=list)  # measured at start; drafter: of k tokens, as `width`
     exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text
@@ -128,6 +128,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
     num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
     num_feature_bytes: int = 0  # target: hidden rows sent to the drafter since it started
+    epoch: int = 0  # worker: of the Welcome it has; 0: none, or it has just asked for a new one
+    is_idle: bool = False  # worker: it is waiting for a message, and has nothing else to do
 
 
 class SayHello(Message, frozen=True, kw_only=True):

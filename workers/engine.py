@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import msgspec
@@ -33,10 +32,11 @@ from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
 from workers.cache.blocks import BlockPool
 from workers.cache.store import CacheStore, RecurrentSnapshot
-from workers.features import as_bits
+from workers.features import Bits, as_bits
 from workers.kernels.base import MAX_VERIFY_WIDTH
 from workers.media import SlotMedia
 from workers.models.base import MediaModel
+from workers.prefill_groups import prefill_groups
 from workers.runner import ModelRunner
 from workers.sampling import constraint
 from workers.sampling.rejection import Proposal, proposals
@@ -45,9 +45,6 @@ from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 WIDTH_STEP = 64
 CHECK_TOLERANCE = 0.02  # of a block's largest value; bfloat16 forwards of different shapes differ by about 0.008
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
-
-Bits = np.ndarray[Any, np.dtype[Any]]
-"""Feature rows on the host: float32, or the bits of 16-bit floats as uint16."""
 
 AcceptRule = Callable[[Sequence[int], Sequence[int]], int]
 """(drafts (k,), the target's draws (k+1,)) -> how many drafts are accepted."""
@@ -215,13 +212,18 @@ class Engine:
         return differing
 
     def _groups(self, step: Step) -> Iterator[list[StepRow]]:
-        """Rows that share a forward: all decode rows (of one width where states are recurrent), each prefill alone."""
+        """Rows that share a forward: decode rows (of one width where states are recurrent), prefills of one kind."""
         if self.store.is_recurrent:
             yield from self._recurrent_groups(step.decodes)
         elif step.decodes:
             yield step.decodes
-        for row in step.prefills:
-            yield [row]
+        yield from prefill_groups(step.prefills, self._prefill_kind, lambda row: self._padded(_width(row)))
+
+    def _prefill_kind(self, row: StepRow) -> tuple[int, ...] | None:
+        """Prefills that begin at one position see the same keys behind each other: causal attention without a mask."""
+        if self.store.is_exact or self.store.is_recurrent or (self.media is not None and row.slot in self.media):
+            return None
+        return row.start, self._padded(_width(row)), self.store.placement.where(row.slot)[0]
 
     def _recurrent_groups(self, decodes: list[StepRow]) -> Iterator[list[StepRow]]:
         """Rows by width, so that nothing is padded: a padding token would go into a recurrent state.
