@@ -9,6 +9,8 @@ import psutil
 from shared.config import Settings
 from shared.errors import BadConfig, Unavailable
 
+MAX_PORT = 65535
+
 
 def check_port(settings: Settings) -> None:
     """Raises:
@@ -16,6 +18,8 @@ def check_port(settings: Settings) -> None:
     Unavailable: another process listens there.
     """
     where = f"{settings.host}:{settings.port}"
+    if not 0 <= settings.port <= MAX_PORT:  # getaddrinfo takes others modulo 65536
+        raise BadConfig(f"--port {settings.port}: ports are numbers up to {MAX_PORT}")
     try:
         addresses = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in addresses:
@@ -25,7 +29,7 @@ def check_port(settings: Settings) -> None:
                 probe.listen(1)  # on Linux two may bind to one port with SO_REUSEADDR, but only one may listen
     except PermissionError as error:
         raise BadConfig(f"--port {settings.port}: ports below 1024 need root; choose a higher one") from error
-    except (socket.gaierror, OverflowError) as error:
+    except socket.gaierror as error:
         raise BadConfig(f"--host {settings.host} --port {settings.port}: no such address") from error
     except OSError as error:
         holder = holder_of(settings.port)

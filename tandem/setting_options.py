@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -9,10 +10,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from shared.config import FIELDS, Field, Value, parse
-from tandem.layers import Effective, effective
+from tandem.layers import effective
 
 _FILES = ("_file", "_dir", "_roots")
-_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
+_Result = TypeVar("_Result")
 
 
 class SettingType(click.ParamType[Value]):
@@ -63,32 +64,27 @@ class SettingsCommand(click.Command):
                     formatter.write_dl(rows)
 
 
-def setting_options(names: Sequence[str] = ()) -> Callable[[_Command], _Command]:
-    """A decorator that adds `--config` and an option for each of these settings, by default for all."""
+def setting_options(names: Sequence[str] = ()) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    """A decorator that adds `--config` and an option for each of these settings, by default for all.
 
-    def add(command: _Command) -> _Command:
-        for name in reversed(names or list(FIELDS)):
-            _add(command, SettingOption(FIELDS[name]))
+    The function gets them as one argument, `found: Effective`.
+
+    Raises:
+        BadConfig: from the command: a flag, a variable or tandem.toml is wrong.
+    """
+
+    def add(function: Callable[..., _Result]) -> Callable[..., _Result]:
+        @functools.wraps(function)
+        def command(config: str | None, **options: Any) -> _Result:  # noqa: ANN401 # each option has its own type
+            flags = {name: options.pop(name) for name in list(options) if name in chosen}
+            given = {name: value for name, value in flags.items() if value is not None}
+            return function(found=effective(given, config), **options)
+
+        chosen = names or list(FIELDS)
         text = "Read this file instead of ./tandem.toml or ~/.config/tandem/tandem.toml."
-        _add(command, click.Option(["--config"], metavar="FILE", type=click.Path(), help=text))
+        params: list[click.Option] = [SettingOption(FIELDS[name]) for name in chosen]
+        params.insert(0, click.Option(["--config"], metavar="FILE", type=click.Path(), help=text))
+        command.__dict__.setdefault("__click_params__", []).extend(reversed(params))  # as click's decorators do
         return command
 
     return add
-
-
-def _add(command: Callable[..., Any] | click.Command, option: click.Option) -> None:
-    """As click's decorators do, in front of or behind `@click.command`."""
-    if isinstance(command, click.Command):
-        command.params.append(option)
-    else:
-        command.__dict__.setdefault("__click_params__", []).append(option)
-
-
-def take_settings(options: dict[str, Any]) -> Effective:
-    """Take what `setting_options` added out of a command's options.
-
-    Raises:
-        BadConfig: a flag, a variable or tandem.toml is wrong.
-    """
-    flags = {name: options.pop(name) for name in list(options) if name in FIELDS}
-    return effective({name: value for name, value in flags.items() if value is not None}, options.pop("config", None))

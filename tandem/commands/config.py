@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
 from shared.config import FIELDS, Value
 from tandem.layers import DEFAULT, Effective
-from tandem.setting_options import SettingsCommand, setting_options, take_settings
+from tandem.setting_options import SettingsCommand, setting_options
 
 SECRETS = frozenset({"api_keys", "admin_key"})
 
@@ -18,9 +17,8 @@ SECRETS = frozenset({"api_keys", "admin_key"})
 @click.option("--all", "is_all", is_flag=True, help="Also settings that have their default.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @setting_options()
-def command(is_all: bool, as_json: bool, **options: Any) -> int:  # noqa: ANN401 # what the options' types made
+def command(is_all: bool, as_json: bool, found: Effective) -> int:
     """Print the settings that `serve` would run with, given the same options, and where each value came from."""
-    found = take_settings(options)
     names = [name for name in FIELDS if is_all or as_json or found.sources[name] != DEFAULT]
     if as_json:
         print(json.dumps({name: {"value": shown(found, name), "source": found.sources[name]} for name in names}))

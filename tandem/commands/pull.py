@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from shared.model_files import resolve
-from tandem.setting_options import setting_options, take_settings
+from tandem.layers import Effective
+from tandem.setting_options import setting_options
 
 
 @click.command()
 @click.argument("model", default="default")
 @setting_options(["cache_dir"])
-def command(model: str, **options: Any) -> int:  # noqa: ANN401 # click hands over what the options' types made
+def command(model: str, found: Effective) -> int:
     """Download MODEL, a Hugging Face id or `default`, the embedded model, and print where its files are."""
-    files = resolve(model, take_settings(options).settings)
+    files = resolve(model, found.settings)
     print(files.folder or files.gguf)
     return 0

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from shared import config
 from shared.api_keys import load_keys
+from shared.errors import BadConfig
 from shared.model_files import resolve
 from shared.sockets import check_addresses
+from tandem.layers import Effective
 from tandem.ports import check_port
-from tandem.setting_options import SettingsCommand, setting_options, take_settings
+from tandem.setting_options import SettingsCommand, setting_options
 
 
 @click.command(cls=SettingsCommand)
 @setting_options()
-def command(**options: Any) -> NoReturn:  # noqa: ANN401 # click hands over what the options' types made
+def command(found: Effective) -> NoReturn:
     """Start every process and serve HTTP until Ctrl-C.
 
     Each option is also an environment variable, `--max-queue` is TANDEM_MAX_QUEUE, and a key of tandem.toml, max_queue.
     """
-    settings = take_settings(options).settings
+    settings = found.settings
+    if settings.trust_remote_code:
+        raise BadConfig("--trust-remote-code is not supported: no code is ever run from a model's folder")
     check_port(settings)
     resolve(settings.model, settings)
     check_addresses(settings)
