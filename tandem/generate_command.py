@@ -13,7 +13,8 @@ import msgspec
 from shared.errors import BadConfig
 from tandem.local.settings import NAMES, in_this_process
 from tandem.results import Piece, Result, Stats, joined
-from tandem.setting_options import SettingsCommand, setting_options, take_settings
+from tandem.layers import Effective
+from tandem.setting_options import SettingsCommand, setting_options
 
 EXIT_INTERRUPTED = 130
 _SETTINGS = [name for name in NAMES if name != "enable_thinking"]  # --thinking says it for the one prompt that there is
@@ -70,6 +71,7 @@ def command(
     show_thinking: bool | None,
     as_json: bool,
     quiet: bool,
+    found: Effective,
     **options: Any,  # noqa: ANN401 - click hands over what the options' types made
 ) -> int:
     """Answer one PROMPT, or what comes on standard input, without a server.
@@ -77,12 +79,11 @@ def command(
     The text streams to standard output, counters go to standard error. Ctrl-C ends it with the counters so far.
     """
     text = _prompt(prompt, named_prompt)
-    effective = take_settings(options)
-    chosen = {name for name, source in effective.sources.items() if source.startswith("--")}
+    chosen = {name for name, source in found.sources.items() if source.startswith("--")}
     wanted = _options(options)
     from tandem.local.model import LocalModel
 
-    with LocalModel(in_this_process(effective.settings, dict.fromkeys(chosen))) as model:
+    with LocalModel(in_this_process(found.settings, dict.fromkeys(chosen))) as model:
         request: Any = text if raw else _messages(text, system)
         if raw and system is not None:
             raise click.UsageError("--system needs the chat template, which --raw leaves out.")
