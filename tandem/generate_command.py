@@ -11,9 +11,9 @@ import click
 import msgspec
 
 from shared.errors import BadConfig
+from tandem.layers import Effective
 from tandem.local.settings import NAMES, in_this_process
 from tandem.results import Piece, Result, Stats, joined
-from tandem.layers import Effective
 from tandem.setting_options import SettingsCommand, setting_options
 
 EXIT_INTERRUPTED = 130
