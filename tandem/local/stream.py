@@ -109,7 +109,9 @@ class PieceStream:
         self.close()
 
     def __del__(self) -> None:
-        self._work.cancel()
+        work = self.__dict__.get("_work")  # not there where the loop was closed meanwhile
+        if work is not None:
+            work.cancel()
 
 
 class _Calls:
