@@ -104,7 +104,8 @@ def test_pull_shows_progress_and_tells_where_the_files_are(model: Path, tmp_path
     with FakeHub(model) as hub:
         code, said = tandem(tmp_path, "pull", "org/tiny", HF_ENDPOINT=hub.url)
         assert code == 0
-        assert "100%" in said and f"snapshots/{COMMIT}" in said
+        assert "Downloading: 100%" in said
+        assert said.splitlines()[-1].endswith(f"snapshots/{COMMIT}")  # below the bar, not in it
         code, said = tandem(tmp_path, "pull", "org/none", HF_ENDPOINT=hub.url)
         assert code == EXIT_CONFIG
         assert said.count("\n") == 1 and "the hub has no model 'org/none'" in said and "HF_TOKEN" in said
