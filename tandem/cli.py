@@ -21,7 +21,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -31,9 +30,9 @@ from click.exceptions import NoArgsIsHelpError, NoSuchCommand
 
 from shared.errors import BadConfig, BadModel, TandemError
 from shared.supervise import EXIT_CONFIG
+from tandem.interrupt import EXIT_INTERRUPTED
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 # Heading -> command -> (module, what it does).
 COMMANDS = MappingProxyType(

@@ -16,6 +16,7 @@ import msgspec
 
 from shared.config import FIELDS, Settings, Value, check, from_environment, parse, suggestion
 from shared.errors import BadConfig
+from shared.shipped_drafters import KNOWN
 
 FILE_NAME = "tandem.toml"
 DEFAULT = "default"
@@ -25,6 +26,7 @@ _PATHS = frozenset(
     {"run_dir", "cache_dir", "prefix_dir", "curve_keys_file", "responses_file", "api_keys_file", "media_roots"}
 )
 _MODELS = frozenset({"model", "draft_model"})  # names of models, or files
+_WORDS = frozenset({"default", "auto", "ngram", "none", *KNOWN})  # names that mean no file, whatever lies here
 
 
 class Effective(msgspec.Struct, frozen=True):
@@ -127,7 +129,7 @@ def _absolute(name: str, value: Value, folder: Path) -> Value:
         return ",".join(str(folder / Path(part.strip()).expanduser()) for part in value.split(",") if part.strip())
     if name in _PATHS or (name == "blas" and "/" in value):
         return str(folder / Path(value).expanduser())
-    if name in _MODELS:
+    if name in _MODELS and value not in _WORDS:
         path = folder / Path(value).expanduser()
         is_files = path.is_dir() or path.suffix == ".gguf" or value.startswith((".", "~"))
         return str(path) if is_files else value

@@ -47,11 +47,11 @@ def _own(settings: Settings) -> list[CachedModel]:
 
 def _of_hub() -> list[CachedModel]:
     """The newest snapshot of each repository; one that is damaged is left out, as the hub's own tools do."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []  # nothing was ever downloaded
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from shared.model_files import resolve
+from tandem.interrupt import fetch
 from tandem.layers import Effective
 from tandem.setting_options import setting_options
 
@@ -14,6 +14,6 @@ from tandem.setting_options import setting_options
 @setting_options(["cache_dir"])
 def command(model: str, found: Effective) -> int:
     """Download MODEL, a Hugging Face id or `default`, the embedded model, and print where its files are."""
-    files = resolve(model, found.settings)
+    files = fetch(model, found.settings)
     print(files.folder or files.gguf)
     return 0

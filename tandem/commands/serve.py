@@ -11,8 +11,8 @@ import click
 from shared import config
 from shared.api_keys import load_keys
 from shared.errors import BadConfig
-from shared.model_files import resolve
 from shared.sockets import check_addresses
+from tandem.interrupt import fetch, fetch_drafter
 from tandem.layers import Effective
 from tandem.ports import check_port
 from tandem.setting_options import SettingsCommand, setting_options
@@ -29,7 +29,9 @@ def command(found: Effective) -> NoReturn:
     if settings.trust_remote_code:
         raise BadConfig("--trust-remote-code is not supported: no code is ever run from a model's folder")
     check_port(settings)
-    resolve(settings.model, settings)
+    fetch(settings.model, settings)
+    if settings.draft_checkpoint:
+        fetch_drafter(settings)
     check_addresses(settings)
     load_keys(settings)
     config.prepare_run_folder(settings)

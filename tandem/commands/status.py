@@ -9,6 +9,7 @@ import httpx
 import msgspec
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from tandem.connection import connect, server_options
@@ -54,7 +55,12 @@ def _next(client: httpx.Client, before: Snapshot, interval: float) -> tuple[Stat
 def table(status: Status) -> Group:
     """Two tables: processes, and what they do."""
     processes = Table(
-        "process", "state", "restarts", "memory", title=f"{status.model} at {status.url}", title_justify="left"
+        "process",
+        "state",
+        "restarts",
+        "memory",
+        title=f"{escape(status.model)} at {escape(status.url)}",
+        title_justify="left",
     )
     for process in status.processes:
         colour = _COLOURS.get(process.state, "yellow")

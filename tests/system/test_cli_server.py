@@ -71,6 +71,7 @@ def test_a_chat_with_the_server_that_runs(server: Server, tmp_path: Path) -> Non
         chat.expect("> ")
         chat.type("/image nothing.png")
         chat.expect("No such file")
+        chat.expect("> ")
         chat.ctrl_d()
         assert chat.end()[0] == 0
 

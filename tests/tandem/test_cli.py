@@ -117,7 +117,7 @@ def test_a_disk_that_takes_no_more_is_told_in_one_line(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number), "/cache/models/x")
 
-    monkeypatch.setattr(pull, "resolve", refuse)
+    monkeypatch.setattr(pull, "fetch", refuse)
     assert main(["pull"]) == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and mend in errors and "/cache/models/x" in errors and "--cache-dir" in errors
@@ -127,7 +127,7 @@ def test_an_error_that_is_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(pull, "resolve", fail)
+    monkeypatch.setattr(pull, "fetch", fail)
     with pytest.raises(OSError, match="Invalid argument"):
         main(["pull"])
 

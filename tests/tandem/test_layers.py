@@ -101,3 +101,9 @@ def test_files_are_named_absolutely_since_the_processes_run_elsewhere() -> None:
 def test_what_is_no_file_stays_as_it_is() -> None:
     settings = effective({"model": "org/name", "blas": "off"}, environ={}).settings
     assert (settings.model, settings.blas, settings.run_dir) == ("org/name", "off", "")
+
+
+@pytest.mark.parametrize(("name", "word"), [("model", "default"), ("draft_model", "none"), ("draft_model", "dflash")])
+def test_a_word_is_not_taken_for_a_folder_of_that_name(name: str, word: str) -> None:
+    Path(word).mkdir()
+    assert getattr(effective({name: word}, environ={}).settings, name) == word
