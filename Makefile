@@ -29,7 +29,7 @@ ifdef DRAFT
 export TANDEM_DRAFT_MODEL := $(DRAFT)
 endif
 
-.PHONY: run test test-drafters test-policy soak fuzz fuzz-api check format bench lock clean
+.PHONY: run test test-drafters test-policy test-convert soak fuzz fuzz-api check format bench lock clean
 run: $(VENV)/.run-$(BACKEND)
 	@exec $(PYTHON) -m tandem serve
 
@@ -57,6 +57,10 @@ test-drafters: $(VENV)/.dev-$(BACKEND)
 # The speculation policy in its clock model at every batch size.
 test-policy: $(VENV)/.dev-$(BACKEND)
 	POLICY_LONG=1 $(PYTHON) -m pytest tests/scheduler/test_policy_simulation.py
+
+# Every form of conversion against mlx-lm; `make test` takes one of each kind.
+test-convert: $(VENV)/.dev-$(BACKEND)
+	CONVERT_LONG=1 $(PYTHON) -m pytest tests/tandem/test_convert.py
 
 # 200 random kills under 16 streams, then MINUTES of mixed traffic; figures in bench/results.
 MINUTES ?= 60

@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from frontend import logprobs
 from frontend.answer import Answer, check_stream_options, respond
-from frontend.generation import TokenText, prepare
+from frontend.caller import Caller, caller_of
+from frontend.generation import Generation, TokenText, prepare
 from frontend.grammar import Calls, answer_of, grammar_for
 from frontend.media.parts import MediaPart
-from frontend.metrics import HttpMetrics
 from frontend.output_events import Call, CallArguments, CallEnd, CallFailed, CallStart, Event, Reasoning, Text, settle
 from frontend.output_parser import OutputFormat
 from frontend.output_parser import Request as ParserRequest
@@ -33,6 +33,18 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     body = parse(await read_body(request), ChatBody)
     service.check_model(body.model)
+    check_stream_options(body)
+    generation = await prepare_chat(service, caller_of(request), body)
+    return await respond(request, body, generation, ChatAnswer(service, body, generation))
+
+
+async def prepare_chat(service: Service, caller: Caller, body: ChatBody) -> Generation:
+    """The sequences of one conversation, ready to start.
+
+    Raises:
+        InvalidRequest: a field is out of place, or does not fit the model.
+        Unavailable: no target is ready.
+    """
     _check(body)
     target = service.engine.require_target()  # before the work of tokenizing
     tools = usable_tools(service, body.tools, is_off=body.tool_choice == "none")
@@ -45,9 +57,9 @@ async def chat_completions(request: Request) -> Response:
     grammar = await grammar_for(service.grammars, target, thinking.output_format, answer=answer, calls=calls)
     prompt, media = await encode_chat(service, text, parts)
     has_new_name = body.max_completion_tokens is not None
-    generation = prepare(
+    return prepare(
         service,
-        request,
+        caller,
         body,
         [prompt],
         media=media,
@@ -55,7 +67,7 @@ async def chat_completions(request: Request) -> Response:
         max_tokens_param="max_completion_tokens" if has_new_name else "max_tokens",
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         parsing=parsing_of(
-            request,
+            caller,
             text,
             tools,
             max_calls=None if body.parallel_tool_calls else 1,
@@ -64,7 +76,6 @@ async def chat_completions(request: Request) -> Response:
         grammar=grammar,
         thinking=thinking_for(service, thinking, text, has_grammar=grammar is not None),
     )
-    return await respond(request, body, generation, ChatAnswer(service, body, generation))
 
 
 def usable_tools(service: Service, tools: Sequence[Tool] | None, *, is_off: bool) -> Sequence[Tool] | None:
@@ -116,7 +127,7 @@ def _thinking_request(body: ChatBody) -> ThinkingRequest:
 
 
 def parsing_of(
-    request: Request,
+    caller: Caller,
     prompt: str,
     tools: Sequence[Tool] | None,
     *,
@@ -124,18 +135,16 @@ def parsing_of(
     output_format: OutputFormat,
 ) -> ParserRequest:
     """How the outputs of this request are to be read."""
-    metrics: HttpMetrics = request.app.state.metrics
     return ParserRequest(
         output_format=output_format,
         prompt=prompt,
         tools={t.function.name: t.function.parameters or {} for t in tools} if tools else None,
         max_calls=max_calls,
-        on_failed_call=metrics.count_failed_call,
+        on_failed_call=caller.on_failed_call,
     )
 
 
 def _check(body: ChatBody) -> None:
-    check_stream_options(body)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
     if body.tool_choice not in (None, "none") and not body.tools:

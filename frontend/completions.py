@@ -10,13 +10,14 @@ from starlette.responses import Response
 
 from frontend import logprobs
 from frontend.answer import Answer, check_stream_options, respond
-from frontend.generation import TokenText, prepare
+from frontend.caller import Caller, caller_of
+from frontend.generation import Generation, TokenText, prepare
 from frontend.grammar import answer_of, grammar_for
 from frontend.output_events import Event, joined_text
 from frontend.output_parser import OutputFormat
 from frontend.prompts import MAX_PROMPTS, encode_prompts
 from frontend.schemas import CompletionBody, openapi_body, parse
-from frontend.service import read_body, service_of
+from frontend.service import Service, read_body, service_of
 from shared.errors import InvalidRequest
 
 router = APIRouter()
@@ -29,6 +30,17 @@ async def completions(request: Request) -> Response:
     body = parse(await read_body(request), CompletionBody)
     service.check_model(body.model)
     check_stream_options(body)
+    generation = await prepare_completion(service, caller_of(request), body)
+    return await respond(request, body, generation, CompletionAnswer(service, body, generation))
+
+
+async def prepare_completion(service: Service, caller: Caller, body: CompletionBody) -> Generation:
+    """The sequences that go on with the prompts, ready to start.
+
+    Raises:
+        InvalidRequest: a field is out of place, or does not fit the model.
+        Unavailable: no target is ready.
+    """
     if body.best_of is not None and body.best_of != body.n:
         raise InvalidRequest("best_of: only a value equal to n is supported", param="best_of")
     target = service.engine.require_target()  # before the work of tokenizing
@@ -37,9 +49,9 @@ async def completions(request: Request) -> Response:
         raise InvalidRequest(f"n: {len(prompts)} prompts times n are more than {MAX_PROMPTS} outputs", param="n")
     answer = answer_of(body.response_format, body.structured_outputs)
     plain = OutputFormat(tools=None, reasoning=None, is_harmony=False)  # a text that goes on has no parts
-    generation = prepare(
+    return prepare(
         service,
-        request,
+        caller,
         body,
         prompts,
         max_tokens=body.max_tokens,
@@ -47,7 +59,6 @@ async def completions(request: Request) -> Response:
         num_logprobs=body.logprobs,
         grammar=await grammar_for(service.grammars, target, plain, answer=answer),
     )
-    return await respond(request, body, generation, CompletionAnswer(service, body, generation))
 
 
 class CompletionAnswer(Answer):

@@ -11,13 +11,13 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Literal, assert_never
+from typing import assert_never
 
 import msgspec
 import psutil
 import zmq
 
-from frontend.streams import LiveRequest, TokenStream, without_repeated
+from frontend.streams import CancelReason, LiveRequest, TokenStream, without_repeated
 from shared import wire
 from shared.beat import Beat
 from shared.config import Settings
@@ -46,8 +46,6 @@ from shared.messages import (
 from shared.sockets import secure
 
 log = logging.getLogger("frontend")
-
-CancelReason = Literal["client_gone", "stop_string", "timeout", "shutdown"]
 
 RETRY_AFTER_S = 2.0  # what a client is told while the engine starts or restarts
 HELLO_INTERVAL_S = 0.2  # while the scheduler is silent: a restarted one is found this fast

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 from starlette.requests import Request
 
-from frontend.cache_api import cache_salt
+from frontend.caller import Caller
 from frontend.connection import ABORT
 from frontend.output_events import Event, Text, joined_text
 from frontend.output_parser import OutputParser
@@ -51,6 +51,7 @@ class Delta(msgspec.Struct):
     index: int
     text: str
     events: Sequence[Event] = ()
+    token_ids: Sequence[int] = ()
     tokens: Sequence[TokenText] = ()  # only where log-probabilities were asked for
     finish_reason: FinishReason | None = None
 
@@ -94,7 +95,10 @@ class OutputText:
         Raises:
             EngineFailure: the engine could not finish this sequence.
         """
-        return self._parsed(self._read(output))
+        num_before = self.num_tokens
+        delta = self._parsed(self._read(output))
+        delta.token_ids = output.token_ids[: self.num_tokens - num_before]  # none after a stop string
+        return delta
 
     def _parsed(self, delta: Delta) -> Delta:
         if self._parser is None:
@@ -265,7 +269,7 @@ class Generation:
 
 def prepare(
     service: Service,
-    request: Request,
+    caller: Caller,
     body: GenerationBody,
     prompts: Sequence[list[int]],
     *,
@@ -313,9 +317,9 @@ def prepare(
                 grammar=grammar,
                 thinking=thinking,
                 priority=body.priority,
-                tenant=request.scope.get("tenant", ""),
-                timeout_s=request.scope.get("timeout_s"),
-                cache_salt=cache_salt(request),
+                tenant=caller.tenant,
+                timeout_s=caller.timeout_s,
+                cache_salt=caller.cache_salt,
                 media=list(media),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))

@@ -31,6 +31,7 @@ async def health(request: Request) -> Response:
     engine = service.engine
     status = engine.status
     is_known = status is not None and not engine.is_silent
+    info = status.target_info if status is not None else None
     answer = {
         "status": "ok" if engine.is_ready else "unavailable",
         "model": service.model_name,
@@ -41,6 +42,8 @@ async def health(request: Request) -> Response:
         "num_running": status.num_running if status is not None and is_known else None,
         "num_waiting": status.num_waiting if status is not None and is_known else None,
         "num_open_requests": engine.num_live,
+        "num_slots": info.num_slots if info is not None else None,
+        "device": info.device if info is not None else None,
         "exactness": _exactness(status),
         "attention": _attention(status),
     }

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from frontend import errors
 from frontend.answer import respond
+from frontend.caller import caller_of
 from frontend.chat import named_call, parsing_of, usable_tools
 from frontend.generation import prepare
 from frontend.grammar import Answer, Calls, grammar_for, json_answer
@@ -58,10 +59,11 @@ async def messages(request: Request) -> Response:
     grammar = await grammar_for(
         service.grammars, target, thinking.output_format, answer=_answer(body), calls=_calls(body, tools)
     )
+    caller = caller_of(request)
     ends_after_call = body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use
     generation = prepare(
         service,
-        request,
+        caller,
         generation_body,
         [prompt],
         media=media,
@@ -69,7 +71,7 @@ async def messages(request: Request) -> Response:
         max_tokens_param="max_tokens",
         num_logprobs=None,
         parsing=parsing_of(
-            request,
+            caller,
             text,
             tools,
             max_calls=1 if ends_after_call else None,

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from frontend import output_parser, tokenizer
 from frontend.chat_template import ChatTemplate
 from frontend.detokenize import Detokenizer
-from frontend.engine import EngineClient
+from frontend.engine_protocol import Engine
 from frontend.grammar import GrammarChecker
 from frontend.media.loader import MediaLoader
 from frontend.pieces import Pieces
@@ -39,7 +39,7 @@ class Service:
         settings: Settings,
         model_name: str,
         text: ModelText,
-        engine: EngineClient,
+        engine: Engine,
         media: MediaLoader | None = None,
     ) -> None:
         self.settings = settings

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
 from shared.errors import TandemError
 from shared.messages import Output, Submit
+
+CancelReason = Literal["client_gone", "stop_string", "timeout", "shutdown"]
 
 # A request that nothing is heard of is submitted again, in case a message was lost: a scheduler that has it goes on.
 FIRST_RESUBMIT_S = 10.0

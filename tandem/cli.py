@@ -1,95 +1,152 @@
-"""The `tandem` command line: `serve`, `fetch`, `restart`, `keys` and `race`.
+"""The `tandem` command: its sub-commands, help, errors and exit codes.
 
-Every option of `serve` sets the environment variable of the same name (`--max-queue` is TANDEM_MAX_QUEUE), which all
-processes read.
+Built on click: its options are objects, so those of `serve` can be made from `shared.config.Settings`. typer reads
+options off function signatures, which would repeat every setting.
+
+A command is a module with a click command named `command`, whose function returns the exit code (None is 0). Modules
+are imported when their command runs: `tandem --help` and shell completion load no tokenizer and no MLX. What goes wrong
+is said in one line on standard error:
+
+    exit code 0    done
+              1    what was asked for could not be done: no server, a failed request, a full disk
+              2    the command line is wrong
+              78   a setting or a model is wrong (EX_CONFIG; supervisors do not try again)
+              130  Ctrl-C
 """
 
 from __future__ import annotations
 
-import argparse
+import errno
+import importlib
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from types import MappingProxyType
 
-import msgspec
+import click
+from click.exceptions import NoArgsIsHelpError, NoSuchCommand
 
-from shared import config
-from shared.api_keys import load_keys
-from shared.errors import BadConfig, BadModel, Unavailable
-from shared.model_files import resolve
-from shared.shipped_drafters import resolve_drafter
-from shared.sockets import check_addresses, write_keys
+from shared.errors import BadConfig, BadModel, TandemError
 from shared.supervise import EXIT_CONFIG
-from tandem import race
-from tandem.restart import ROLES, restart
+from tandem.interrupt import EXIT_INTERRUPTED
+
+EXIT_USAGE = 2
+
+# Heading -> command -> (module, what it does).
+COMMANDS = MappingProxyType(
+    {
+        "Use a model": {
+            "serve": ("tandem.commands.serve", "Start every process and serve HTTP."),
+            "chat": ("tandem.commands.chat", "Talk with a model in the terminal."),
+            "generate": ("tandem.generate_command", "Answer one prompt, without a server."),
+        },
+        "Models": {
+            "models": ("tandem.commands.models", "List the models on this machine and which can be served."),
+            "pull": ("tandem.commands.pull", "Download a model."),
+            "convert": ("tandem.convert_command", "Convert and quantise a model."),
+        },
+        "A running server": {
+            "status": ("tandem.commands.status", "Show processes, slots, throughput, acceptance and cache hits."),
+            "restart": ("tandem.commands.restart", "Replace one process; streams go on."),
+        },
+        "Measure": {
+            "race": ("tandem.commands.race", "Play prompts with and without a drafter."),
+            "bench": ("tandem.commands.bench", "Run a benchmark."),
+        },
+        "Set up": {
+            "config": ("tandem.commands.config", "Print the effective settings and where each came from."),
+            "doctor": ("tandem.commands.doctor", "Check the machine and generate a few tokens."),
+            "keys": ("tandem.commands.keys", "Make a key file for processes on several machines."),
+            "completion": ("tandem.commands.completion", "Print a script that completes commands in your shell."),
+        },
+    }
+)
+# Names that users of Ollama and of earlier versions know.
+ALIASES = MappingProxyType({"fetch": "pull", "run": "chat", "list": "models", "ps": "status"})
+_MODULES = {name: module for commands in COMMANDS.values() for name, (module, _) in commands.items()}
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="tandem", description="Inference server for MLX.")
-    commands = top.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="start every process and serve HTTP")
-    for setting in msgspec.structs.fields(config.Settings):
-        default = setting.default if setting.default != "" else "none"
-        serve.add_argument(f"--{setting.name.replace('_', '-')}", metavar="VALUE", help=f"default: {default}")
-    fetch = commands.add_parser("fetch", help="download a model's files and print where they are")
-    fetch.add_argument("model", nargs="?", default="default")
-    again = commands.add_parser("restart", help="replace one process of a running server; streams go on")
-    again.add_argument("role", choices=ROLES)
-    again.add_argument("--port", help="of the server; default: TANDEM_PORT")
-    keys = commands.add_parser("keys", help="make a key file for processes on several machines")
-    keys.add_argument("file")
-    run = commands.add_parser("race", help="play prompts with and without a drafter; parity, acceptance, speed")
-    run.add_argument("--draft-model", required=True, help="as for serve: a checkpoint, or ngram")
-    run.add_argument("--model", default="default")
-    run.add_argument("--prompts", metavar="FILE", help="one prompt on each line; default: eight of our own")
-    run.add_argument("--max-tokens", type=int, default=128, help="of each answer")
-    run.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return top
+class Commands(click.Group):
+    """The table above. A command whose module is not installed is not there."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, module in _MODULES.items() if importlib.util.find_spec(module) is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        name = ALIASES.get(cmd_name, cmd_name)
+        if name not in self.list_commands(ctx):
+            return None
+        command: click.Command = importlib.import_module(_MODULES[name]).command
+        command.name = name
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except NoSuchCommand as error:
+            names = [*self.list_commands(ctx), *ALIASES]
+            raise NoSuchCommand(args[0], possibilities=names, ctx=ctx) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        known = self.list_commands(ctx)
+        width = max(map(len, known))
+        for heading, commands in COMMANDS.items():
+            with formatter.section(heading):
+                rows = [(name.ljust(width), text) for name, (_, text) in commands.items() if name in known]
+                formatter.write_dl(rows)
+
+
+@click.command(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Settings come from options, then TANDEM_* variables, then tandem.toml: see `tandem config`.",
+)
+@click.version_option(importlib.metadata.version("mlx-tandem"), prog_name="tandem")
+def tandem() -> None:
+    """Inference server for MLX."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = vars(parser().parse_args(argv))
-    command = options.pop("command")
+    """Run one command line; the exit code."""
     try:
-        if command == "fetch":
-            files = resolve(options["model"], config.load())
-            print(files.folder or files.gguf)
-            return 0
-        if command == "keys":
-            write_keys(Path(options["file"]))
-            return 0
-        if command == "restart":
-            if options["port"] is not None:
-                os.environ[config.PREFIX + "PORT"] = options["port"]
-            print(f"{options['role']} restarts (supervisor {restart(options['role'], config.load())})")
-            return 0
-        if command == "race":
-            return race.main(options)
-        return serve(options)
-    except Unavailable as error:
-        print(f"tandem: {error}", file=sys.stderr)
-        return 1
+        code = tandem.main(argv, prog_name="tandem", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return EXIT_USAGE
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx is not None else "tandem"
+        return _fail(f"{error.format_message()} See `{path} --help`.", EXIT_USAGE)
+    except click.ClickException as error:
+        return _fail(error.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
     except (BadConfig, BadModel) as error:
-        print(f"tandem: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return _fail(error.message, EXIT_CONFIG)
+    except TandemError as error:
+        return _fail(error.message, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail too
+        return 1
+    except OSError as error:
+        return _fail(_disk_error(error), 1)
 
 
-def serve(options: dict[str, str | None]) -> int:
-    """Check the settings, fetch the model, then become `tandem.processes`: a small process that starts all others.
+def _fail(message: str, code: int) -> int:
+    print(f"tandem: {message}", file=sys.stderr)
+    return code
 
-    Raises:
-        BadConfig, BadModel: nothing was started.
-    """
-    for name, value in options.items():
-        if value is not None:
-            os.environ[config.PREFIX + name.upper()] = value
-    settings = config.load()
-    resolve(settings.model, settings)
-    if settings.draft_checkpoint:
-        resolve_drafter(settings)
-    check_addresses(settings)
-    load_keys(settings)
-    config.prepare_run_folder(settings)
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
-    os.execve(sys.executable, [sys.executable, "-m", "tandem.processes"], environment)
+
+def _disk_error(error: OSError) -> str:
+    """One line for what a user can mend; anything else is a bug and keeps its traceback."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full{where}: free some space, or choose another folder with --cache-dir"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"not allowed to write{where}: choose another folder with --cache-dir"
+    raise error

@@ -18,7 +18,7 @@ ORDERLY = frozenset({128 + signal.SIGINT, 128 + signal.SIGTERM})
 
 def main() -> int:
     try:
-        honcho(["start", "-f", str(PROCFILE), "-d", str(PROCFILE.parent)])
+        honcho(["start", "-f", str(PROCFILE), "-d", str(PROCFILE.parent), "-e", ""])  # no .env: it would hide settings
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         return 0 if code in ORDERLY else code

@@ -7,29 +7,17 @@ a drafter helps most when the machine is not full, and so that texts do not depe
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 from msgspec import Struct, to_builtins
 
-from shared.config import PREFIX
 from shared.errors import BadConfig, Unavailable
 from tandem.draft_counters import DraftCounters, parse, total
+from tandem.own_server import own_server
 from tandem.race_prompts import PROMPTS
-
-READY_S = 600.0  # a checkpoint may have to be fetched and converted
-STOP_S = 10.0
-REQUEST_S = 600.0
 
 
 class Answer(Struct, frozen=True):
@@ -95,7 +83,7 @@ def race(draft_model: str, model: str, prompts: Sequence[str], max_tokens: int) 
 
 def play(model: str, drafter: str, prompts: Sequence[str], max_tokens: int) -> Arm:
     """All prompts through a server with this drafter, after one that warms it up."""
-    with tempfile.TemporaryDirectory(prefix="tandem-race-") as folder, _server(model, drafter, Path(folder)) as client:
+    with own_server({"MODEL": model, "DRAFT_MODEL": drafter}) as client:
         _ask(client, prompts[0], max_tokens)
         before = _counters(client)
         answers = [_ask(client, prompt, max_tokens) for prompt in prompts]
@@ -108,53 +96,6 @@ def play(model: str, drafter: str, prompts: Sequence[str], max_tokens: int) -> A
         num_accepted_tokens=int(counts.num_accepted_tokens),
         accepted_at=counts.acceptance_by_position,
     )
-
-
-@contextmanager
-def _server(model: str, drafter: str, folder: Path) -> Iterator[httpx.Client]:
-    """A process tree of its own; what it says goes to a file, whose end an error shows."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {"MODEL": model, "DRAFT_MODEL": drafter, "PORT": str(port), "RUN_DIR": str(folder / "run"), "API_KEYS": ""}
-    environment = {**os.environ, **{PREFIX + name: value for name, value in own.items()}}
-    log = folder / "server.log"
-    with log.open("wb") as out, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=REQUEST_S) as client:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tandem", "serve"],
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            _wait_ready(client, process, log)
-            yield client
-        finally:
-            _stop(process)
-
-
-def _wait_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            health = client.get("/health", timeout=2.0)
-            if health.status_code == 200 and health.json()["drafter"] == "ready":
-                return
-        except httpx.HTTPError:
-            pass  # it does not listen yet
-        time.sleep(0.1)  # another process's state, which only asking tells
-    raise Unavailable(f"the server did not become ready:\n{log.read_text(errors='replace')[-2000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the session is ours alone
-        process.wait()
 
 
 def _ask(client: httpx.Client, prompt: str, max_tokens: int) -> Answer:

@@ -61,13 +61,20 @@ def capacity_classes(max_model_len: int) -> list[int]:
     return sorted({min(size, max_model_len) for size in sizes})
 
 
-def build_engine(files: ModelFiles, settings: Settings) -> tuple[Engine, WorkerInfo]:
-    """Raises:
-    BadModel: the files cannot be loaded, or the machine cannot hold one sequence of the model.
-    """
+def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
+    """Raises BadModel: the files cannot be loaded."""
     if is_cpu():
         mx.set_cache_limit(CPU_CACHE_BYTES)
-    loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    return load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def build_engine(files: ModelFiles, settings: Settings, loaded: LoadedModel | None = None) -> tuple[Engine, WorkerInfo]:
+    """Args:
+        loaded: what `load_target` gave for these files, where it has other uses too.
+    Raises:
+        BadModel: the files cannot be loaded, or the machine cannot hold one sequence of the model.
+    """
+    loaded = loaded or load_target(files, settings)
     engine, info = make_engine(loaded, settings)
     engine.grammars = grammar_compiler(files, loaded)
     install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])

@@ -71,11 +71,13 @@ def install_fusion(runner: ModelRunner, config: DrafterConfig | None, dtype: mx.
         runner.capture(config.taps, fusion)
 
 
-def build_drafter(settings: Settings) -> tuple[DraftEngine, WorkerInfo]:
-    """Raises:
-    BadModel: the checkpoint or the target's files cannot be loaded, or do not fit each other.
+def build_drafter(settings: Settings, target: LoadedModel | None = None) -> tuple[DraftEngine, WorkerInfo]:
+    """Args:
+        target: the one of this process, if it is here.
+    Raises:
+        BadModel: the checkpoint or the target's files cannot be loaded, or do not fit each other.
     """
-    target = load(resolve(settings.model, settings), settings.dtype)  # lazily: only embedding and head are read
+    target = target or load(resolve(settings.model, settings), settings.dtype)
     config = draft_config(settings, target.config)
     assert config is not None, "a drafter process without a draft model"
     dtype = DTYPES[target.dtype]

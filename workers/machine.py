@@ -17,6 +17,22 @@ def memory() -> dict[str, int]:
     return {"device": mx.get_active_memory(), "device_cache": mx.get_cache_memory()}
 
 
+def peak_memory_bytes() -> int:
+    """The most that arrays of this process have held at once."""
+    return int(mx.get_peak_memory())
+
+
+def free_cached_memory() -> None:
+    """Give back what MLX keeps for reuse."""
+    mx.clear_cache()
+
+
+def disable_compile() -> None:
+    """On Linux's CPU backend `mx.compile` calls a compiler at run time, for nothing; where it is too late for the
+    variable that `workers.blas.prepare` sets."""
+    mx.disable_compile()
+
+
 def device_memory_bytes() -> int:
     """Memory that the device may use in all."""
     if is_cpu():

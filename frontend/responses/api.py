@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from frontend.answer import ACCEPT_WAIT_S, respond
+from frontend.caller import caller_of
 from frontend.chat import parsing_of
 from frontend.errors import json_response
 from frontend.generation import ClientWatcher, Generation, prepare
@@ -223,17 +224,18 @@ def _prepared(
 ) -> Generation:
     """`max_tokens` beyond the context is cut to what is left of it."""
     service: Service = service_of(request)
+    caller = caller_of(request)
     room = service.engine.require_target().max_model_len - len(prompt.token_ids)
     return prepare(
         service,
-        request,
+        caller,
         body,
         [prompt.token_ids],
         max_tokens=min(max_tokens or room, room),
         max_tokens_param="max_output_tokens",
         num_logprobs=num_logprobs,
         parsing=parsing_of(
-            request,
+            caller,
             prompt.text,
             prompt.tools,
             max_calls=max_calls,

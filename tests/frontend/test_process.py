@@ -29,7 +29,7 @@ def run(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     [
         ({"TANDEM_MODEL": "/no/such/folder"}, "/no/such/folder"),
         ({"TANDEM_PROT": "1"}, "TANDEM_PROT"),
-        ({"TANDEM_PORT": "many"}, "port"),
+        ({"TANDEM_PORT": "many"}, "TANDEM_PORT: 'many'"),
         ({"TANDEM_TOOL_PARSER": "herms"}, "hermes"),
     ],
 )

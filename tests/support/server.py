@@ -56,7 +56,7 @@ class Server:
     def start(self, *, wait: bool = True) -> Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tandem", "serve"],
+                [sys.executable, "-m", "tandem", "serve", "--config", os.devnull],
                 cwd=REPOSITORY, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         if wait:

@@ -93,11 +93,12 @@ def write_qwen2_vl(folder: Path, seed: int = 0) -> Path:
     vocab_size = tokenizer.get_vocab_size()
     start, pad, end, video = map(tokenizer.token_to_id, VISION_TOKENS)
     config = json.loads((folder / "config.json").read_text())
+    third = HEAD_DIM // 6
     config |= {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
         "vocab_size": vocab_size,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [HEAD_DIM // 2 - 2 * third, third, third]},
         "vision_start_token_id": start,
         "image_token_id": pad,
         "vision_end_token_id": end,
@@ -162,7 +163,8 @@ def _weights(rng: np.random.Generator, vocab_size: int) -> dict[str, np.ndarray]
     return weights
 
 
-def _layer(rng: np.random.Generator, name: str, inputs: int = HIDDEN) -> dict[str, np.ndarray]:
+def _layer(rng: np.random.Generator, name: str, inputs: int | None = None) -> dict[str, np.ndarray]:
+    inputs = inputs or HIDDEN
     return {
         f"{name}.input_layernorm.weight": _ones(),
         f"{name}.post_attention_layernorm.weight": _ones(),

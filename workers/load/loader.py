@@ -67,10 +67,10 @@ def load(files: ModelFiles, dtype: str, trust_remote_code: bool = False, max_mod
     else:
         raise BadModel(f"{files.name}: neither a folder nor a GGUF file")
     compute = DTYPES[dtype] if dtype != "auto" else mx.float32 if is_cpu else stored
-    _cast(model, compute)
+    cast(model, compute)
     if is_cpu:
         _dequantize(model)
-        _cast(model, compute)
+        cast(model, compute)
     if hasattr(model, "fuse"):
         model.fuse()
     mx.eval(model.parameters())
@@ -102,15 +102,15 @@ def _checkpoint_dtype(model: nn.Module) -> mx.Dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=mx.bfloat16)
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Lazily: nothing is read from disk here. mlx-lm's models name parameters that must keep their type."""
     may_cast = getattr(model, "cast_predicate", None) or (lambda _path: True)
 
-    def cast(path: str, array: mx.array) -> mx.array:
+    def converted(path: str, array: mx.array) -> mx.array:
         is_wanted = mx.issubdtype(array.dtype, mx.floating) and (dtype == mx.float32 or may_cast(path))
         return array.astype(dtype) if is_wanted else array
 
-    model.update(tree_map_with_path(cast, model.parameters()))
+    model.update(tree_map_with_path(converted, model.parameters()))
 
 
 def _dequantize(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""One module for each command of `tandem`; tandem/cli.py has their table."""
