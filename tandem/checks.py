@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import httpx
 import msgspec
 import psutil
 
 from shared.config import Settings, to_environment
 from shared.errors import BadConfig, Unavailable
 from shared.model_files import EMBEDDED_MEMBER
-from tandem.connection import connect
+from tandem.connection import connect, health
 from tandem.layers import DEFAULT, Effective
 from tandem.ports import check_port
 from tandem.units import size
@@ -120,9 +119,10 @@ def _port(settings: Settings) -> Finding:
 def _is_tandem(settings: Settings) -> bool:
     with connect(settings, None, "") as client:
         try:
-            return "scheduler" in client.get("/health", timeout=2.0).json()
-        except (httpx.HTTPError, ValueError, TypeError):
+            health(client)
+        except Unavailable:
             return False
+    return True
 
 
 def self_test(settings: Settings, *, is_model_named: bool) -> Iterator[Finding]:

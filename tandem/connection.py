@@ -56,6 +56,22 @@ def get(client: httpx.Client, path: str) -> httpx.Response:
     return answer
 
 
+def health(client: httpx.Client) -> dict[str, Any]:
+    """What /health tells, also of a server that is not ready.
+
+    Raises:
+        Unavailable: nobody listens there, or another program does.
+    """
+    answer = get(client, "/health")
+    try:
+        told = answer.json()
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or "scheduler" not in told:
+        raise Unavailable(f"what answers at {client.base_url} is no Tandem server: see --port and --url")
+    return told
+
+
 def unreachable(client: httpx.Client, error: Exception) -> Unavailable:
     """Nobody listens, or the connection broke: what to do about it."""
     if isinstance(error, httpx.TimeoutException):

@@ -11,7 +11,7 @@ from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared import metric_names as names
-from tandem.connection import get
+from tandem.connection import get, health
 
 
 class Snapshot(Struct, frozen=True):
@@ -37,12 +37,12 @@ def take(client: httpx.Client) -> Snapshot:
     """Raises:
     Unavailable: no server answers, or it refuses.
     """
-    health = get(client, "/health").json()
+    told = health(client)
     metrics: dict[str, list[tuple[dict[str, str], float]]] = defaultdict(list)
     for family in text_string_to_metric_families(get(client, "/metrics").text):
         for sample in family.samples:
             metrics[sample.name].append((sample.labels, sample.value))
-    return Snapshot(time.monotonic(), health, dict(metrics))
+    return Snapshot(time.monotonic(), told, dict(metrics))
 
 
 class Process(Struct, frozen=True):
@@ -89,16 +89,16 @@ def compare(before: Snapshot, now: Snapshot, url: str) -> Status:
     drafted = now.by(f"{names.SPEC_DRAFT_TOKENS}_total", "drafter")
     accepted = now.by(f"{names.SPEC_ACCEPTED_TOKENS}_total", "drafter")
     queries = now.total(f"{names.PREFIX_QUERIES}_total")
-    health = now.health
+    told = now.health
     return Status(
-        model=health["model"],
+        model=told["model"],
         url=url,
-        status=health["status"],
-        device=health.get("device"),
+        status=told["status"],
+        device=told.get("device"),
         processes=_processes(now),
-        num_running=health["num_running"],
-        num_waiting=health["num_waiting"],
-        num_slots=health.get("num_slots"),
+        num_running=told["num_running"],
+        num_waiting=told["num_waiting"],
+        num_slots=told.get("num_slots"),
         kv_usage=now.total(names.KV_USAGE),
         interval_s=seconds,
         output_tokens_per_s=rate(f"{names.GENERATION_TOKENS}_total"),
@@ -114,10 +114,9 @@ def compare(before: Snapshot, now: Snapshot, url: str) -> Status:
 
 
 def _processes(now: Snapshot) -> list[Process]:
-    health = now.health
     memory = now.by(names.MEMORY_BYTES, "process")
     restarts = now.by(f"{names.WORKER_RESTARTS}_total", "role")
-    states = {"frontend": "ready", **{role: health[role] for role in ("scheduler", "target", "drafter")}}
+    states = {"frontend": "ready", **{role: now.health[role] for role in ("scheduler", "target", "drafter")}}
     return [
         Process(
             name=name,

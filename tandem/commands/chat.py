@@ -14,7 +14,7 @@ import httpx
 
 from shared.config import FIELDS
 from shared.errors import InvalidRequest, TandemError, Unavailable
-from tandem.connection import connect, get, server_options
+from tandem.connection import connect, health, server_options
 from tandem.conversation import Conversation, summary
 from tandem.layers import DEFAULT, Effective
 from tandem.own_server import own_server
@@ -56,12 +56,12 @@ def command(
     if thinking is not None:
         given["enable_thinking"] = thinking
     with _server(name, url, api_key, found) as client:
-        health = get(client, "/health").json()
-        talk = Conversation(client, health["model"], system, given)
+        model = health(client)["model"]
+        talk = Conversation(client, model, system, given)
         for path in images:
             talk.add_image(path)
         if sys.stdin.isatty():
-            click.echo(f"{health['model']} at {client.base_url}; /help for help")
+            click.echo(f"{model} at {client.base_url}; /help for help")
             with suppress(ImportError):
                 importlib.import_module("readline")  # from here on input() edits lines and remembers them
         return _loop(talk)
@@ -88,9 +88,10 @@ def _server(name: str | None, url: str | None, api_key: str | None, found: Effec
 
 def _answers(client: httpx.Client) -> bool:
     try:
-        return "scheduler" in get(client, "/health").json()
-    except (Unavailable, ValueError):
+        health(client)
+    except Unavailable:
         return False
+    return True
 
 
 def _loop(talk: Conversation) -> int:

@@ -93,6 +93,22 @@ def test_a_second_server_on_the_port_names_the_first_one(server: Server, tmp_pat
     assert "--port" in said and said.count("\n") == 1
 
 
+def test_every_process_of_a_server_runs_with_the_settings_of_the_file(model: Path, tmp_path: Path) -> None:
+    """Started in the folder of the file, with a model named relative to it; Ctrl-C ends it with code 0."""
+    (tmp_path / "mine").symlink_to(model)
+    with busy_port() as port:
+        pass  # free from here on
+    (tmp_path / "tandem.toml").write_text(f'model = "mine"\nport = {port}\nmax_num_seqs = 3\nmodel_name = "ours"\n')
+    with Terminal(tmp_path, "serve") as serve:
+        serve.expect("Tandem is ready on ")
+        health = httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).json()
+        assert (health["num_slots"], health["model"]) == (3, "ours")  # the target's word, and the frontend's
+        serve.ctrl_c()
+        code, said = serve.end()
+    assert code == 0
+    assert "Traceback" not in said
+
+
 def test_a_chat_starts_a_server_for_a_model_that_is_named_and_takes_it_along(model: Path, tmp_path: Path) -> None:
     with Terminal(tmp_path, "run", str(model), "--max-tokens", "8", TANDEM_API_KEYS="key-of-the-environment") as chat:
         chat.expect(f"starting a server with {model}")
