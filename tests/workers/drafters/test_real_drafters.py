@@ -25,6 +25,7 @@ from workers.drafters.registry import load_drafter, load_fusion
 mx = replay.mx  # imported by it, after the BLAS
 
 NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "4"))
+ROPE_THETA = 100_000.0  # of all reference drafters
 LOOSE = 0.03  # of the mean over few documents; 1.5 % from 20 documents on
 GGUF = settings.load().cache_folder / "models" / replay.GGUF
 
@@ -152,13 +153,19 @@ def play_engine(engine, documents, rows, num_tokens):
     return rounds
 
 
-def shift_rope(drafter):
-    """Queries one position late, for keys where they were."""
-    for attention in (
-        [layer.attention for layer in drafter.layers] if hasattr(drafter, "layers") else [drafter.attention]
-    ):
-        right = attention.queries
-        attention.queries = lambda x, positions, right=right: right(x, positions + 1)
+def wrong_rope(drafter):
+    """DFlash: queries one position late, for keys where they were. The recursive heads do not notice that (within 1 %
+    over four documents), so theirs rotates neighbours in place of halves.
+    """
+    for layer in getattr(drafter, "layers", []):
+        right = layer.attention.queries
+        layer.attention.queries = lambda x, positions, right=right: right(x, positions + 1)
+    if hasattr(drafter, "attention"):
+
+        def neighbours(x, offset):
+            return mx.fast.rope(x, x.shape[-1], traditional=True, base=ROPE_THETA, scale=1.0, offset=offset)
+
+        drafter.attention._rope = neighbours
 
 
 def shift_slot(drafter):
@@ -177,7 +184,7 @@ def shift_slot(drafter):
 
 
 @pytest.mark.parametrize("name", ["dflash-2l", "eagle3", "mtp"])
-def test_rope_slot_or_taps_one_off_lower_acceptance_in_the_workers_engine(name, target, documents, hidden):
+def test_a_wrong_rope_slot_or_tap_lowers_acceptance_in_the_workers_engine(name, target, documents, hidden):
     few, num_tokens = documents[:3], replay.NUM_TOKENS[name]
 
     def mean(change=None, shift=0):
@@ -190,7 +197,7 @@ def test_rope_slot_or_taps_one_off_lower_acceptance_in_the_workers_engine(name, 
     right = mean()
     expected = [d["committed_per_round"][name] for d in few]
     assert right == pytest.approx(replay.mean_acceptance_length(expected), rel=2 * LOOSE)
-    assert mean(shift_rope) < (1 - LOOSE / 2) * right
+    assert mean(wrong_rope) < (1 - LOOSE) * right
     assert mean(shift_slot) < 0.9 * right
     if detect(replay.FOLDER / name).taps:
         assert mean(shift=1) < right
