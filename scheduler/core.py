@@ -49,6 +49,7 @@ from shared.messages import (
     StepResult,
     Submit,
     TokenLogprob,
+    Verified,
     Welcome,
     WorkerFailed,
     WorkerInfo,
@@ -353,7 +354,7 @@ class Core:
         if sequence.token_ids[:num_known] != [*submit.prompt_token_ids, *submit.output_token_ids] or not missed:
             return
         if submit.sampling.num_logprobs is None:
-            self._outbox.emit(sequence, missed, None)
+            self._outbox.emit(sequence, missed, None, is_repeated=True)
             return
         if sequence.is_running and self.session is not None:
             self.session.preempt(sequence)
@@ -388,6 +389,7 @@ class Core:
         logprobs: list[TokenLogprob] | None = None,
         code: str | None = None,
         is_suspect: bool = False,
+        verified: Verified | None = None,
     ) -> None:
         """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves.
 
@@ -416,6 +418,7 @@ class Core:
             timings=sequence.timings(now),
             start=sequence.num_output_tokens - len(token_ids),
             error_code=code,
+            verified=verified,
         )
         self._outbox.put(sequence.frontend, output)
 
