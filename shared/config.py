@@ -47,6 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     curve_keys_file: str = ""  # needed where one of these can be reached from outside (tandem keys FILE)
     cache_dir: str = ""  # downloads and caches; empty: ~/.cache/tandem
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    ui: bool = True  # the chat page at /ui
 
     # engine
     max_num_seqs: int = 0  # slots; 0: chosen by the worker for its machine
