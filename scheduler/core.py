@@ -79,7 +79,7 @@ class Core:
         self._outbox = Outbox()
         self._step_timeout = StepTimeout(settings.step_timeout_s)
         self._timed = ""  # the target process whose steps it knows: a new epoch of the same one changes nothing
-        self._roles_seen: set[Role] = set()
+        self._last_process: dict[Role, str] = {}  # role -> instance id of its newest process
         self.suspects = Suspects()
         self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
@@ -98,7 +98,7 @@ class Core:
             case Hello():
                 self._hello(sender, message, now)
             case Heartbeat():
-                self._heartbeat(sender, message)
+                self._heartbeat(sender, message, now)
             case Ready():
                 self._ready(sender, message)
             case Submit():
@@ -175,14 +175,15 @@ class Core:
         elif sender in self.peers and hello.role != "frontend":
             # The same process says hello again: it forgot, or missed messages.
             self._lose(self.peers.by_id(sender), now, RESTART)
-        if hello.role in self._roles_seen and sender not in self.peers and hello.role in self.metrics.worker_restarts:
+            self.metrics.resynchronisations[hello.role].inc()
+        if self._last_process.get(hello.role, sender) != sender and hello.role in self.metrics.worker_restarts:
             self.metrics.worker_restarts[hello.role].inc()
-        self._roles_seen.add(hello.role)
+        self._last_process[hello.role] = sender
         peer = self.peers.add(sender, hello.role, hello.pid, now)
         self._outbox.send(sender, Welcome(scheduler_id=self.scheduler_id, epoch=peer.epoch))
         self._broadcast_status()
 
-    def _heartbeat(self, sender: str, message: Heartbeat) -> None:
+    def _heartbeat(self, sender: str, message: Heartbeat, now: float) -> None:
         peer = self.peers.get(sender)
         if peer is not None:
             self.metrics.set_memory(peer.role, message.memory_bytes)
@@ -191,6 +192,9 @@ class Core:
             peer.num_dropped_messages = message.num_dropped_messages
             self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
             peer.num_feature_bytes = message.num_feature_bytes
+            step = self.session.oldest_step if self.session is not None and peer.role == "target" else 0
+            if peer.has_lost(message, step, now):
+                self._resynchronise(peer, now)
 
     def _ready(self, sender: str, message: Ready) -> None:
         peer = self.peers.get(sender)
@@ -246,10 +250,11 @@ class Core:
             self.hung.append(target.pid)
             self._lose(target, now, OWN_DEATH)
 
-    def _resynchronise(self, target: Peer, now: float) -> None:
-        """A message to or from the target was lost or came in the wrong place: begin again in a new epoch."""
-        self._lose(target, now, RESTART)
-        self._outbox.send(target.instance_id, SayHello())
+    def _resynchronise(self, worker: Peer, now: float) -> None:
+        """A message to or from a worker was lost or came in the wrong place: begin again in a new epoch."""
+        self._lose(worker, now, RESTART)
+        self.metrics.resynchronisations[worker.role].inc()
+        self._outbox.send(worker.instance_id, SayHello())
 
     def _drop_target(self, now: float, strikes: int) -> None:
         """Nothing is computed any more.

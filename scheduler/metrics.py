@@ -111,6 +111,9 @@ class Metrics:
         self.worker_restarts = counters(
             names.WORKER_RESTARTS, "New processes of this role after the first.", "role", ("target", "drafter", "image")
         )
+        self.resynchronisations = counters(
+            names.RESYNCHRONISATIONS, "New epochs of a worker after a lost message.", "role", ("target", "drafter")
+        )
         self.cancelled = counters(
             names.CANCELLED, "Cancelled requests.", "state", ("waiting", "prefilling", "decoding")
         )

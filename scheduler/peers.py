@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.messages import Role, WorkerInfo, WorkerState
+from shared.messages import Heartbeat, Role, WorkerInfo, WorkerState
+
+LOST_AFTER_S = 1.0  # an idle worker that should be at work for so long has missed a message
 
 
 @dataclass
@@ -17,10 +19,32 @@ class Peer:
     info: WorkerInfo | None = None  # set once it is ready
     num_dropped_messages: int = 0  # as its last heartbeat told
     num_feature_bytes: int = 0
+    lacks: tuple[str, int] | None = None  # what it had not by its last heartbeat, though it was idle
+    lacks_since: float = 0.0
 
     @property
     def state(self) -> WorkerState:
         return "ready" if self.info is not None else "loading"
+
+    def has_lost(self, message: Heartbeat, oldest_step: int, now: float) -> bool:
+        """Whether a message to or from a worker was lost: it stays idle though it should be at work.
+
+        Args:
+            oldest_step: id of the step that the worker should be at; 0: none.
+        """
+        lacks = self._lacks(message, oldest_step)
+        if lacks is None or lacks != self.lacks:
+            self.lacks, self.lacks_since = lacks, now
+        return lacks is not None and now - self.lacks_since >= LOST_AFTER_S
+
+    def _lacks(self, message: Heartbeat, oldest_step: int) -> tuple[str, int] | None:
+        if not message.is_idle:
+            return None
+        if message.epoch != self.epoch:
+            return "welcome", self.epoch
+        if self.info is None:
+            return "ready", self.epoch
+        return ("step", oldest_step) if oldest_step else None
 
 
 class Peers:

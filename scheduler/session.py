@@ -133,6 +133,11 @@ class Session:
         step = self._in_flight[0]
         return now - max(step.sent, self._last_result) > self._timeout.limit_s(step.num_tokens)
 
+    @property
+    def oldest_step(self) -> int:
+        """Id of the step whose result comes next; 0: there is none."""
+        return self._in_flight[0].step_id if self._in_flight else 0
+
     def has_lost_load(self, now: float) -> bool:
         """Whether a LoadBlocks or its answer was lost: a sequence waits for it, and its blocks may yet be written."""
         return any(now - sent > LOAD_TIMEOUT_S for sent in self._loads.values())

@@ -128,6 +128,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
     num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
     num_feature_bytes: int = 0  # target: hidden rows sent to the drafter since it started
+    epoch: int = 0  # worker: of the Welcome it has; 0: none, or it has just asked for a new one
+    is_idle: bool = False  # worker: it is waiting for a message, and has nothing else to do
 
 
 class SayHello(Message, frozen=True, kw_only=True):

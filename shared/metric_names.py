@@ -36,6 +36,7 @@ SPEC_ACCEPTED_PER_POS = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 WORKER_UP = "tandem:worker_up"
 WORKER_RESTARTS = "tandem:worker_restarts"
+RESYNCHRONISATIONS = "tandem:resynchronisations"
 STEP_PHASE = "tandem:step_phase_seconds"
 BATCH_OCCUPANCY = "tandem:batch_occupancy"
 CANCELLED = "tandem:requests_cancelled"

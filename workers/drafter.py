@@ -92,7 +92,7 @@ class DrafterProcess:
             self.link.close()
 
     def _welcome(self, message: Welcome) -> None:
-        self.epoch = message.epoch
+        self.epoch = self.link.epoch = message.epoch
         if self.engine is not None:
             self.engine.reset()
         if self.info is not None:

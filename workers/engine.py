@@ -37,6 +37,7 @@ from workers.features import as_bits
 from workers.kernels.base import MAX_VERIFY_WIDTH
 from workers.media import SlotMedia
 from workers.models.base import MediaModel
+from workers.prefill_groups import prefill_groups
 from workers.runner import ModelRunner
 from workers.sampling import constraint
 from workers.sampling.rejection import Proposal, proposals
@@ -215,13 +216,18 @@ class Engine:
         return differing
 
     def _groups(self, step: Step) -> Iterator[list[StepRow]]:
-        """Rows that share a forward: all decode rows (of one width where states are recurrent), each prefill alone."""
+        """Rows that share a forward: decode rows (of one width where states are recurrent), prefills of one kind."""
         if self.store.is_recurrent:
             yield from self._recurrent_groups(step.decodes)
         elif step.decodes:
             yield step.decodes
-        for row in step.prefills:
-            yield [row]
+        yield from prefill_groups(step.prefills, self._prefill_kind, lambda row: self._padded(_width(row)))
+
+    def _prefill_kind(self, row: StepRow) -> tuple[int, ...] | None:
+        """Prefills that begin at one position see the same keys behind each other: causal attention without a mask."""
+        if self.store.is_exact or self.store.is_recurrent or (self.media is not None and row.slot in self.media):
+            return None
+        return row.start, self._padded(_width(row)), self.store.placement.where(row.slot)[0]
 
     def _recurrent_groups(self, decodes: list[StepRow]) -> Iterator[list[StepRow]]:
         """Rows by width, so that nothing is padded: a padding token would go into a recurrent state.

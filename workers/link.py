@@ -43,6 +43,8 @@ class Link:
         self.instance_id = uuid.uuid4().hex
         self.num_dropped = 0
         self.num_feature_bytes = 0
+        self.epoch = 0  # of the last Welcome, for the heartbeats
+        self._is_idle = False  # until the model is loaded and the main loop asks for messages
         self._settings = settings
         self._role = role
         self._memory = memory
@@ -69,9 +71,15 @@ class Link:
         """Queue a message; ZeroMQ keeps it while the scheduler is away."""
         self._socket.send(encode(message))
 
-    def receive(self, timeout_s: float) -> Message | None:
-        """The next message, or None when none comes in time. A request to say hello again is answered here."""
+    def receive(self, timeout_s: float, is_idle: bool = True) -> Message | None:
+        """The next message, or None when none comes in time. A request to say hello again is answered here.
+
+        Args:
+            is_idle: nothing but a message gives the worker anything to do. The scheduler hears of it, and finds a
+                message that was lost by what an idle worker ought to have.
+        """
         self._last_active = time.monotonic()
+        self._is_idle = is_idle
         deadline = self._last_active + timeout_s  # heartbeats that keep coming do not put it off
         while self._socket.poll(max(0, round((deadline - time.monotonic()) * 1000))):
             frames = self._socket.recv_multipart()
@@ -86,6 +94,7 @@ class Link:
             if isinstance(message, SayHello):
                 self.hello()
             elif not isinstance(message, Heartbeat):
+                self._is_idle = False
                 return message
         return None
 
@@ -119,6 +128,8 @@ class Link:
                     memory_bytes=memory,
                     num_dropped_messages=self.num_dropped,
                     num_feature_bytes=self.num_feature_bytes,
+                    epoch=self.epoch,
+                    is_idle=self._is_idle,
                 )
                 try:
                     socket.send(encode(beat), zmq.NOBLOCK)

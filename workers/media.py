@@ -41,6 +41,9 @@ class SlotMedia:
         self._bound: dict[int, _Bound] = {}
         self.num_encoder_runs = 0
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._bound
+
     @property
     def modalities(self) -> list[MediaKind]:
         return self._model.modalities

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("target")
 
 IDLE_POLL_S = 1.0
-REPEAT_S = 5.0  # an unanswered Hello or Ready is said again, in case it was lost
 ARCHIVE_POLL_S = 0.002  # while idle and blocks go to or come from the archive
 MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 
@@ -70,7 +69,6 @@ class Target:
         self.epoch = 0
         self.scheduler_id = ""
         self.last_step = self.last_release = self.last_load = 0  # ids of the last messages taken in this epoch
-        self.last_word = time.monotonic()  # when the scheduler was last told who we are
         self.is_draining = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
@@ -82,7 +80,9 @@ class Target:
         running: deque[PendingStep] = deque()
         try:
             while not self.is_draining:
-                message = self.link.receive(self._patience(len(waiting), len(running)))
+                message = self.link.receive(
+                    self._patience(len(waiting), len(running)), is_idle=not waiting and not running
+                )
                 match message:
                     case Welcome():
                         if self._is_repeated(message):
@@ -106,8 +106,6 @@ class Target:
                         self.link.num_dropped += 1
                     case Drain():
                         self.is_draining = True
-                    case None if not running and not self.last_step:
-                        self._repeat()
                 while waiting and len(running) < self.depth:
                     self._begin(waiting.popleft(), running)
                 if running:
@@ -124,15 +122,6 @@ class Target:
             if self.archiver is not None:
                 self.archiver.close()
             self.link.close()
-
-    def _repeat(self) -> None:
-        """No step has come yet in this epoch: perhaps the scheduler never heard of us."""
-        if time.monotonic() - self.last_word > REPEAT_S:
-            self.last_word = time.monotonic()
-            if self.epoch:
-                self.link.send(Ready(epoch=self.epoch, info=self.info))
-            else:
-                self.link.hello()
 
     def _is_repeated(self, message: Welcome) -> bool:
         return message.scheduler_id == self.scheduler_id and message.epoch <= self.epoch
@@ -160,9 +149,8 @@ class Target:
         self.link.num_dropped += 1
         if not is_repeated:
             logger.warning("messages were lost on their way; saying hello again")
-            self.epoch = 0  # until the answer: what else comes of the old epoch is of no use
+            self.epoch = self.link.epoch = 0  # until the answer: what else comes of the old epoch is of no use
             self.link.hello()
-            self.last_word = time.monotonic()
             self.last_step = self.last_release = self.last_load = 0
         return False
 
@@ -214,6 +202,7 @@ class Target:
     def _welcome(self, greeting: Welcome) -> None:
         """A (new) scheduler: it knows of no sequence here."""
         self.epoch, self.scheduler_id, self.last_step = greeting.epoch, greeting.scheduler_id, 0
+        self.link.epoch = greeting.epoch
         self.last_release = self.last_load = 0
         self.engine.reset()
         self.link.send(Ready(epoch=self.epoch, info=self.info))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
 
+from scheduler.peers import LOST_AFTER_S
 from scheduler.session import LOAD_TIMEOUT_S
 from shared.messages import (
     ArchivedBlock,
     BlocksArchived,
+    Heartbeat,
     Hello,
     LoadBlocks,
     Output,
@@ -20,9 +24,10 @@ from shared.messages import (
     SayHello,
     Step,
     Submit,
+    Welcome,
 )
 from tests.scheduler.test_core import GREEDY, Rig
-from tests.support.fake_target import greedy, worker_info
+from tests.support.fake_target import FakeTarget, greedy, worker_info
 
 
 def submit(prompt: list[int], tokens: list[int], sampling: SamplingParams = GREEDY) -> Submit:
@@ -171,3 +176,73 @@ def test_steps_and_releases_are_numbered_without_gaps() -> None:
         rig.work()
     assert seen[0] > 3
     assert seen[1] > 1
+
+
+def beat(rig: Rig, is_idle: bool = True) -> list[object]:
+    """A heartbeat of the target after more than the time in which a message may be under way; what it is answered."""
+    rig.now += LOST_AFTER_S + 0.1
+    heartbeat = Heartbeat(instance_id=rig.target_id, epoch=rig.epoch, is_idle=is_idle)
+    envelopes = rig.core.handle(rig.target_id, heartbeat, rig.now)
+    rig.deliver(envelopes)
+    return [message for receiver, message in envelopes if receiver == rig.target_id]
+
+
+@pytest.mark.parametrize("lost", ["step", "result"])
+def test_an_idle_target_with_a_step_lost_a_message(lost: str) -> None:
+    """With one step in flight no later message shows the gap."""
+    rig = Rig(worker_info())
+    rig.start_target()
+    rig.send("front", submit([1, 2], []))
+    rig.work()
+    while rig.queue:
+        message = rig.queue.popleft()
+        if lost == "result" and isinstance(message, Step):
+            rig.target.run(message)
+    assert not any(isinstance(m, SayHello) for m in beat(rig)), "the first one may have left before the step came"
+    assert any(isinstance(m, SayHello) for m in beat(rig))
+    assert not rig.core.hung, "nobody is killed"
+    rig.send(rig.target_id, Hello(role="target", instance_id=rig.target_id, pid=2, last_exit=0))
+    rig.target = FakeTarget(rig.info)
+    rig.send(rig.target_id, Ready(epoch=rig.epoch, info=rig.info))
+    page = rig.core.metrics.page().decode()
+    assert re.search(r'resynchronisations_total\{[^}]*role="target"[^}]*\} 1.0', page)
+    assert re.search(r'worker_restarts_total\{[^}]*role="target"[^}]*\} 0.0', page), "it is the same process"
+    rig.assert_idle()
+    assert aligned(rig.outputs["a"]) == greedy([1, 2], 20)
+    assert rig.finish_reasons("a") == ["length"]
+
+
+def test_a_target_at_work_is_left_alone() -> None:
+    rig = Rig(worker_info())
+    rig.start_target()
+    rig.send("front", submit([1, 2], []))
+    for _ in range(5):
+        assert not any(isinstance(m, SayHello) for m in beat(rig, is_idle=False))
+    rig.assert_idle()
+    for _ in range(5):
+        assert not any(isinstance(m, SayHello) for m in beat(rig)), "idle, and nothing to do"
+
+
+@pytest.mark.parametrize("lost", ["welcome", "ready"])
+def test_a_lost_greeting_is_noticed(lost: str) -> None:
+    rig = Rig(worker_info())
+    rig.start_target()
+    before = rig.epoch
+    rig.send(rig.target_id, Hello(role="target", instance_id=rig.target_id, pid=2, last_exit=0))
+    assert rig.epoch > before and rig.core.session is None
+    if lost == "welcome":
+        rig.epoch = before
+    beat(rig)
+    assert any(isinstance(m, SayHello) for m in beat(rig))
+
+
+def test_a_drafter_whose_ready_was_lost_says_hello_again() -> None:
+    rig = Rig(worker_info())
+    rig.start_target()
+    answers = rig.core.handle("drafter", Hello(role="drafter", instance_id="drafter", pid=4), rig.now)
+    epoch = next(m.epoch for _, m in answers if isinstance(m, Welcome))
+    for is_noticed in (False, True):
+        rig.now += LOST_AFTER_S + 0.1
+        heartbeat = Heartbeat(instance_id="drafter", epoch=epoch, is_idle=True)
+        envelopes = rig.core.handle("drafter", heartbeat, rig.now)
+        assert (("drafter", SayHello()) in envelopes) == is_noticed

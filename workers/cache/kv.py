@@ -57,11 +57,17 @@ class BatchShape:
     def key_length(self, run: Run, capacity: int) -> int:
         """How many pool indices the run's rows attend to."""
         longest = max(self.ends(run))
-        # On a GPU one decode row, or one prefill chunk, is attended at its exact length without a mask; verify rows and
-        # batches come in few shapes, since a new one is planned anew.
-        if not self.is_exact and (run.size > 1 or 1 < self.width <= MAX_VERIFY_WIDTH):
+        # On a GPU one decode row, or prefill chunks that end together, are attended at their exact length without a
+        # mask; verify rows and ragged batches come in few shapes, since a new one is planned anew.
+        is_chunk = self.width > MAX_VERIFY_WIDTH and min(self.ends(run)) == longest
+        if not self.is_exact and not is_chunk and (run.size > 1 or self.width > 1):
             longest = bucket_length(longest)
         return min(longest, capacity)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Do all rows start together, in one class?"""
+        return len(self.runs) == 1 and min(self.starts) == max(self.starts)
 
 
 def bucket_length(length: int) -> int:
@@ -210,7 +216,7 @@ class KVView:
         if use is not None and use.is_decode:
             fused = rotation if is_fused and isinstance(rotation, Rotation) else None
             return self._attend_pages(use.attention, q, k, v, Variant(scale, window, None, sinks, fused))
-        if use is not None and len(shape.starts) == 1:
+        if use is not None and shape.is_aligned:
             return self._attend_chunk(use.attention, q, k, v, scale, window, sinks)
         return self._attend_stock(q, (k, v), scale, window, sinks, spans)
 
@@ -270,8 +276,8 @@ class KVView:
         window: int | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        """A prefill chunk of one sequence: a kernel writes it and gathers what is before it, a stock one attends."""
-        (run,), (start,), width = self._shape.runs, self._shape.starts, self._shape.width
+        """Prefill chunks from one position: a kernel writes them and gathers what is before, a stock one attends."""
+        run, start, width = self._shape.runs[0], self._shape.starts[0], self._shape.width
         old = start if window is None else min(start, window - 1)
         pool = self._layer.pool(run.capacity_class)
         keys, values = attention.append(k, v, pool, self._shape.pages(run), old)

@@ -97,7 +97,11 @@ def cases(shape: ShapeClass, with_blocks: bool) -> list[Case]:
     with mx.stream(mx.cpu):
         if shape.rows == 0:
             none = Variant(1.0)
-            chunks = [Case(slot_pages([2], [0]), 4, 256, none), Case(slot_pages([1], [101]), 4, 256, none, 101)]
+            chunks = [
+                Case(slot_pages([2], [0]), 4, 256, none),
+                Case(slot_pages([1], [101]), 4, 256, none, 101),
+                Case(slot_pages([3, 0], [40, 40]), 4, 256, none, 40),
+            ]
             mx.eval([case.pages.table for case in chunks], [case.pages.starts for case in chunks])
             return chunks
         sinks = mx.random.normal((shape.num_heads,), key=mx.random.key(9))
