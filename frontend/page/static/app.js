@@ -340,7 +340,9 @@ class Page {
   }
 
   showView(name) {
+    const isAtEnd = this.isAtEnd();
     document.body.dataset.view = name;
+    if (isAtEnd) this.toEnd();
     $("view-text").setAttribute("aria-pressed", String(name === "text"));
     $("view-tokens").setAttribute("aria-pressed", String(name === "tokens"));
     save(localStorage, "view", name);
