@@ -50,7 +50,8 @@ test: $(VENV)/.dev-$(BACKEND)
 
 # The reference drafters against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
 test-drafters: $(VENV)/.dev-$(BACKEND)
-	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py
+	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py \
+		tests/workers/drafters/test_training_evaluation.py
 	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/system/test_real_drafters.py
 
 # The speculation policy in its clock model at every batch size.

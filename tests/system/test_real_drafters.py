@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.server import REPOSITORY, Server
 
-FOLDER = Path(os.environ.get("TANDEM_TEST_DRAFTERS", REPOSITORY.parent / "shared" / "drafters-smollm2"))
+FOLDER = Path(os.environ.get("DRAFTERS_FOLDER", REPOSITORY.parent / "shared" / "drafters-smollm2"))
 NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "4"))
 NUM_TOKENS = {"dflash-2l": 7, "dflash-4l": 7, "eagle3": 4, "mtp": 2}
 TOLERANCE = 0.015 if NUM_DOCUMENTS >= 20 else 0.06  # of the mean over few documents

@@ -15,6 +15,7 @@ from workers.draft_engine import DraftEngine
 from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_drafter, load_fusion
 from workers.engine import Engine
+from workers.features import Bits
 
 
 class Recorder:
@@ -28,7 +29,7 @@ class Recorder:
     def take_tokens(self, row: DraftRow) -> None:
         self._engine.take_tokens(row)
 
-    def take_features(self, rows: FeatureRows, array: mx.array) -> None:
+    def take_features(self, rows: FeatureRows, array: Bits) -> None:
         self.num_rows += rows.num_rows
         self._engine.take_features(rows, array)
 

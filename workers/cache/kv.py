@@ -150,6 +150,23 @@ class KVLayer:
                 target[move.to_row, :, :used] = source[move.from_row, :, :used]
             pools[move.to_class] = target
 
+    def scatter(self, capacity_class: int, rows: mx.array, indices: mx.array, k: mx.array, v: mx.array) -> None:
+        """Write single positions: k and v (N, num_kv_heads, dim) to pool rows (N,) at indices (N,)."""
+        self.settle(capacity_class)
+        heads = mx.arange(self.spec.num_kv_heads)[None]
+        for pools, new in ((self.keys, k), (self.values, v)):
+            pool = pools[capacity_class]
+            assert pool is not None, "write to a pool that was never reserved"
+            pool[rows[:, None], heads, indices[:, None]] = new
+            pools[capacity_class] = pool
+
+    def rows(self, capacity_class: int, row: int, length: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of one pool row's first indices, each (num_kv_heads, length, dim)."""
+        self.settle(capacity_class)
+        keys, values = self.keys[capacity_class], self.values[capacity_class]
+        assert keys is not None and values is not None, "a pool that was never reserved"
+        return keys[row, :, :length], values[row, :, :length]
+
     def clear(self, capacity_class: int, row: int) -> None:
         """Zero a row: a masked NaN would still reach the next owner's output, as 0 * NaN."""
         self.settle(capacity_class)

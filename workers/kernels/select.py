@@ -41,6 +41,7 @@ def select(
     *,
     is_speculative: bool,
     cache_folder: Path,
+    widths: Sequence[int] | None = None,
 ) -> AttentionChoice | None:
     """The kernels that serve, None where stock operations do everything.
 
@@ -49,6 +50,7 @@ def select(
         setting: "auto", "stock" or "kernel".
         is_speculative: verify rows will come.
         cache_folder: keeps what "auto" found, by device, MLX version and the kernel's text.
+        widths: query rows a sequence that will come; None: those of a target.
     Raises:
         BadConfig: "kernel" was asked for, and there is none or it gives other values.
     """
@@ -58,9 +60,9 @@ def select(
     if attention is None:
         _check_none_is_wanted(setting, "no attention kernel for this machine")
         return None
-    shapes = shape_classes(
-        layers, dtype, is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention)
-    )
+    if widths is None:
+        widths = target_widths(is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention))
+    shapes = shape_classes(layers, dtype, widths)
     if not shapes:
         _check_none_is_wanted(setting, "no attention kernel for this model's layers")
         return None
@@ -114,15 +116,19 @@ def machine_kernel() -> PagedAttention | None:
     return CudaAttention() if mx.cuda.is_available() else None
 
 
+def target_widths(*, is_speculative: bool, has_chunks: bool) -> list[int]:
+    """Query rows a sequence in a target's forwards; 0 is a prefill chunk. Decode first."""
+    return [1, *([0] if has_chunks else []), *(r for r in VERIFY_ROWS if is_speculative and r <= MAX_ROWS)]
+
+
 def shape_classes(
-    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, *, is_speculative: bool, has_chunks: bool
+    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, widths: Sequence[int]
 ) -> list[ShapeClass]:
-    """What the layers need, as far as a kernel was written for it; decode first."""
-    rows = [1, *([0] if has_chunks else []), *(r for r in VERIFY_ROWS if is_speculative and r <= MAX_ROWS)]
+    """What the layers need, as far as a kernel was written for it."""
     kinds = dict.fromkeys((num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim) for spec, num_heads in layers)
     return [
         ShapeClass(num_heads, num_kv_heads, dim, r, dtype)
-        for r in rows
+        for r in widths
         for num_heads, num_kv_heads, dim, value_dim in kinds
         if dim == value_dim and supports(num_heads, num_kv_heads, dim, dtype.size, max(r, 1))
     ]

@@ -29,7 +29,7 @@ from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_drafter, load_fusion, tables
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-FOLDER = Path(os.environ.get("TANDEM_TEST_DRAFTERS", REPOSITORY.parent / "shared" / "drafters-smollm2"))
+FOLDER = Path(os.environ.get("DRAFTERS_FOLDER", REPOSITORY.parent / "shared" / "drafters-smollm2"))
 NUM_TOKENS = {"dflash-2l": 7, "dflash-4l": 7, "eagle3": 4, "mtp": 2}
 
 GGUF_NAMES = {

@@ -1,6 +1,6 @@
 """The trained SmolLM2 drafters commit as many tokens a round as their file says, and fewer when anything is shifted.
 
-Skipped without the drafters' folder (`TANDEM_TEST_DRAFTERS`) or the embedded model. The file's rounds were computed in
+Skipped without the drafters' folder (`DRAFTERS_FOLDER`) or the embedded model. The file's rounds were computed in
 bfloat16, where near ties fall differently and one changed round moves all later ones: so every round is drafted from
 the file's own anchor once, and means over the documents are compared.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import replay  # loads a BLAS, so it goes before anything that imports MLX
 
@@ -117,7 +118,7 @@ def play_engine(engine, documents, rows, num_tokens):
         for i in running:
             first, end = sent[i], anchors[i] + 1
             known = FeatureRows(request_id=str(i), start=max(0, first - 1), num_rows=end - 1 - max(0, first - 1))
-            engine.take_features(known, rows[i][known.start : end - 1])
+            engine.take_features(known, np.array(rows[i][known.start : end - 1]))
             tokens = documents[i]["token_ids"][first:end]
             asked.append(DraftRow(request_id=str(i), start=first, token_ids=tokens, num_tokens=num_tokens))
             engine.take_tokens(asked[-1])
@@ -146,12 +147,14 @@ def shift_slot(drafter):
     if hasattr(drafter, "first_row"):
         drafter.first_row -= 1
         return
-    right = drafter.extend
+    right = drafter.extend_rows
 
-    def extend(states, features, token_ids):
-        right(states, [mx.concatenate([rows[:1], rows[:-1]]) for rows in features], token_ids)
+    def extend_rows(states, features, token_ids):
+        ends = np.cumsum([len(ids) for ids in token_ids])
+        parts = [features[end - len(ids) : end] for ids, end in zip(token_ids, ends.tolist(), strict=True)]
+        right(states, mx.concatenate([mx.concatenate([rows[:1], rows[:-1]]) for rows in parts]), token_ids)
 
-    drafter.extend = extend
+    drafter.extend_rows = extend_rows
 
 
 @pytest.mark.parametrize("name", ["dflash-2l", "eagle3", "mtp"])
