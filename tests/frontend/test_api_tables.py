@@ -1,4 +1,4 @@
-"""docs/api-compatibility.md tells the truth: its tables have each field of our schemas and of the SDKs, rightly labelled."""
+"""docs/api-compatibility.md tells the truth: it has each field of our schemas and of the SDKs, rightly labelled."""
 
 from __future__ import annotations
 

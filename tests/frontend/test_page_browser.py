@@ -115,6 +115,13 @@ def site(start_site: Callable[..., Site]) -> Site:
     return start_site()
 
 
+@pytest.fixture(scope="module")
+def quiet(browser: Browser, site: Site) -> Iterator[Visit]:
+    """A page for tests that only call its modules."""
+    with site.visit(browser) as visit:
+        yield visit
+
+
 def send(visit: Visit, text: str) -> None:
     visit.page.fill("#prompt", text)
     visit.page.keyboard.press("Enter")
@@ -392,52 +399,50 @@ def contrast(one: list[float], other: list[float]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_texts_and_token_colours_can_be_read(browser: Browser, site: Site) -> None:
-    with site.visit(browser) as visit:
-        for theme, paper in (("light", [255, 255, 255]), ("dark", [20, 24, 26])):
-            visit.page.emulate_media(color_scheme=theme)  # type: ignore[arg-type] # one of two literals
-            colours = visit.page.evaluate(
-                """names => Object.fromEntries(names.map(name => {
-                    const probe = document.createElement("i");
-                    probe.style.color = `var(--${name})`;
-                    document.body.append(probe);
-                    return [name, getComputedStyle(probe).color.match(/[\\d.]+/g).map(Number)];
-                }))""",
-                [*GROUNDS, "ink", "soft", "faint", "accent", "on-accent", "danger", "danger-ground"],
-            )
-            assert colours["paper"] == paper
-            for ground in GROUNDS:
-                assert contrast(colours["ink"], colours[ground]) >= 7, f"{theme}: ink on {ground}"
-            for front, ground in (("soft", "paper"), ("soft", "sunk"), ("faint", "paper"), ("accent", "paper"),
-                                  ("on-accent", "accent"), ("danger", "danger-ground")):  # fmt: skip
-                assert contrast(colours[front], colours[ground]) >= 4.5, f"{theme}: {front} on {ground}"
-
-
-def test_markdown_becomes_elements_also_piece_by_piece(browser: Browser, site: Site) -> None:
-    with site.visit(browser) as visit:
-        got = visit.page.evaluate(
-            """async texts => {
-                const { render } = await import("./markdown.js");
-                const plain = (place) => {
-                    const copy = place.cloneNode(true);
-                    for (const head of copy.querySelectorAll(".code-head")) head.remove();
-                    for (const box of copy.querySelectorAll("[tabindex]")) box.removeAttribute("tabindex");
-                    for (const box of copy.querySelectorAll("div")) box.replaceWith(...box.childNodes);
-                    return copy.innerHTML;
-                };
-                return texts.map(text => {
-                    const whole = document.createElement("div");
-                    render(whole, text);
-                    const grown = document.createElement("div");
-                    for (let end = 0; end <= text.length; end++) render(grown, text.slice(0, end));
-                    return [plain(whole), plain(grown)];
-                });
-            }""",
-            [text for text, _ in CASES.values()],
+def test_texts_and_token_colours_can_be_read(quiet: Visit) -> None:
+    for theme, paper in (("light", [255, 255, 255]), ("dark", [20, 24, 26])):
+        quiet.page.emulate_media(color_scheme=theme)  # type: ignore[arg-type] # one of two literals
+        colours = quiet.page.evaluate(
+            """names => Object.fromEntries(names.map(name => {
+                const probe = document.createElement("i");
+                probe.style.color = `var(--${name})`;
+                document.body.append(probe);
+                return [name, getComputedStyle(probe).color.match(/[\\d.]+/g).map(Number)];
+            }))""",
+            [*GROUNDS, "ink", "soft", "faint", "accent", "on-accent", "danger", "danger-ground"],
         )
-        for (name, (_, expected)), (whole, grown) in zip(CASES.items(), got, strict=True):
-            assert whole == expected, name
-            assert grown == expected, f"{name}, piece by piece"
+        assert colours["paper"] == paper
+        for ground in GROUNDS:
+            assert contrast(colours["ink"], colours[ground]) >= 7, f"{theme}: ink on {ground}"
+        for front, ground in (("soft", "paper"), ("soft", "sunk"), ("faint", "paper"), ("accent", "paper"),
+                              ("on-accent", "accent"), ("danger", "danger-ground")):  # fmt: skip
+            assert contrast(colours[front], colours[ground]) >= 4.5, f"{theme}: {front} on {ground}"
+
+
+def test_markdown_becomes_elements_also_piece_by_piece(quiet: Visit) -> None:
+    got = quiet.page.evaluate(
+        """async texts => {
+            const { render } = await import("./markdown.js");
+            const plain = (place) => {
+                const copy = place.cloneNode(true);
+                for (const head of copy.querySelectorAll(".code-head")) head.remove();
+                for (const box of copy.querySelectorAll("[tabindex]")) box.removeAttribute("tabindex");
+                for (const box of copy.querySelectorAll("div")) box.replaceWith(...box.childNodes);
+                return copy.innerHTML;
+            };
+            return texts.map(text => {
+                const whole = document.createElement("div");
+                render(whole, text);
+                const grown = document.createElement("div");
+                for (let end = 0; end <= text.length; end++) render(grown, text.slice(0, end));
+                return [plain(whole), plain(grown)];
+            });
+        }""",
+        [text for text, _ in CASES.values()],
+    )
+    for (name, (_, expected)), (whole, grown) in zip(CASES.items(), got, strict=True):
+        assert whole == expected, name
+        assert grown == expected, f"{name}, piece by piece"
 
 
 HOSTILE = {
@@ -453,35 +458,33 @@ HOSTILE = {
 }
 
 
-def test_no_text_makes_the_page_hang(browser: Browser, site: Site) -> None:
-    with site.visit(browser) as visit:
-        script = """async text => {
-            const { render } = await import("./markdown.js");
-            const start = performance.now();
-            const place = document.createElement("div");
-            render(place, text);
-            return [(performance.now() - start) / 1000, place.textContent.length];
-        }"""
-        for name, text in HOSTILE.items():
-            seconds, length = visit.page.evaluate(script, text)
-            assert seconds < 3.0, f"{name}, a busy machine included"
-            assert length > 0, name
+def test_no_text_makes_the_page_hang(quiet: Visit) -> None:
+    script = """async text => {
+        const { render } = await import("./markdown.js");
+        const start = performance.now();
+        const place = document.createElement("div");
+        render(place, text);
+        return [(performance.now() - start) / 1000, place.textContent.length];
+    }"""
+    for name, text in HOSTILE.items():
+        seconds, length = quiet.page.evaluate(script, text)
+        assert seconds < 3.0, f"{name}, a busy machine included"
+        assert length > 0, name
 
 
-def test_a_clip_is_sent_as_the_api_takes_it(browser: Browser, site: Site) -> None:
+def test_a_clip_is_sent_as_the_api_takes_it(quiet: Visit) -> None:
     wav = b"RIFF" + bytes(60)
-    with site.visit(browser) as visit:
-        got = visit.page.evaluate(
-            """async bytes => {
-                const { attachment, contentPart } = await import("./attachments.js");
-                const file = new File([Uint8Array.from(bytes)], "clip.wav", { type: "audio/wav" });
-                const refused = await attachment(file, ["text", "image"]).catch(error => error.message);
-                return [contentPart(await attachment(file, ["text", "audio"])), refused];
-            }""",
-            list(wav),
-        )
-        assert got[0] == {
-            "type": "input_audio",
-            "input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"},
-        }
-        assert got[1] == "clip.wav: this model takes no audio."
+    got = quiet.page.evaluate(
+        """async bytes => {
+            const { attachment, contentPart } = await import("./attachments.js");
+            const file = new File([Uint8Array.from(bytes)], "clip.wav", { type: "audio/wav" });
+            const refused = await attachment(file, ["text", "image"]).catch(error => error.message);
+            return [contentPart(await attachment(file, ["text", "audio"])), refused];
+        }""",
+        list(wav),
+    )
+    assert got[0] == {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"},
+    }
+    assert got[1] == "clip.wav: this model takes no audio."

@@ -55,6 +55,7 @@ def test_an_image_is_answered_in_a_browser(drafting_server: Server) -> None:
     assert uri(image["buffer"]).endswith(data)
     with chromium() as browser, Visit(browser) as visit:
         page = visit.page
+        page.add_init_script("localStorage.setItem('tandem.settings', JSON.stringify({ max_tokens: '40' }))")
         page.goto(f"{drafting_server.url}/ui")
         page.wait_for_selector("#model-state[data-state=ready]")
         page.click("#view-tokens")
