@@ -238,9 +238,15 @@ def test_tokens_are_coloured_and_counted_by_where_they_came_from(browser: Browse
         assert kinds == [[text, f"token o-{kind}"] for text, kind in zip(text, expected, strict=True)]
         legend = re.sub(r"\s+", " ", answer.locator(".legend").inner_text())
         assert legend == "Target 10 63% n-gram 2 13% EAGLE-3 3 19% some-new-kind 1 6%"
+        take_picture(visit, "tokens")
         assert page.is_hidden(".assistant .prose")
+        page.set_viewport_size({"width": 1280, "height": 220})
+        page.locator("#scroller").evaluate("area => area.scrollTo(0, 0)")
+        page.wait_for_selector("#to-end", state="visible")
+        page.set_viewport_size({"width": 1280, "height": 860})
         page.click("#view-text")
         assert page.is_visible(".assistant .prose") and page.is_hidden(".token-view")
+        page.wait_for_selector("#to-end", state="hidden")  # all of it can be seen
         page.reload()
         page.wait_for_selector(".assistant .prose:has-text('1234567bcdefghij')")
         assert page.locator(".assistant .token").count() == 16
@@ -385,7 +391,7 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, site: Site) -> None:
         take_picture(visit, "phone-settings")
 
 
-GROUNDS = ("paper", "side", "sunk", "bubble", "amber", "rose", "blue", "violet", "green", "aqua")
+GROUNDS = ("paper", "side", "sunk", "pressed", "bubble", "amber", "rose", "blue", "violet", "green", "aqua")
 
 
 def contrast(one: list[float], other: list[float]) -> float:

@@ -339,6 +339,11 @@ class Page {
     $("scroller").scrollTop = $("scroller").scrollHeight;
   }
 
+  /** The button that leads to the end is there where the end is not. */
+  markEnd() {
+    $("to-end").hidden = this.isAtEnd();
+  }
+
   showView(name) {
     const isAtEnd = this.isAtEnd();
     document.body.dataset.view = name;
@@ -395,7 +400,11 @@ class Page {
     $("view-text").addEventListener("click", () => this.showView("text"));
     $("view-tokens").addEventListener("click", () => this.showView("tokens"));
     $("to-end").addEventListener("click", () => this.toEnd());
-    $("scroller").addEventListener("scroll", () => ($("to-end").hidden = this.isAtEnd()), { passive: true });
+    $("scroller").addEventListener("scroll", () => this.markEnd(), { passive: true });
+    // A window or a content that changes its size makes no scroll event.
+    const sizes = new ResizeObserver(() => this.markEnd());
+    sizes.observe($("scroller"));
+    sizes.observe($("messages"));
     addEventListener("keydown", (event) => this.shortcut(event));
     $("starters").replaceChildren(
       ...STARTERS.map((text) => {
