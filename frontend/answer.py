@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from frontend import errors
 from frontend.generation import ClientWatcher, Delta, Generation, TokenText
+from frontend.origins import TokenOrigin
 from frontend.output_events import Event, Text
 from frontend.pieces import Pieces
 from frontend.schemas import GenerationBody
@@ -39,6 +40,23 @@ class Writer(Protocol):
     def error_event(self, error: TandemError) -> bytes: ...
 
 
+class Held:
+    """What is known of tokens whose text is still held back: it goes with the next chunk of their sequence."""
+
+    def __init__(self) -> None:
+        self.tokens: list[TokenText] = []
+        self.origins: list[TokenOrigin] = []
+
+    def add(self, delta: Delta) -> None:
+        self.tokens.extend(delta.tokens)
+        self.origins.extend(delta.origins)
+
+    def take(self) -> tuple[list[TokenText], list[TokenOrigin]]:
+        taken = self.tokens, self.origins
+        self.tokens, self.origins = [], []
+        return taken
+
+
 class Answer(ABC):
     """Writes one request's deltas in OpenAI's shapes, as chunks or as a whole."""
 
@@ -52,7 +70,10 @@ class Answer(ABC):
         self.pieces: Pieces = service.pieces
         self._generation = generation
         self._includes_usage = body.stream_options is not None and body.stream_options.include_usage
-        self._has_logprobs = any(text.submit.sampling.num_logprobs is not None for text in generation.outputs)
+        self._returns_origins = body.return_token_origins
+        self._tells_tokens = body.return_token_origins or any(
+            text.submit.sampling.num_logprobs is not None for text in generation.outputs
+        )
         info = service.engine.require_target()
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -94,15 +115,16 @@ class Answer(ABC):
     async def whole(self) -> bytes:
         outputs = self._generation.outputs
         events: list[list[Event]] = [[] for _ in outputs]
-        tokens: list[list[TokenText]] = [[] for _ in outputs]
+        held = [Held() for _ in outputs]
         async for deltas in self._generation.deltas():
             for delta in deltas:
                 events[delta.index] += delta.events or [Text(delta.text)]
-                tokens[delta.index].extend(delta.tokens)
-        choices = [
-            {"index": i, **self.whole_choice(events[i], tokens[i]), "finish_reason": self.finish_reason(i)}
-            for i in range(len(outputs))
-        ]
+                held[delta.index].add(delta)
+        choices = []
+        for i in range(len(outputs)):
+            tokens, origins = held[i].take()
+            choice = {"index": i, **self.whole_choice(events[i], tokens), "finish_reason": self.finish_reason(i)}
+            choices.append(choice | self._extension(i, origins))
         answer = {**self._head, "choices": choices, "usage": usage(self._generation)}
         return _json(answer | {"timings": timings(self._generation)})
 
@@ -119,24 +141,21 @@ class Answer(ABC):
         first = self.first_choice()
         if first is not None:
             yield b"".join(event(_json(self._chunk(i, first))) for i in range(num_open))
-        pending: list[list[TokenText]] = [[] for _ in range(num_open)]  # tokens whose text is still held back
+        held = [Held() for _ in range(num_open)]
         async for deltas in self._generation.deltas():
             parts: list[bytes] = []
             for delta in deltas:
+                if self._tells_tokens:
+                    held[delta.index].add(delta)
                 if delta.events:
-                    pending[delta.index].extend(delta.tokens)
-                    parts += self._special_events(delta, pending[delta.index])
-                    pending[delta.index] = []
-                elif delta.text and not self._has_logprobs:
+                    parts += self._special_events(delta, held[delta.index])
+                elif delta.text and not self._tells_tokens:
                     parts += (befores[delta.index], _json(delta.text), after)
-                elif self._has_logprobs:
-                    pending[delta.index].extend(delta.tokens)
-                    if delta.text:
-                        parts.append(self._text_event(delta, pending[delta.index]))
-                        pending[delta.index] = []
+                elif delta.text:
+                    parts.append(self._text_event(delta.index, delta.text, held[delta.index]))
                 if delta.finish_reason is not None:
                     num_open -= 1
-                    parts.append(self._finish_event(delta, pending[delta.index], is_last=num_open == 0))
+                    parts.append(self._finish_event(delta.index, held[delta.index], is_last=num_open == 0))
             if parts:
                 yield b"".join(parts)
         if self._includes_usage:
@@ -146,24 +165,34 @@ class Answer(ABC):
         chunk = {**self._head, "choices": [{"index": index, **choice, "finish_reason": finish_reason}]}
         return chunk | {"usage": None} if self._includes_usage else chunk
 
-    def _text_event(self, delta: Delta, tokens: list[TokenText]) -> bytes:
-        return event(_json(self._chunk(delta.index, self.chunk_choice(delta.text, tokens))))
+    def _extension(self, index: int, origins: list[TokenOrigin]) -> dict[str, Any]:
+        """What a choice tells beyond OpenAI's fields: origins of its tokens, and the counts of drafts so far."""
+        if not self._returns_origins:
+            return {}
+        counts = self._generation.outputs[index].draft_counts
+        told = {"origins": origins, "draft_n": counts.num_draft_tokens, "draft_n_accepted": counts.num_accepted}
+        return {"tandem": told}
 
-    def _special_events(self, delta: Delta, tokens: list[TokenText]) -> list[bytes]:
-        """One chunk for each event; log-probabilities go with the first."""
+    def _text_event(self, index: int, text: str, held: Held) -> bytes:
+        tokens, origins = held.take()
+        choice = self.chunk_choice(text, tokens)
+        return event(_json(self._chunk(index, choice | self._extension(index, origins))))
+
+    def _special_events(self, delta: Delta, held: Held) -> list[bytes]:
+        """One chunk for each event; what is told of tokens goes with the first."""
         parts: list[bytes] = []
         for item in delta.events:
             if isinstance(item, Text):
-                choice: dict[str, Any] | None = self.chunk_choice(item.text, tokens)
-            else:
-                choice = self.event_choice(item, tokens)
-            if choice is not None:
-                parts.append(event(_json(self._chunk(delta.index, choice))))
-                tokens = []
+                parts.append(self._text_event(delta.index, item.text, held))
+            elif (choice := self.event_choice(item, held.tokens)) is not None:
+                _, origins = held.take()
+                parts.append(event(_json(self._chunk(delta.index, choice | self._extension(delta.index, origins)))))
         return parts
 
-    def _finish_event(self, delta: Delta, tokens: list[TokenText], *, is_last: bool) -> bytes:
-        chunk = self._chunk(delta.index, self.chunk_choice("", tokens), self.finish_reason(delta.index))
+    def _finish_event(self, index: int, held: Held, *, is_last: bool) -> bytes:
+        tokens, origins = held.take()
+        choice = self.chunk_choice("", tokens) | self._extension(index, origins)
+        chunk = self._chunk(index, choice, self.finish_reason(index))
         return event(_json(chunk | {"timings": timings(self._generation)} if is_last else chunk))
 
 

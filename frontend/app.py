@@ -27,6 +27,7 @@ from frontend.embeddings_api import EmbeddingsBody
 from frontend.limits import Limits
 from frontend.messages_schemas import CountTokensBody, MessagesBody
 from frontend.metrics import HttpMetrics
+from frontend.page.api import page_router
 from frontend.responses import api as responses_api
 from frontend.responses.schemas import CompactBody, InputTokensBody, ResponsesBody
 from frontend.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, openapi_components
@@ -67,6 +68,8 @@ def create_app(service: Service) -> ASGIApp:
         cache_api,
     ):
         app.include_router(module.router)
+    if service.settings.ui:
+        app.include_router(page_router())
     plain_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from frontend.errors import body, is_messages_path, json_response, messages_body, request_id_of
+from frontend.page.api import is_page_path
 from shared.api_keys import ApiKey
 
 OPEN_PATHS = frozenset({"/health"})
@@ -21,7 +22,7 @@ class ApiKeys:
         self._keys = [(key.key, key.tenant) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or is_page_path(scope["path"]):
             return await self._app(scope, receive, send)
         given = given_key(scope)
         tenant = None

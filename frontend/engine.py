@@ -315,7 +315,8 @@ class EngineClient:
             f"model {info.model}, {info.dtype} on {info.device}, context {info.max_model_len}, {info.num_slots} slots, "
             f"drafter {drafter}"
         )
-        print(f"Tandem is ready on http://{host}:{self._settings.port} ({what})", flush=True)
+        page = f"\nChat page: http://{host}:{self._settings.port}/ui" if self._settings.ui else ""
+        print(f"Tandem is ready on http://{host}:{self._settings.port} ({what}){page}", flush=True)
 
     def _welcome(self, welcome: Welcome) -> None:
         is_new = welcome.scheduler_id != self._scheduler_id

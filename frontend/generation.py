@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from frontend.caller import Caller
 from frontend.connection import ABORT
+from frontend.origins import DraftCounts, TokenOrigin, origins_of
 from frontend.output_events import Event, Text, joined_text
 from frontend.output_parser import OutputParser
 from frontend.output_parser import Request as ParserRequest
@@ -53,6 +54,7 @@ class Delta(msgspec.Struct):
     events: Sequence[Event] = ()
     token_ids: Sequence[int] = ()
     tokens: Sequence[TokenText] = ()  # only where log-probabilities were asked for
+    origins: Sequence[TokenOrigin] = ()  # only where they were asked for
     finish_reason: FinishReason | None = None
 
 
@@ -78,6 +80,8 @@ class OutputText:
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self._matcher = StopMatcher(stops) if stops else None
         self._num_chars = 0
+        self.returns_origins = body.return_token_origins
+        self.draft_counts = DraftCounts()
 
     @property
     def num_calls(self) -> int:
@@ -122,33 +126,40 @@ class OutputText:
         token_ids = output.token_ids
         ended_by_token = output.finish_reason == "stop" and token_ids and token_ids[-1] in self._stop_token_ids
         shown = token_ids[:-1] if ended_by_token else token_ids
-        tokens: list[TokenText] = []
-        if self._matcher is None and output.logprobs is None:
+        delta = Delta(self.index, "")
+        if self._matcher is None and output.logprobs is None and not self.returns_origins:
             self.num_tokens += len(token_ids)
-            text = self._detokenizer.feed(shown)
+            delta.text = self._detokenizer.feed(shown)
         else:
-            text = self._feed_singly(output, len(shown), tokens)
+            self._feed_singly(output, len(shown), delta)
         if self.stop_deadline is not None:
-            reason = self._end("stop", output.timings) if output.finish_reason else None
-            return Delta(self.index, text, tokens=tokens, finish_reason=reason)
+            delta.finish_reason = self._end("stop", output.timings) if output.finish_reason else None
+            return delta
         if output.finish_reason is None:
-            return Delta(self.index, text, tokens=tokens)
+            return delta
         if output.finish_reason in ("error", "abort"):
             text = output.error or "the engine ended this request before it was complete"
             raise from_code(output.error_code or EngineFailure.code, text)
-        text += self._rest()
-        return Delta(self.index, text, tokens=tokens, finish_reason=self._end(output.finish_reason, output.timings))
+        delta.text += self._rest()
+        delta.finish_reason = self._end(output.finish_reason, output.timings)
+        return delta
 
-    def _feed_singly(self, output: Output, num_shown: int, tokens: list[TokenText]) -> str:
-        """Token by token, so that each has its offset and none is counted after a stop string."""
+    def _feed_singly(self, output: Output, num_shown: int, delta: Delta) -> None:
+        """Token by token, so that each has its offset and origin and none is counted after a stop string."""
         text = ""
+        tokens: list[TokenText] = []
+        origins: list[TokenOrigin] = []
+        origin_of = origins_of(output) if self.returns_origins else ()
+        self.draft_counts.add(output)
         for place, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
             if output.logprobs is not None:
                 tokens.append(TokenText(token_id, output.logprobs[place], self._num_chars))
+            piece = self._detokenizer.feed((token_id,)) if place < num_shown else ""
+            if origin_of:
+                origins.append(TokenOrigin(piece, origin_of[place]))
             if place >= num_shown:
                 break
-            piece = self._detokenizer.feed((token_id,))
             self._num_chars += len(piece)
             if self._matcher is None:
                 text += piece
@@ -157,7 +168,7 @@ class OutputText:
             if self._matcher.matched is not None:
                 self.stop_deadline = asyncio.get_running_loop().time() + STOP_WAIT_S
                 break
-        return text
+        delta.text, delta.tokens, delta.origins = text, tokens, origins
 
     def _rest(self) -> str:
         """Text that was waiting for a character's or a stop string's end."""

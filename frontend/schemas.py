@@ -84,6 +84,7 @@ class GenerationBody(Body, frozen=True, kw_only=True):
     metadata: dict[str, str] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    return_token_origins: bool = False  # which tokens were drafted, and by what: docs/speculation.md
 
 
 class FunctionCall(Body, frozen=True, kw_only=True):

@@ -114,7 +114,11 @@ class LiveRequest:
 def without_repeated(output: Output, num_repeated: int) -> Output | None:
     """An Output without its first tokens, which came before; None where nothing new is left."""
     logprobs = output.logprobs[num_repeated:] if output.logprobs is not None else None
+    verified = output.verified
+    if verified is not None:
+        num_accepted = max(0, verified.num_accepted - num_repeated)
+        verified = msgspec.structs.replace(verified, num_accepted=num_accepted)
     token_ids = output.token_ids[num_repeated:]
     if not token_ids and output.finish_reason is None:
         return None
-    return msgspec.structs.replace(output, token_ids=token_ids, logprobs=logprobs)
+    return msgspec.structs.replace(output, token_ids=token_ids, logprobs=logprobs, verified=verified)

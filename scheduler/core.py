@@ -50,6 +50,7 @@ from shared.messages import (
     Submit,
     Timings,
     TokenLogprob,
+    Verified,
     Welcome,
     WorkerFailed,
     WorkerInfo,
@@ -367,7 +368,7 @@ class Core:
         if sequence.token_ids[:num_known] != [*submit.prompt_token_ids, *submit.output_token_ids] or not missed:
             return
         if submit.sampling.num_logprobs is None:
-            self._outbox.emit(sequence, missed, None)
+            self._outbox.emit(sequence, missed, None, is_repeated=True)
             return
         if sequence.is_running and self.session is not None:
             self.session.preempt(sequence)
@@ -402,6 +403,7 @@ class Core:
         logprobs: list[TokenLogprob] | None = None,
         code: str | None = None,
         is_suspect: bool = False,
+        verified: Verified | None = None,
     ) -> None:
         """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves.
 
@@ -430,6 +432,7 @@ class Core:
             timings=sequence.timings(now),
             start=sequence.num_output_tokens - len(token_ids),
             error_code=code,
+            verified=verified,
         )
         self._outbox.put(sequence.frontend, output)
 

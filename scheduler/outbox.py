@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scheduler.sequence import Sequence
-from shared.messages import Message, Output, Outputs, TokenLogprob
+from shared.messages import Message, Output, Outputs, TokenLogprob, Verified
 
 Envelope = tuple[str, Message]
 """(receiver's instance id, message)"""
@@ -17,10 +17,23 @@ class Outbox:
     def send(self, receiver: str, message: Message) -> None:
         self._envelopes.append((receiver, message))
 
-    def emit(self, sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
+    def emit(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        logprobs: list[TokenLogprob] | None,
+        verified: Verified | None = None,
+        is_repeated: bool = False,
+    ) -> None:
         """Tokens of a request that goes on; they are part of the sequence already."""
-        start = len(sequence.token_ids) - sequence.num_prompt_tokens - len(token_ids)
-        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, logprobs=logprobs, start=start)
+        output = Output(
+            request_id=sequence.submit.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            start=len(sequence.token_ids) - sequence.num_prompt_tokens - len(token_ids),
+            verified=verified,
+            is_repeated=is_repeated,
+        )
         self.put(sequence.frontend, output)
 
     def put(self, frontend: str, output: Output) -> None:

@@ -35,6 +35,7 @@ from shared.messages import (
     Step,
     StepResult,
     TokenLogprob,
+    Verified,
     WorkerInfo,
 )
 
@@ -55,6 +56,7 @@ class End(Protocol):
         logprobs: list[TokenLogprob] | None = None,
         code: str | None = None,
         is_suspect: bool = False,
+        verified: Verified | None = None,
     ) -> None: ...
 
 
@@ -343,6 +345,7 @@ class Session:
             error = row.error or "the target worker sent a malformed result"
             self._end(sequence, "error", now, error=error, is_suspect=True)
             return 0
+        verified = None
         if num_drafts:
             # Of the rows that were sent, the rejected drafts are not part of the sequence: roll back.
             num_accepted = len(row.token_ids) - 1
@@ -352,7 +355,8 @@ class Session:
             sequence.num_drafts += 1
             sequence.num_draft_tokens += num_drafts
             sequence.num_accepted_tokens += num_accepted
-            self.speculator.verified(sequence, num_drafts, num_accepted)
+            drafter = self.speculator.verified(sequence, num_drafts, num_accepted)
+            verified = Verified(drafter=drafter, num_draft_tokens=num_drafts, num_accepted=num_accepted)
         kept, reason = self._cut(sequence, row.token_ids)
         sequence.token_ids += kept
         if sequence.first_token is None:
@@ -363,9 +367,9 @@ class Session:
             self.metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
         sequence.last_token = now
         if reason is not None:
-            self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs)
+            self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs, verified=verified)
         else:
-            self._outbox.emit(sequence, kept, row.logprobs)
+            self._outbox.emit(sequence, kept, row.logprobs, verified)
         return len(kept)
 
     @staticmethod

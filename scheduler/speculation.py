@@ -302,12 +302,13 @@ class Speculator:
 
     # ------------------------------------------------ results
 
-    def verified(self, sequence: Request, num_drafts: int, num_accepted: int) -> None:
-        """One row was verified."""
+    def verified(self, sequence: Request, num_drafts: int, num_accepted: int) -> str:
+        """One row was verified. Returns the kind of the drafter that had made its drafts."""
         state = self._states.get(sequence.submit.request_id)
         source = state.source if state is not None and state.source else "none"
         (self._ngram if source in TEXT_SOURCES else self._neural).add(num_drafts, num_accepted)
         self.metrics.count_draft(source, num_drafts, num_accepted)
+        return source
 
     def stepped(
         self, batch: int, width: int, seconds: float, k: int, num_tokens: int, elapsed_s: float, is_steady: bool

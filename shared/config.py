@@ -63,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # where
     host: Annotated[str, "address to listen on; 0.0.0.0 for all, with API keys"] = "127.0.0.1"
     port: Annotated[int, "TCP port to listen on"] = 8080
+    ui: Annotated[bool, "serve the chat page at /ui"] = True
     run_dir: Annotated[str, "folder of the sockets; empty: a private one under the temporary folder, by port"] = ""
     engine_address: Annotated[str, "of the scheduler's socket: ipc:// or tcp://; empty: in the run folder"] = ""
     features_address: Annotated[str, "of the drafter's socket for hidden rows; empty: in the run folder"] = ""

@@ -287,6 +287,14 @@ class Timings(Part, frozen=True, kw_only=True):
     num_preemptions: int = 0
 
 
+class Verified(Part, frozen=True, kw_only=True):
+    """What a draft gave to one Output: the first `num_accepted` of its tokens; the others are the target's own."""
+
+    drafter: str  # its kind as metrics name it: "ngram", "suffix", "model", "eagle3", ...
+    num_draft_tokens: int
+    num_accepted: int  # more than the Output's tokens where a stop token ended the output inside the draft
+
+
 class Output(Part, frozen=True, kw_only=True):
     """New tokens of one request and, in its last one, how it ended."""
 
@@ -298,6 +306,8 @@ class Output(Part, frozen=True, kw_only=True):
     timings: Timings | None = None  # with finish_reason
     start: int | None = None  # place of token_ids[0] in the output: a repeated or lost Outputs is noticed
     error_code: str | None = None  # one of shared.errors' codes, with `error`; None: the engine's failure
+    verified: Verified | None = None  # None: a step without drafts
+    is_repeated: bool = False  # sent again after a loss: which tokens were drafted is not known any more
 
 
 class Outputs(Message, frozen=True, kw_only=True):

@@ -100,11 +100,16 @@ class PrefixCache:
         if sequence.incarnation == 0:
             self.counts.query_tokens += len(sequence.token_ids)
             self.counts.hit_tokens += n * self.info.block_size
+            num_loaded = sum(entry.is_unused for entry in hit.entries)
+            self.counts.hits_by_tier["archive"] += num_loaded * self.info.block_size
+            self.counts.hits_by_tier["device"] += (n - num_loaded) * self.info.block_size
             sequence.num_cached_tokens = min(n * self.info.block_size, sequence.num_prompt_tokens)
         if hit.reason is not None:
             self.counts.misses[hit.reason] += 1
         elif n == 0 and limit > 0:
             self.counts.misses["unknown"] += 1
+        for entry in hit.entries:
+            entry.is_unused = False
         sequence.num_kept_blocks = n
         for block_hash in hashes[n:limit]:
             self._computing.setdefault(block_hash, sequence)
@@ -355,7 +360,7 @@ class PrefixCache:
         if load.sequence.load_id == message.load_id:
             load.sequence.load_id = None
         for i, (entry, is_loaded) in enumerate(zip(load.loading, message.is_loaded, strict=True)):
-            entry.is_awaited = False
+            entry.is_awaited, entry.is_unused = False, is_loaded
             state_id = load.states.get(i)
             if is_loaded and state_id is not None and entry.block_id is not None:
                 self.index.attach_state(entry, state_id)

@@ -25,6 +25,7 @@ class PrefixCounts:
 
     query_tokens: int = 0
     hit_tokens: int = 0
+    hits_by_tier: Counter[str] = field(default_factory=lambda: _zeros(("device", "archive")))  # tokens
     evictions: int = 0
     archive_errors: int = 0
     misses: Counter[str] = field(default_factory=lambda: _zeros(MISSES))  # lookups that got less than they might have
@@ -53,6 +54,7 @@ class PrefixCollector(Collector):
             counter.add_metric(values, value)
             yield counter
         for name, text, label, by_label in (
+            (names.PREFIX_HIT_TOKENS, "Prompt tokens found, by where they lay.", "tier", counts.hits_by_tier),
             (names.PREFIX_MISSES, "Lookups that got less than they might have.", "reason", counts.misses),
             (names.PREFIX_CHECKS, "Blocks of hits that were computed again and compared.", "result", counts.checks),
         ):

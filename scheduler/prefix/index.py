@@ -22,6 +22,7 @@ class Entry:
         "has_window",
         "is_archived",
         "is_awaited",
+        "is_unused",
         "num_pins",
         "state_id",
     )
@@ -33,6 +34,7 @@ class Entry:
         self.state_id: int | None = None  # recurrent state after its last token
         self.num_pins = 0
         self.is_awaited = False  # its content comes with a step or load that is not sent or not done yet
+        self.is_unused = False  # it was loaded from the archive, and no sequence has started from it since
         self.is_archived = False
         self.archived_window = False
         self.archived_state = False

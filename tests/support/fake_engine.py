@@ -37,6 +37,7 @@ from shared.messages import (
     Submit,
     Timings,
     TokenLogprob,
+    Verified,
     Welcome,
     WorkerInfo,
     WorkerState,
@@ -208,6 +209,8 @@ class FakeEngine:
         logprobs: Sequence[TokenLogprob] | None = None,
         error: str | None = None,
         num_cached_tokens: int = 0,
+        verified: Verified | None = None,
+        is_repeated: bool = False,
     ) -> None:
         with self._changed:
             submit = self._submits[request_id]
@@ -221,6 +224,8 @@ class FakeEngine:
             logprobs=list(logprobs) if logprobs is not None else None,
             finish_reason=finish_reason,
             error=error,
+            verified=verified,
+            is_repeated=is_repeated,
             timings=None
             if finish_reason is None
             else timings(

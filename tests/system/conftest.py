@@ -21,3 +21,11 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     running = Server(model, tmp_path_factory.mktemp("server"), max_num_seqs=16).start()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def drafting_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A tiny vision model that drafts in every step, for tests that look at a server from outside."""
+    folder = tiny_model.write_qwen2_vl(tmp_path_factory.mktemp("vision") / "tiny")
+    with Server(folder, tmp_path_factory.mktemp("server"), max_num_seqs=4, draft_tokens=4) as running:
+        yield running

@@ -33,11 +33,14 @@ def test_a_chat_goes_on_from_its_cached_turns_and_from_ssd_after_a_restart(model
         assert text == wanted[0]
         assert cached > 100
         assert first.metric("vllm:prefix_cache_hits_total") == cached
+        assert first.metric("tandem:prefix_hit_tokens_total", tier="device") == cached
         held = httpx.get(f"{first.url}/v1/cache").json()
         blocks = held["tiers"]["device"]["entries"]
         first.wait_for(lambda: first.metric("tandem:prefix_blocks", tier="ssd") == blocks, "written to SSD")
     with Server(model, tmp_path) as second:
         assert ask(second, WORDS) == (wanted[0], cached)
+        assert second.metric("tandem:prefix_hit_tokens_total", tier="archive") == cached
+        assert second.metric("tandem:prefix_hit_tokens_total", tier="device") == 0
         assert httpx.delete(f"{second.url}/v1/cache").json()["cleared_blocks"] == blocks
         assert ask(second, WORDS) == wanted
         assert ask(second, WORDS) == (wanted[0], cached)

@@ -1,0 +1,1 @@
+"""The chat page: a folder of static files, and the route that serves them."""
