@@ -11,7 +11,6 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -260,7 +259,6 @@ def advance(
     return Slots(*state), entry, sampled
 
 
-@partial(mx.compile, shapeless=False)
 def _advance(
     state: tuple[mx.array, ...],
     logits: mx.array,

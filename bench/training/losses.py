@@ -8,7 +8,6 @@ weight_j = sum over m >= j of the product of q~_1 .. q~_m.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 
@@ -34,7 +33,6 @@ def dpace(probability: mx.array, is_valid: mx.array, floor: float | mx.array) ->
     return mx.cumsum(reach, axis=1, reverse=True) * is_valid
 
 
-@partial(mx.compile, shapeless=False)
 def _chunk(
     hidden: mx.array, teacher: mx.array, labels: mx.array, is_valid: mx.array, head: mx.array, knobs: mx.array
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:

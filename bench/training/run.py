@@ -40,7 +40,7 @@ class RunOptions:
     evaluate_documents: int = 64
     final_documents: int = 200
     num_draft_tokens: int = 0  # in the reported acceptance; 0: all that are predicted
-    is_compiled: bool = True
+    is_compiled: bool = False  # by mx.compile; on CUDA the first step takes minutes then
     is_quiet: bool = False
 
 

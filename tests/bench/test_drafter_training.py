@@ -157,7 +157,7 @@ def a_run(kind, target, steps, documents=None, seed=3):
     params = drafter.initialise(seed, target, norm_scale=0.2)
     documents = random_documents() if documents is None else documents
     batches = Batches(documents, 256, 0.15, drafter.num_predictions)
-    options = RunOptions(steps=steps, is_compiled=False, is_quiet=True, evaluate_every=1e9)
+    options = RunOptions(steps=steps, is_quiet=True, evaluate_every=1e9)
     return Run(drafter, target, documents, batches, Optimiser(), LossOptions(), options, params, mx.float32)
 
 

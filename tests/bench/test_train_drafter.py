@@ -37,7 +37,7 @@ def test_a_run_in_two_visits_leaves_a_drafter_that_loads(kind, folder, data, cap
     out = folder / kind
     common = ["train", "--target", folder / "target", "--data", data, "--kind", kind, "--layers", 1, "--taps", "0,1,2"]
     common += ["--mask-token", 7, "--tokens-per-step", 128, "--checkpoint", folder / f"{kind}.safetensors"]
-    common += ["--out", out, "--quiet", "--no-compile"]
+    common += ["--out", out, "--quiet"]
     first = run(capsys, *common, "--steps", 4)
     assert first["steps"] == 4
     second = run(capsys, *common, "--steps", 7)
