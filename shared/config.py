@@ -37,6 +37,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reasoning_parser: str = ""  # how it marks reasoning; empty: by template and vocabulary; "none": not at all
     thinking_start_token: str = ""  # text that opens reasoning; empty: the reasoning parser's
     thinking_end_token: str = ""  # text that closes it; empty: the reasoning parser's
+    pooling: Literal["auto", "none", "last", "mean"] = (
+        "auto"  # /v1/embeddings; auto: as the checkpoint says, if it does
+    )
     enable_thinking: Literal["", "true", "false"] = ""  # for requests that do not say; empty: the template's own way
 
     # where
