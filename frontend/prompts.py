@@ -137,7 +137,9 @@ def _text_part(part: dict[str, Any], place: str) -> dict[str, str]:
     return {"type": "text", "text": part["text"]}
 
 
-async def encode_chat(service: Service, text: str, media: Sequence[MediaPart]) -> tuple[list[int], list[MediaItem]]:
+async def encode_chat(
+    service: Service, text: str, media: Sequence[MediaPart], *, param: str = "messages"
+) -> tuple[list[int], list[MediaItem]]:
     """A rendered conversation as tokens, with its media in their places.
 
     Raises:
@@ -146,7 +148,7 @@ async def encode_chat(service: Service, text: str, media: Sequence[MediaPart]) -
     if media and service.media is not None:
         service.media.check(media)
         text = service.media.rewrite(text)
-    token_ids = await service.encode(text, add_special_tokens=False, param="messages")
+    token_ids = await service.encode(text, add_special_tokens=False, param=param)
     if not media:
         return token_ids, []
     assert service.media is not None, "media were collected for a model that takes text only"

@@ -229,6 +229,7 @@ def _prepared(
         request,
         body,
         [prompt.token_ids],
+        media=prompt.media,
         max_tokens=min(max_tokens or room, room),
         max_tokens_param="max_output_tokens",
         num_logprobs=num_logprobs,
