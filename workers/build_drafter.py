@@ -15,6 +15,7 @@ from shared.config import Settings
 from shared.errors import BadModel
 from shared.messages import DraftRow, FeatureRows, RequestId, StepCost, WorkerInfo
 from shared.model_files import resolve
+from shared.shipped_drafters import resolve_drafter
 from workers.cache.spec import AttentionSpec
 from workers.draft_engine import DraftEngine
 from workers.drafters.base import FeatureDrafter
@@ -24,6 +25,7 @@ from workers.drafters.config import DrafterConfig
 from workers.drafters.registry import load_drafter, load_fusion
 from workers.kernels.select import select
 from workers.load import LoadedModel, load
+from workers.load.fingerprint import fingerprint
 from workers.machine import DTYPES, device_name, is_cpu
 from workers.runner import ModelRunner
 
@@ -40,10 +42,24 @@ def draft_config(settings: Settings, target_config: dict[str, Any]) -> DrafterCo
     """
     if not settings.draft_checkpoint:
         return None
-    files = resolve(settings.draft_model, settings)
+    files = resolve_drafter(settings)
     if files.folder is None:
         return DrafterConfig(kind="model", path=files.gguf or Path(), max_draft_tokens=settings.draft_block_size or 4)
     return detect(files.folder, target_config, settings.draft_kind or None)
+
+
+def drafter_fingerprint(settings: Settings) -> str:
+    """Equal for two drafters only if the target sends both the same features; empty without one.
+
+    A drafter that is trained anew keeps its name: what was cached for the old one is no use to it.
+    """
+    if not settings.draft_checkpoint:
+        return ""
+    files = resolve_drafter(settings)
+    if files.folder is None:
+        return files.name  # a whole model in a GGUF file: it reads tokens, not features
+    config = (files.folder / "config.json").read_text()
+    return fingerprint(sorted(files.folder.glob("*.safetensors")), {"config": config}, settings.dtype)
 
 
 def install_fusion(runner: ModelRunner, config: DrafterConfig | None, dtype: mx.Dtype) -> None:
@@ -64,7 +80,7 @@ def build_drafter(settings: Settings) -> tuple[DraftEngine, WorkerInfo]:
     assert config is not None, "a drafter process without a draft model"
     dtype = DTYPES[target.dtype]
     if config.kind == "model":
-        model = load(resolve(settings.draft_model, settings), settings.dtype)
+        model = load(resolve_drafter(settings), settings.dtype)
         _check_same_vocabulary(target, model)
         engine = DraftEngine(CausalLMDrafter(model.model, target.vocab_size), needs_features=False)
     else:

@@ -18,7 +18,7 @@ from workers.kernels.base import MAX_ROWS, PagedAttention
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
 from workers.kernels.metal import MetalAttention
-from workers.kernels.prove import choose
+from workers.kernels.prove import choose, compile_kernels
 from workers.machine import device_name
 
 logger = logging.getLogger("target")
@@ -68,6 +68,8 @@ def select(
         return None
     path = cache_folder / FORMAT / f"{fingerprint(shapes)}.json"
     choice = _read(path, attention, shapes) if setting == "auto" else None
+    if choice is not None:
+        choice = _compiled(choice)
     if choice is None:
         started = time.perf_counter()
         choice = choose(attention, shapes, is_forced=setting == "kernel")
@@ -78,6 +80,18 @@ def select(
         logger.info("attention: %s", reason)
     if setting == "kernel" and not all(choice.is_used.values()):
         raise BadConfig(f"TANDEM_ATTENTION=kernel: {'; '.join(choice.reasons)}")
+    return choice
+
+
+def _compiled(choice: AttentionChoice) -> AttentionChoice | None:
+    """Known from an earlier start, and compiled anew: MLX keeps no compiled kernel of ours. None: it fails now."""
+    started = time.perf_counter()
+    try:
+        compile_kernels(choice.attention, [shape for shape, is_used in choice.is_used.items() if is_used])
+    except (RuntimeError, ValueError) as error:
+        logger.warning("attention kernels that worked before fail now: %s", str(error)[:200])
+        return None
+    logger.info("attention kernels compiled in %.1f s", time.perf_counter() - started)
     return choice
 
 
@@ -117,8 +131,9 @@ def machine_kernel() -> PagedAttention | None:
 
 
 def target_widths(*, is_speculative: bool, has_chunks: bool) -> list[int]:
-    """Query rows a sequence in a target's forwards; 0 is a prefill chunk. Decode first."""
-    return [1, *([0] if has_chunks else []), *(r for r in VERIFY_ROWS if is_speculative and r <= MAX_ROWS)]
+    """Query rows a sequence in a target's forwards; 0 is a prefill chunk, and MAX_ROWS a tile of one. Decode first."""
+    verify = [r for r in VERIFY_ROWS if is_speculative or r == MAX_ROWS]
+    return [1, *([0] if has_chunks else []), *verify]
 
 
 def shape_classes(

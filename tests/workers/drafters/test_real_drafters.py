@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import replay  # loads a BLAS, so it goes before anything that imports MLX
 
+from tests.support import replay  # isort: skip # loads a BLAS, so it goes before anything that imports MLX
+
+from bench.quantize_drafter import quantize
 from shared import config as settings
 from shared.messages import DraftRow, FeatureRows
 from workers.draft_engine import DraftEngine
 from workers.drafters.checkpoint import detect
-from workers.drafters.registry import load_fusion
+from workers.drafters.registry import load_drafter, load_fusion
 
 mx = replay.mx  # imported by it, after the BLAS
 
@@ -103,6 +105,23 @@ def test_features_one_position_off_lower_acceptance(name, target, documents, hid
     right = replay.mean_acceptance_length(replay.play(drafter, few, rows, num_tokens))
     wrong = replay.mean_acceptance_length(replay.play(drafter, few, late, num_tokens))
     assert wrong < 0.9 * right
+
+
+@pytest.mark.parametrize("name", replay.NUM_TOKENS)
+def test_eight_bits_lose_almost_no_acceptance(name, target, documents, hidden, tmp_path):
+    told = quantize(replay.FOLDER / name, tmp_path / name, 8, 64)
+    assert told["bytes_after"] < 0.56 * told["bytes_before"]
+    small = detect(tmp_path / name)
+    fusion = load_fusion(small, mx.float32)
+    rows = [fusion([taps[i] for i in small.taps] if small.taps else [final]) for taps, final in hidden]
+    drafter = load_drafter(small, mx.float32, *replay.tables(target.embedding))
+    num_tokens = replay.NUM_TOKENS[name]
+    eight = replay.mean_acceptance_length(replay.play(drafter, documents, rows, num_tokens))
+    right = replay.mean_acceptance_length(
+        replay.play(replay.load(name, target), documents, features(name, hidden), num_tokens)
+    )
+    print(f"{name}: {right:.4f}, in 8 bits {eight:.4f}; {told['bytes_before']} bytes, then {told['bytes_after']}")
+    assert eight > (1 - LOOSE) * right
 
 
 # ------------------------------------------------ through the drafter worker's own engine

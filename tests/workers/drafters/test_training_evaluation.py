@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
-import replay  # loads a BLAS, so it goes before anything that imports MLX
 
 from bench.training import build, evaluate
 from bench.training.target import load_target
 from shared import config as settings
+from tests.support import replay  # loads a BLAS, so it goes before anything that imports MLX
 
 mx = replay.mx
 
