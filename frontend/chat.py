@@ -19,7 +19,7 @@ from frontend.output_events import Call, CallArguments, CallEnd, CallFailed, Cal
 from frontend.output_parser import OutputFormat
 from frontend.output_parser import Request as ParserRequest
 from frontend.prompts import encode_chat, render_chat
-from frontend.schemas import ChatBody, NamedTool, Tool, openapi_body, parse
+from frontend.schemas import AllowedTools, ChatBody, NamedTool, Tool, openapi_body, parse
 from frontend.service import Service, read_body, service_of
 from frontend.thinking import ThinkingRequest, plan, thinking_for
 from shared.errors import InvalidRequest
@@ -47,7 +47,7 @@ async def prepare_chat(service: Service, caller: Caller, body: ChatBody) -> Gene
     """
     _check(body)
     target = service.engine.require_target()  # before the work of tokenizing
-    tools = usable_tools(service, body.tools, is_off=body.tool_choice == "none")
+    tools = usable_tools(service, _allowed(body), is_off=body.tool_choice == "none")
     calls = calls_of(body, tools)
     thinking = plan(service, _thinking_request(body))
     kwargs = {**thinking.template_kwargs, **(body.chat_template_kwargs or {})}
@@ -106,7 +106,27 @@ def calls_of(body: ChatBody, tools: Sequence[Tool] | None) -> Calls | None:
         return None
     if isinstance(choice, NamedTool):
         return named_call(tools, choice.function.name, "tool_choice.function.name")
-    return Calls(tools=tools, is_required=choice == "required", is_single=not body.parallel_tool_calls)
+    is_limited = isinstance(choice, AllowedTools)
+    is_required = choice == "required" or (isinstance(choice, AllowedTools) and choice.allowed_tools.mode == "required")
+    is_single = not body.parallel_tool_calls
+    return Calls(tools=tools, is_required=is_required, is_single=is_single, is_limited=is_limited)
+
+
+def _allowed(body: ChatBody) -> Sequence[Tool] | None:
+    """The tools that the request lets the model call.
+
+    Raises:
+        InvalidRequest: it allows one that is not there.
+    """
+    if not isinstance(body.tool_choice, AllowedTools):
+        return body.tools
+    known = {tool.function.name: tool for tool in body.tools or ()}
+    names = [entry.function.name for entry in body.tool_choice.allowed_tools.tools]
+    for i, name in enumerate(names):
+        if name not in known:
+            place = f"tool_choice.allowed_tools.tools[{i}].function.name"
+            raise InvalidRequest(f"{place}: {name!r} is none of the request's tools", param=place)
+    return [tool for name, tool in known.items() if name in names]
 
 
 def named_call(tools: Sequence[Tool], name: str, param: str) -> Calls:

@@ -34,18 +34,20 @@ class Answer(Struct, frozen=True, kw_only=True):
 class Calls(Struct, frozen=True, kw_only=True):
     """Which calls the output may hold. `is_required`: at least one, and nothing else; otherwise text may come first.
 
-    `only` names the one tool that may be called; `param` is where the request has a tool's schema.
+    `only` names the one tool that may be called, `param` is where the request has a tool's schema. `is_limited`: the
+    client allowed some of its tools only, so that no other may be called.
     """
 
     tools: Sequence[Tool]
     is_required: bool = False
     is_single: bool = False
+    is_limited: bool = False
     only: str | None = None
     param: str = "tools[{}].function.parameters"
 
     @property
     def needs_grammar(self) -> bool:
-        return self.is_required or any(tool.function.strict for tool in self.tools)
+        return self.is_required or self.is_limited or any(tool.function.strict for tool in self.tools)
 
     def call_tools(self) -> list[CallTool]:
         """The tools that may be called, as grammars want them."""

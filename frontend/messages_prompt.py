@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from frontend.media.parts import anthropic_source
+from frontend.media.parts import RESULT_IMAGE, anthropic_source, result_image
 from frontend.messages_schemas import (
     DocumentBlock,
     ImageBlock,
@@ -64,6 +64,7 @@ def _user(turn: Turn, place: str, names: dict[str, str]) -> list[ChatMessage]:
         return [ChatMessage(role="user", content=turn.content)]
     messages: list[ChatMessage] = []
     parts: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []  # of the tool results just read
 
     def end_text() -> None:
         if parts:
@@ -79,13 +80,17 @@ def _user(turn: Turn, place: str, names: dict[str, str]) -> list[ChatMessage]:
                     param=f"{where}.tool_use_id",
                 )
             end_text()
-            content = _result(block, where)
             name = names[block.tool_use_id]
+            content = _result(block, where, images, name)
             messages.append(ChatMessage(role="tool", content=content, tool_call_id=block.tool_use_id, name=name))
-        elif isinstance(block, ImageBlock):
+            continue
+        parts += images
+        images.clear()
+        if isinstance(block, ImageBlock):
             parts.append({"type": "image_url", "part": anthropic_source(block.source, f"{where}.source")})
         else:
             parts.append({"type": "text", "text": _text(block, where)})
+    parts += images
     end_text()
     return messages or [ChatMessage(role="user", content="")]
 
@@ -96,12 +101,17 @@ def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return list(parts)
 
 
-def _result(block: ToolResultBlock, place: str) -> str:
-    """Templates have no place for a flag, so that a call failed is said in words."""
-    if isinstance(block.content, list):
-        content = "\n".join(_text(part, f"{place}.content[{i}]") for i, part in enumerate(block.content))
-    else:
-        content = block.content or ""
+def _result(block: ToolResultBlock, place: str, images: list[dict[str, Any]], name: str) -> str:
+    """Templates have no place for a flag, so that a call failed is said in words. Its images go to `images`."""
+    texts = [block.content or ""] if not isinstance(block.content, list) else []
+    for i, part in enumerate(block.content if isinstance(block.content, list) else []):
+        where = f"{place}.content[{i}]"
+        if isinstance(part, ImageBlock):
+            images += result_image(anthropic_source(part.source, f"{where}.source"), name)
+            texts.append(RESULT_IMAGE)
+        else:
+            texts.append(_text(part, where))
+    content = "\n".join(texts)
     return f"Error: {content}" if block.is_error else content
 
 

@@ -137,7 +137,9 @@ def _text_part(part: dict[str, Any], place: str) -> dict[str, str]:
     return {"type": "text", "text": part["text"]}
 
 
-async def encode_chat(service: Service, text: str, media: Sequence[MediaPart]) -> tuple[list[int], list[MediaItem]]:
+async def encode_chat(
+    service: Service, text: str, media: Sequence[MediaPart], *, param: str = "messages"
+) -> tuple[list[int], list[MediaItem]]:
     """A rendered conversation as tokens, with its media in their places.
 
     Raises:
@@ -146,7 +148,7 @@ async def encode_chat(service: Service, text: str, media: Sequence[MediaPart]) -
     if media and service.media is not None:
         service.media.check(media)
         text = service.media.rewrite(text)
-    token_ids = await service.encode(text, add_special_tokens=False, param="messages")
+    token_ids = await service.encode(text, add_special_tokens=False, param=param)
     if not media:
         return token_ids, []
     assert service.media is not None, "media were collected for a model that takes text only"
@@ -161,8 +163,10 @@ def _arguments(arguments: str) -> Any:  # noqa: ANN401 - any JSON value
         return arguments
 
 
-async def encode_prompts(service: Service, prompt: str | list[Any]) -> list[list[int]]:
-    """The prompts of /v1/completions: a text, texts, token ids, or lists of token ids.
+async def encode_prompts(
+    service: Service, prompt: str | list[Any], *, param: str = "prompt", max_num: int = MAX_PROMPTS
+) -> list[list[int]]:
+    """The prompts of /v1/completions, or what is to be embedded: a text, texts, token ids, or lists of token ids.
 
     Raises:
         InvalidRequest: mixed, empty or too many prompts, or an id outside the vocabulary.
@@ -173,20 +177,20 @@ async def encode_prompts(service: Service, prompt: str | list[Any]) -> list[list
         prompts = [prompt]
     else:
         prompts = prompt
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise InvalidRequest(f"prompt: {len(prompts)} prompts; 1 to {MAX_PROMPTS} are allowed", param="prompt")
+    if not 1 <= len(prompts) <= max_num:
+        raise InvalidRequest(f"{param}: {len(prompts)} prompts; 1 to {max_num} are allowed", param=param)
     encoded = []
     for item in prompts:
         if isinstance(item, str):
-            ids = await service.encode(item, add_special_tokens=True, param="prompt")
+            ids = await service.encode(item, add_special_tokens=True, param=param)
         elif isinstance(item, list) and all(type(i) is int for i in item):
-            check_token_ids(item, service.vocab_size, "prompt")
+            check_token_ids(item, service.vocab_size, param)
             ids = item
         else:
             raise InvalidRequest(
-                "prompt: expected a text, a list of texts, token ids, or a list of lists of token ids", param="prompt"
+                f"{param}: expected a text, a list of texts, token ids, or a list of lists of token ids", param=param
             )
         if not ids:
-            raise InvalidRequest("prompt: it has no tokens", param="prompt")
+            raise InvalidRequest(f"{param}: it has no tokens", param=param)
         encoded.append(ids)
     return encoded

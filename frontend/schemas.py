@@ -114,9 +114,24 @@ class NamedFunction(Body, frozen=True, kw_only=True):
     name: str
 
 
-class NamedTool(Body, frozen=True, kw_only=True):
+class NamedTool(Body, frozen=True, kw_only=True, tag_field="type", tag="function"):
+    function: NamedFunction
+
+
+class AllowedFunction(Body, frozen=True, kw_only=True):
     function: NamedFunction
     type: Literal["function"]
+
+
+class Allowed(Body, frozen=True, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedFunction], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Body, frozen=True, kw_only=True, tag_field="type", tag="allowed_tools"):
+    """Some of the request's tools: the model hears of these only and can call no other."""
+
+    allowed_tools: Allowed
 
 
 class ChatMessage(Body, frozen=True, kw_only=True):
@@ -144,7 +159,7 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     thinking_start_token: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     thinking_end_token: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool = True  # False: the output ends after its first call
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -200,7 +215,7 @@ _LITERALS = {
     "echo": "echo is not supported",
     "store": "responses are not stored",
     "response_format.type": "only 'text', 'json_object' and 'json_schema' are supported",
-    "tool_choice": "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}",
+    "tool_choice": "expected 'none', 'auto', 'required' or {'type': 'function' or 'allowed_tools', ...}",
 }
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 _NAMED = re.compile(r"(?:unknown|required) field `(.+)`")

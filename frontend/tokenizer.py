@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
+from frontend import pooling
+from frontend.pooling import CheckpointPooling
 from shared import gguf_file
 from shared import tokenizer as vocabulary
 from shared.model_files import ModelFiles
@@ -23,7 +25,7 @@ class ModelText(msgspec.Struct, frozen=True, kw_only=True):
     special_texts: dict[str, str]  # "bos_token", "eos_token", ... for the template
     eos_token_ids: list[int]
     sampling_defaults: dict[str, Any]  # from generation_config.json
-    is_embedding_model: bool = False  # the checkpoint says how to pool, as sentence-transformers' do
+    pooling: CheckpointPooling | None = None  # of an embedding model
 
 
 _GGUF_SAMPLING = [
@@ -73,7 +75,7 @@ def _from_folder(folder: Path) -> ModelText:
         special_texts=vocabulary.special_texts(tokenizer_config),
         eos_token_ids=known.eos_token_ids,
         sampling_defaults=generation_config if generation_config.get("do_sample") is not False else {},
-        is_embedding_model=(folder / "modules.json").exists() or (folder / "1_Pooling").is_dir(),
+        pooling=pooling.of_folder(folder),
     )
 
 

@@ -346,6 +346,10 @@ class Core:
             return "no_target", Unavailable("the model is not ready", retry_after_s=5.0)
         if any(not 0 <= t < info.vocab_size for t in (*submit.prompt_token_ids, *submit.output_token_ids)):
             return "bad_request", InvalidRequest(f"token ids must lie in 0..{info.vocab_size - 1}")
+        if submit.pooling is not None and not info.embedding_size:
+            return "bad_request", InvalidRequest(f"the hidden rows of {info.architecture} cannot be seen")
+        if submit.pooling is not None and (submit.max_tokens != 1 or submit.output_token_ids):
+            return "bad_request", InvalidRequest("a pooled request has no output")
         if (fault := media_fault(submit, info)) is not None:
             return "bad_request", InvalidRequest(fault)
         total = len(submit.prompt_token_ids) + submit.max_tokens
@@ -404,6 +408,7 @@ class Core:
         code: str | None = None,
         is_suspect: bool = False,
         verified: Verified | None = None,
+        embedding: bytes | None = None,
     ) -> None:
         """The one place where a request ends: its slot is free, its terminal output (with its last tokens) leaves.
 
@@ -433,6 +438,7 @@ class Core:
             start=sequence.num_output_tokens - len(token_ids),
             error_code=code,
             verified=verified,
+            embedding=embedding,
         )
         self._outbox.put(sequence.frontend, output)
 

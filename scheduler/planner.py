@@ -280,6 +280,7 @@ class Planner:
                 restore=sequence.restore,
                 restore_state=sequence.restore_state,
                 media=sequence.submit.media,
+                pooling=sequence.submit.pooling,
             )
         )
 

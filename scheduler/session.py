@@ -57,6 +57,7 @@ class End(Protocol):
         code: str | None = None,
         is_suspect: bool = False,
         verified: Verified | None = None,
+        embedding: bytes | None = None,
     ) -> None: ...
 
 
@@ -341,7 +342,9 @@ class Session:
     def _row_result(self, sequence: Sequence, row: RowResult, num_drafts: int, now: float) -> int:
         """Commit one row's tokens; how many the output took."""
         sequence.num_pending -= 1
-        if row.error is not None or not 1 <= len(row.token_ids) <= num_drafts + 1:
+        is_pooled = sequence.submit.pooling is not None
+        is_whole = row.embedding is not None if is_pooled else 1 <= len(row.token_ids) <= num_drafts + 1
+        if row.error is not None or not is_whole:
             error = row.error or "the target worker sent a malformed result"
             self._end(sequence, "error", now, error=error, is_suspect=True)
             return 0
@@ -357,7 +360,7 @@ class Session:
             sequence.num_accepted_tokens += num_accepted
             drafter = self.speculator.verified(sequence, num_drafts, num_accepted)
             verified = Verified(drafter=drafter, num_draft_tokens=num_drafts, num_accepted=num_accepted)
-        kept, reason = self._cut(sequence, row.token_ids)
+        kept, reason = ([], "stop") if is_pooled else self._cut(sequence, row.token_ids)
         sequence.token_ids += kept
         if sequence.first_token is None:
             sequence.first_token = now
@@ -367,7 +370,9 @@ class Session:
             self.metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
         sequence.last_token = now
         if reason is not None:
-            self._end(sequence, reason, now, token_ids=kept, logprobs=row.logprobs, verified=verified)
+            self._end(
+                sequence, reason, now, token_ids=kept, logprobs=row.logprobs, verified=verified, embedding=row.embedding
+            )
         else:
             self._outbox.emit(sequence, kept, row.logprobs, verified)
         return len(kept)

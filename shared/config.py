@@ -56,6 +56,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = ""
     thinking_start_token: Annotated[str, "text that opens reasoning; empty: the reasoning parser's"] = ""
     thinking_end_token: Annotated[str, "text that closes it; empty: the reasoning parser's"] = ""
+    pooling: Annotated[
+        Literal["auto", "none", "last", "mean"], "of /v1/embeddings; `auto`: as the checkpoint says, if it does"
+    ] = "auto"
     enable_thinking: Annotated[
         Literal["", "true", "false"], "for requests that do not say; empty: the template's own way"
     ] = ""

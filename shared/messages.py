@@ -17,6 +17,7 @@ PROTOCOL_VERSION = 1
 Role = Literal["frontend", "target", "drafter", "image"]
 WorkerState = Literal["absent", "loading", "ready"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["last", "mean"]  # of a prompt's hidden rows: the last one, or their mean
 
 
 class Part(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +87,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text
     whole_media: list[MediaKind] = field(default_factory=list)  # kinds of which one prefill chunk must hold all tokens
     attention: list[str] = field(default_factory=list)  # target only: which kernels attend, and why; empty: stock
+    embedding_size: int = 0  # target only: numbers of a pooled hidden row; 0: its hidden rows cannot be seen
 
 
 class StepCost(Part, frozen=True, kw_only=True):
@@ -218,6 +220,7 @@ class Submit(Message, frozen=True, kw_only=True):
     timeout_s: float | None = None
     is_resumed: bool = False  # it was accepted before: a new scheduler takes it even before a target is ready
     media: list[MediaItem] = field(default_factory=list)  # in the order of their places
+    pooling: Pooling | None = None  # wanted is one vector for the prompt and no output; max_tokens is 1
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -308,6 +311,7 @@ class Output(Part, frozen=True, kw_only=True):
     error_code: str | None = None  # one of shared.errors' codes, with `error`; None: the engine's failure
     verified: Verified | None = None  # None: a step without drafts
     is_repeated: bool = False  # sent again after a loss: which tokens were drafted is not known any more
+    embedding: bytes | None = None  # (H,) float32, little-endian; with finish_reason "stop" of a Submit with `pooling`
 
 
 class Outputs(Message, frozen=True, kw_only=True):
@@ -364,6 +368,7 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     restore: list[int] = field(default_factory=list)
     restore_state: int | None = None  # recurrent models: the state behind the last of these blocks
     media: list[MediaItem] = field(default_factory=list)
+    pooling: Pooling | None = None
 
 
 class DraftDistribution(Part, frozen=True, kw_only=True):
@@ -483,12 +488,14 @@ class ClearArchive(Message, frozen=True, kw_only=True):
 
 
 class RowResult(Part, frozen=True, kw_only=True):
-    """Tokens of one sampled row: accepted drafts, then the bonus token or correction. Empty with `error`."""
+    """Tokens of one sampled row: accepted drafts, then the bonus token or correction. Empty with `error` and where the
+    sequence is pooled: then `embedding` is its vector."""
 
     slot: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
     error: str | None = None  # this row failed alone
+    embedding: bytes | None = None  # (H,) float32, little-endian
 
 
 class StepResult(Message, frozen=True, kw_only=True):

@@ -86,6 +86,8 @@ def build_engine(files: ModelFiles, settings: Settings, loaded: LoadedModel | No
         info = msgspec.structs.replace(
             info, prefix_cache=_with_states(info.prefix_cache, engine, settings.prefix_cache_bytes)
         )
+    if engine.model.shows_hidden:
+        info = msgspec.structs.replace(info, embedding_size=engine.hidden_size)
     if settings.draft_checkpoint or settings.is_ngram:
         costs = step_costs(engine, info, settings.cache_folder)
         info = msgspec.structs.replace(info, step_costs=costs, exactness=probe(engine, info))
@@ -249,5 +251,6 @@ def warm_up(engine: Engine, info: WorkerInfo) -> None:
     decode = StepRow(slot=0, start=len(tokens), capacity=capacity)
     engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[start], decodes=[], prefills=[prefill])))
     engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[], decodes=[decode], prefills=[])))
+    engine.hidden_size = engine.model.final_rows().shape[-1] if engine.model.shows_hidden else 0
     engine.state_bytes = sum(layer.nbytes() for layer in engine.store.recurrent_layers)  # of the one slot in use
     engine.reset()

@@ -36,6 +36,7 @@ from workers.features import Bits, as_bits
 from workers.kernels.base import MAX_VERIFY_WIDTH
 from workers.media import SlotMedia
 from workers.models.base import MediaModel
+from workers.pooling import Pool
 from workers.prefill_groups import prefill_groups
 from workers.runner import ModelRunner
 from workers.sampling import constraint
@@ -65,6 +66,7 @@ class PendingStep:
     request_ids: dict[int, RequestId]  # slot -> whose rows these are
     checks: list[tuple[BlockStore, mx.array]]  # what was compared with the prefix cache, and where it differs
     build_s: float
+    vectors: list[tuple[int, mx.array]]  # slots whose prompt is whole, and its pooled row (H,)
 
 
 class Engine:
@@ -86,6 +88,7 @@ class Engine:
         self.count_accepted: AcceptRule = count_accepted  # a bench puts a given acceptance rate here
         self.vocab_size = vocab_size
         self.grammars: Compiler | None = None  # None: the model has no tokenizer that grammars can be used with
+        self.hidden_size = 0  # of its hidden rows, where they can be seen; known after the warm-up
         self.state_bytes = 0  # of one slot's recurrent states, known after the warm-up
         self.media = SlotMedia(model.model) if isinstance(model.model, MediaModel) else None
         self._slots: dict[int, SlotSampling] = {}
@@ -95,6 +98,7 @@ class Engine:
         self._failed: set[int] = set()  # slots whose keys and values may hold NaN
         self._features: list[tuple[list[StepRow], mx.array]] = []
         self._restored: list[tuple[FeatureRows, mx.array]] = []
+        self._pools: dict[int, Pool] = {}  # slots whose hidden rows are wanted in place of tokens
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
 
@@ -113,6 +117,7 @@ class Engine:
             if self._slots.pop(slot, None) is not None:
                 self._snapshots.pop(slot, None)
                 self._replay.pop(slot, None)
+                self._pools.pop(slot, None)
                 if slot in self.store.placement:
                     if slot in self._failed:
                         self.store.clear(slot)
@@ -151,6 +156,10 @@ class Engine:
             sampled = sample(self.model.head(hidden), sampled_rows)
             self._remember(rows, spans, sampled)
         pending = [*encoded, *(sampled.arrays() if sampled else [])]
+        pooled = [row for row in (*step.decodes, *step.prefills) if row.slot in self._pools]
+        pending += [self._pools[row.slot].pending() for row in pooled]
+        vectors = [(row.slot, self._pools[row.slot].vector()) for row in pooled if row.is_sampled]
+        pending += [vector for _, vector in vectors]
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
         pending += [array for _, array in self._features]
@@ -162,8 +171,9 @@ class Engine:
         ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
         elapsed = time.perf_counter() - started
         return PendingStep(
-            step, rows, spans, sampled_rows, sampled, pending, self._features, self._restored, ids, checks, elapsed
-        )
+            step, rows, spans, sampled_rows, sampled, pending, self._features, self._restored, ids, checks, elapsed,
+            vectors,
+        )  # fmt: skip
 
     def _bind(self, start: SequenceStart) -> None:
         if start.slot in self._slots:
@@ -176,6 +186,8 @@ class Engine:
         except InvalidRequest as error:  # the frontend checks grammars, so this is a model or a client of its own
             state.error = error.message
         self._slots[start.slot] = state
+        if start.pooling is not None:
+            self._pools[start.slot] = Pool(start.pooling)
         if start.media:
             assert self.media is not None, "media for a model that takes none"
             self.media.bind(start.slot, start.num_prompt_tokens, start.media)
@@ -264,13 +276,15 @@ class Engine:
             if self.blocks is not None:
                 self.store.write_features(batch, features)
         batch.close()
-        for row in ordered:
+        for i, row in enumerate(ordered):
+            if (pool := self._pools.get(row.slot)) is not None:
+                pool.add(self.model.final_rows()[i, : _width(row)])
             if row.keep_state is not None:
                 assert self.blocks is not None, "a state to keep and no prefix cache"
                 self.blocks.keep_state(row.slot, row.keep_state)
         result, at = [], 0
         for row in ordered:
-            if row.is_sampled:
+            if self._is_drawn(row):
                 n = row.num_drafts + 1
                 result.append((row, hidden[at : at + n]))
                 at += n
@@ -295,10 +309,13 @@ class Engine:
             return known
         return mx.where(mx.array(on_device)[:, None], mx.broadcast_to(last, known.shape), known)
 
-    @staticmethod
-    def _wanted(rows: list[StepRow]) -> list[tuple[int, int, int]]:
-        """(batch row, first, end) of the positions whose hidden rows are needed."""
-        return [(i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if row.is_sampled]
+    def _is_drawn(self, row: StepRow) -> bool:
+        """Whether a token is drawn from the row: one that is pooled only says that its prompt is whole."""
+        return row.is_sampled and row.slot not in self._pools
+
+    def _wanted(self, rows: list[StepRow]) -> list[tuple[int, int, int]]:
+        """(batch row, first, end) of the positions whose logits are needed."""
+        return [(i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if self._is_drawn(row)]
 
     def _sampled_positions(self, row: StepRow) -> list[SampledRow]:
         state, tokens = self._slots[row.slot], row.token_ids or []
@@ -348,6 +365,7 @@ class Engine:
             for row, (first, end) in zip(pending.rows, pending.spans, strict=True):
                 state = pending.sampled_rows[first].state
                 results.append(self._row_result(row, state, tokens[first:end], is_finite[first:end], first, logprobs))
+        results += [self._pooled_result(slot, vector) for slot, vector in pending.vectors]
         read = time.perf_counter()
         return StepResult(
             epoch=pending.step.epoch,
@@ -377,6 +395,13 @@ class Engine:
                     described.append(FeatureRows(request_id=pending.request_ids[row.slot], start=row.start, num_rows=n))
                     parts.append(array[i, :n])
         return (described, np.concatenate(parts)) if parts else None
+
+    def _pooled_result(self, slot: int, vector: mx.array) -> RowResult:
+        values = np.array(vector, dtype="<f4")
+        if not np.isfinite(values).all():
+            self._failed.add(slot)
+            return RowResult(slot=slot, token_ids=[], error="the model put out NaN or infinite hidden rows")
+        return RowResult(slot=slot, token_ids=[], embedding=values.tobytes())
 
     def _row_result(
         self,

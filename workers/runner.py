@@ -86,6 +86,16 @@ class ModelRunner:
         flat = [row * inputs.shape[1] + i for row, first, end in wanted for i in range(first, end)]
         return out.reshape(-1, out.shape[-1])[mx.array(flat)]
 
+    @property
+    def shows_hidden(self) -> bool:
+        """Whether `final_rows` has anything: an mlx-lm architecture gives logits only."""
+        return self._is_split
+
+    def final_rows(self) -> mx.array:
+        """The last forward's rows after the final norm (B, L, H), lazy."""
+        assert self._is_split and self._final is not None, "hidden rows of a model that hides them, or before a forward"
+        return self._final
+
     def head(self, rows: mx.array) -> mx.array:
         """Logits (n, V) of hidden rows (n, H)."""
         if not self._is_split:

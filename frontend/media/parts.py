@@ -114,6 +114,15 @@ def from_url(kind: MediaKind, url: str, param: str) -> MediaPart:
     return MediaPart(kind, param, data=url[match.end() :])
 
 
+# Most templates write a tool's result as text, so that its images have no place there: they follow in a user's turn.
+RESULT_IMAGE = "(image: it follows the tool results)"
+
+
+def result_image(part: MediaPart, tool: str) -> list[dict[str, Any]]:
+    """An image of a tool's result as content parts of the user's turn after all results."""
+    return [{"type": "text", "text": f"Image in the result of {tool}:\n"}, {"type": "image_url", "part": part}]
+
+
 def anthropic_source(source: dict[str, Any], place: str) -> MediaPart:
     """An image block's source: {"type": "base64", "media_type": ..., "data": ...} or {"type": "url", "url": ...}.
 

@@ -231,6 +231,7 @@ def _prepared(
         caller,
         body,
         [prompt.token_ids],
+        media=prompt.media,
         max_tokens=min(max_tokens or room, room),
         max_tokens_param="max_output_tokens",
         num_logprobs=num_logprobs,

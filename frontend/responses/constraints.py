@@ -52,8 +52,13 @@ def calls_of(body: ContextBody, table: ToolTable, tools: Sequence[Tool] | None) 
         if name is None:
             raise InvalidRequest("tool_choice: it is none of the request's tools", param="tool_choice")
         return Calls(tools=tools, is_required=True, is_single=True, only=name, param=_SCHEMA_PARAM)
-    is_single = not body.parallel_tool_calls
-    return Calls(tools=tools, is_required=is_required, is_single=is_single, param=_SCHEMA_PARAM)
+    return Calls(
+        tools=tools,
+        is_required=is_required,
+        is_single=not body.parallel_tool_calls,
+        is_limited=isinstance(choice, ToolChoice),
+        param=_SCHEMA_PARAM,
+    )
 
 
 def thinking_of(service: Service, reasoning: ReasoningConfig | None) -> ThinkingPlan:

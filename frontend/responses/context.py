@@ -9,7 +9,8 @@ import msgspec
 from msgspec import Struct
 
 from frontend.chat import usable_tools
-from frontend.prompts import render_chat
+from frontend.media.parts import MediaPart
+from frontend.prompts import encode_chat, render_chat
 from frontend.responses import items
 from frontend.responses.constraints import thinking_of
 from frontend.responses.items import AnyItem
@@ -27,6 +28,7 @@ from frontend.schemas import ChatMessage, Tool
 from frontend.service import Service
 from frontend.thinking import ThinkingPlan
 from shared.errors import ContextLength, InvalidRequest, NotFound
+from shared.messages import MediaItem
 
 MAX_ITEMS = 100_000
 
@@ -44,6 +46,7 @@ class Prompt(Struct, frozen=True):
     token_ids: list[int]
     tools: Sequence[Tool] | None  # that the model was told of
     thinking: ThinkingPlan
+    media: Sequence[MediaItem] = ()
 
 
 async def load(service: Service, tenant: str, body: ContextBody) -> Context:
@@ -125,9 +128,10 @@ async def encode(service: Service, body: ContextBody, context: Context, *, num_o
             messages.append(ChatMessage(role="user", content=ask))
         if not messages:
             raise InvalidRequest("input: it is empty", param="input")
-        text = await render_chat(service, messages, tools=tools, kwargs=thinking.template_kwargs)
-        token_ids = await service.encode(text, add_special_tokens=False, param="input")
-        return Prompt(text, token_ids, tools, thinking)
+        parts: list[MediaPart] = []
+        text = await render_chat(service, messages, tools=tools, kwargs=thinking.template_kwargs, media=parts)
+        token_ids, media = await encode_chat(service, text, parts, param="input")
+        return Prompt(text, token_ids, tools, thinking, media)
 
     async def fits(num_dropped: int) -> Prompt | None:
         try:

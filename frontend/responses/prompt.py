@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from frontend.media.parts import RESULT_IMAGE, MediaPart, from_url, result_image
 from frontend.responses import items, tools
 from frontend.responses.items import AnyItem
 from frontend.responses.seal import unseal
@@ -49,7 +50,8 @@ def chat_messages(instructions: str | None, placed: Sequence[Placed], unsealer: 
     """Instructions and items, in order. What the assistant said, thought and called in one turn is one message.
 
     Raises:
-        InvalidRequest: an image or a file, a result without its call, or content that is not this server's.
+        InvalidRequest: a file, an image where none may stand, a result without its call, or content that is not this
+            server's.
     """
     writer = _Writer(unsealer)
     if instructions:
@@ -57,6 +59,7 @@ def chat_messages(instructions: str | None, placed: Sequence[Placed], unsealer: 
     for entry in placed:
         writer.add(entry.item, entry.place)
     writer.end_turn()
+    writer.end_results()
     return writer.messages
 
 
@@ -69,6 +72,7 @@ class _Writer:
         self._thoughts: list[str] = []
         self._texts: list[str] = []
         self._calls: list[ToolCall] = []
+        self._images: list[dict[str, Any]] = []  # of the tool results just read
 
     def end_turn(self) -> None:
         """Write what the assistant did."""
@@ -82,7 +86,20 @@ class _Writer:
             self.messages.append(message)
         self._thoughts, self._texts, self._calls = [], [], []
 
+    def end_results(self) -> None:
+        """Write the images of the tool results before this."""
+        if self._images:
+            self.messages.append(ChatMessage(role="user", content=self._images))
+            self._images = []
+
     def add(self, item: AnyItem, place: str) -> None:
+        if isinstance(item, items.Message) and item.role == "user":
+            self.end_turn()
+            content, self._images = [*self._images, *_user_parts(item, place)], []
+            self.messages.append(ChatMessage(role="user", content=_as_text(content)))
+            return
+        if not isinstance(item, items.CallOutput):
+            self.end_results()
         match item:
             case items.Message():
                 text = item.content if isinstance(item.content, str) else _joined(item.content, f"{place}.content")
@@ -130,40 +147,76 @@ class _Writer:
             where = f"{place}.call_id"
             raise InvalidRequest(f"{where}: no call before it has the id {given!r}", param=where)
         self.end_turn()
-        self.messages.append(
-            ChatMessage(
-                role="tool", content=_result(item, place), tool_call_id=self._call_ids[given], name=self._names[given]
-            )
-        )
+        name = self._names[given]
+        content = _result(item, place, self._images, name)
+        self.messages.append(ChatMessage(role="tool", content=content, tool_call_id=self._call_ids[given], name=name))
 
 
 SUMMARY_HEAD = "Summary of the conversation before this point:"
 
 
-def _result(item: items.CallOutput, place: str) -> str:
+def _user_parts(item: items.Message, place: str) -> list[dict[str, Any]]:
+    """A user's message as content parts that `render_chat` takes."""
+    if isinstance(item.content, str):
+        return [{"type": "text", "text": item.content}]
+    parts: list[dict[str, Any]] = []
+    for i, part in enumerate(item.content):
+        where = f"{place}.content[{i}]"
+        if isinstance(part, items.InputImage):
+            parts.append({"type": "image_url", "part": _image(part, where)})
+        else:
+            parts.append({"type": "text", "text": _text(part, where)})
+    return parts
+
+
+def _as_text(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    is_text = all(part["type"] == "text" for part in parts)
+    return "\n".join(part["text"] for part in parts) if is_text else parts
+
+
+def _image(part: items.InputImage, place: str) -> MediaPart:
+    if part.file_id is not None:
+        where = f"{place}.file_id"
+        raise InvalidRequest(f"{where}: no files are stored here; use image_url", param=where)
+    where = f"{place}.image_url"
+    if not part.image_url:
+        raise InvalidRequest(f"{where}: required field is missing", param=where)
+    return from_url("image", part.image_url, where)
+
+
+def _result(item: items.CallOutput, place: str, images: list[dict[str, Any]], name: str) -> str:
+    """What a call gave, as text; its images go to `images`."""
     match item:
         case items.ShellCallOutput():
             return tools.shell_result(item.output)
         case items.ApplyPatchCallOutput():
             return f"Error: {item.output or ''}" if item.status == "failed" else item.output or "Done."
         case _:
-            return item.output if isinstance(item.output, str) else _joined(item.output, f"{place}.output")
+            if isinstance(item.output, str):
+                return item.output
+            texts = []
+            for i, part in enumerate(item.output):
+                where = f"{place}.output[{i}]"
+                if isinstance(part, items.InputImage):
+                    images += result_image(_image(part, where), name)
+                    texts.append(RESULT_IMAGE)
+                else:
+                    texts.append(_text(part, where))
+            return "\n".join(texts)
 
 
 def _joined(parts: Sequence[items.AnyPart], place: str) -> str:
-    texts = []
-    for i, part in enumerate(parts):
-        where = f"{place}[{i}]"
-        match part:
-            case items.InputText(text=text) | items.OutputText(text=text):
-                texts.append(text)
-            case items.Refusal(refusal=text):
-                texts.append(text)
-            case items.InputImage():
-                raise InvalidRequest(f"{where}: images are not supported yet", param=where)
-            case items.InputFile():
-                raise InvalidRequest(f"{where}: files are not supported", param=where)
-    return "\n".join(texts)
+    return "\n".join(_text(part, f"{place}[{i}]") for i, part in enumerate(parts))
+
+
+def _text(part: items.AnyPart, place: str) -> str:
+    match part:
+        case items.InputText(text=text) | items.OutputText(text=text) | items.Refusal(refusal=text):
+            return text
+        case items.InputImage():
+            raise InvalidRequest(f"{place}: images may stand in user messages and tool results only", param=place)
+        case items.InputFile():
+            raise InvalidRequest(f"{place}: files are not supported", param=place)
 
 
 def without_old_reasoning(placed: Sequence[Placed]) -> list[Placed]:

@@ -32,7 +32,7 @@ class TextFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
 
 class GrammarFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="grammar"):
-    """The model is told of the grammar; its input is not held to it."""
+    """The model is told of the grammar, and its input is held to it."""
 
     definition: str
     syntax: Literal["lark", "regex"]

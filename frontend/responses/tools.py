@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from frontend.responses import items
 from frontend.responses.freeform import INPUT, sendable
+from frontend.responses.lark_regex import regex_of
 from frontend.responses.schemas import (
     AnyTool,
     ApplyPatchTool,
@@ -146,7 +147,7 @@ def _flat(tools: Sequence[AnyTool]) -> Iterator[tuple[str, Known]]:
             case FunctionTool():
                 yield place, _function(tool, None)
             case CustomTool():
-                yield place, _custom(tool, None)
+                yield place, _custom(tool, None, place)
             case LocalShellTool():
                 yield place, Known("local_shell", _LOCAL_SHELL, _LOCAL_SHELL.name)
             case ShellTool():
@@ -155,8 +156,9 @@ def _flat(tools: Sequence[AnyTool]) -> Iterator[tuple[str, Known]]:
                 yield place, Known("apply_patch", _APPLY_PATCH, _APPLY_PATCH.name)
             case NamespaceTool():
                 for j, inner in enumerate(tool.tools):
-                    known = _function(inner, tool) if isinstance(inner, FunctionTool) else _custom(inner, tool)
-                    yield f"{place}.tools[{j}]", known
+                    where = f"{place}.tools[{j}]"
+                    made = _function(inner, tool) if isinstance(inner, FunctionTool) else _custom(inner, tool, where)
+                    yield where, made
 
 
 def _function(tool: FunctionTool, group: NamespaceTool | None) -> Known:
@@ -170,15 +172,21 @@ def _function(tool: FunctionTool, group: NamespaceTool | None) -> Known:
     return Known("function", described, tool.name, namespace)
 
 
-def _custom(tool: CustomTool, group: NamespaceTool | None) -> Known:
+def _custom(tool: CustomTool, group: NamespaceTool | None, place: str) -> Known:
     namespace = group.name if group is not None else None
     text = {"type": "string", "description": "The tool's input as free text"}
     if isinstance(tool.format, GrammarFormat):
         syntax = "Lark grammar" if tool.format.syntax == "lark" else "regular expression"
         text["description"] = f"Free text that matches this {syntax}:\n{tool.format.definition}"
-    parameters = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
+        where = f"{place}.format.definition"
+        regex = tool.format.definition if tool.format.syntax == "regex" else regex_of(tool.format.definition, where)
+        text["pattern"] = f"^(?:{regex})$"
+    parameters = {"type": "object", "properties": {INPUT: text}, "required": [INPUT], "additionalProperties": False}
     described = Function(
-        name=told_name(tool.name, namespace), description=_described(tool, group), parameters=parameters
+        name=told_name(tool.name, namespace),
+        description=_described(tool, group),
+        parameters=parameters,
+        strict=isinstance(tool.format, GrammarFormat) or None,
     )
     return Known("custom", described, tool.name, namespace)
 

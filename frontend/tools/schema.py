@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from msgspec import Struct
@@ -113,13 +114,31 @@ def _searched(pattern: str) -> str | None:
     """The pattern as one that has to match the whole text; None where it cannot be told."""
     is_from_start, is_to_end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
     inner = pattern[is_from_start : len(pattern) - is_to_end]
-    if (is_from_start or is_to_end) and "|" in inner:  # the anchor may belong to one alternative only
-        return None
-    if any(sign in inner.replace("[^", "") for sign in ("^", "$")):
+    if (is_from_start or is_to_end) and "|" in inner and not _is_group(inner):
+        return None  # the anchor may belong to one alternative only
+    if any(sign in _signs(inner) for sign in ("^", "$")):
         return None
     inner = inner.replace(r"\/", "/").replace("/", r"\/")
     before, after = "" if is_from_start else "(?s:.*)", "" if is_to_end else "(?s:.*)"
     return f"/{before}({inner}){after}/"
+
+
+def _signs(pattern: str) -> str:
+    """The pattern without escaped characters and classes, where signs mean themselves."""
+    return re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", pattern)
+
+
+def _is_group(pattern: str) -> bool:
+    """Whether one pair of parentheses holds all of it."""
+    if not pattern.startswith("(?:") or not pattern.endswith(")"):
+        return False
+    depth = 0
+    bare = _signs(pattern)
+    for i, char in enumerate(bare):
+        depth += (char == "(") - (char == ")")
+        if depth == 0 and i < len(bare) - 1:
+            return False
+    return bare.endswith(")") and depth == 0
 
 
 def json_constant(rules: Rules, value: object) -> str:

@@ -80,7 +80,7 @@ class PrefixCache:
             return False
         if sequence.load_id is not None:
             return True
-        limit = self._limit(sequence)
+        limit = self._restorable(sequence)
         chain = self.index.chain(self._hashes(sequence, limit), limit)
         num_ready = _num_ready(chain)
         if num_ready < len(chain):
@@ -92,7 +92,7 @@ class PrefixCache:
 
     def start(self, sequence: Sequence) -> None:
         """Count what is cached as computed; `sequence.restore` says what the slot has to be given."""
-        limit = self._limit(sequence)
+        limit = self._restorable(sequence)
         hashes = self._hashes(sequence, limit)
         chain = self.index.chain(hashes, limit)
         hit = self._usable(chain[: _num_ready(chain)])
@@ -149,8 +149,12 @@ class PrefixCache:
         return best
 
     def _limit(self, sequence: Sequence) -> int:
-        """Blocks that may be restored: at least one token is left to compute."""
+        """Blocks before the last token: at least that one is left to compute."""
         return (len(sequence.token_ids) - 1) // self.info.block_size
+
+    def _restorable(self, sequence: Sequence) -> int:
+        """Blocks that may be restored: none where the hidden rows of all positions are wanted."""
+        return 0 if sequence.submit.pooling == "mean" else self._limit(sequence)
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         tenant = f"{sequence.submit.tenant}\0{sequence.submit.cache_salt}"

@@ -214,6 +214,7 @@ class EngineRig:
             prefix_cache=prefix_info(engine, num_blocks),
             modalities=engine.media.modalities if engine.media is not None else [],
             whole_media=engine.media.whole_media if engine.media is not None else [],
+            embedding_size=1 if engine.model.shows_hidden else 0,  # the core asks only whether there is one
         )  # fmt: skip
         self.send("target", Hello(role="target", instance_id="target", pid=2))
         self.send("target", Ready(epoch=self.epochs["target"], info=info))

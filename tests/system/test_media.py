@@ -83,6 +83,29 @@ def test_images_are_seen_counted_cached_and_streamed(vision_server: Server) -> N
         assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == text
 
 
+def test_responses_see_the_same_image_and_one_in_a_tools_result(vision_server: Server) -> None:
+    url = part(1)["image_url"]["url"]
+    image: Any = {"type": "input_image", "image_url": url, "detail": "auto"}
+    with client_of(vision_server) as client:
+        messages: list[Any] = [{"role": "user", "content": [words("What is it? "), part(1)]}]
+        chat = client.chat.completions.create(model="default", messages=messages, max_tokens=24, temperature=0)
+        content: Any = [{"type": "input_text", "text": "What is it? "}, image]
+        response = client.responses.create(
+            model="default", input=[{"role": "user", "content": content}], max_output_tokens=24, temperature=0
+        )
+        assert chat.usage is not None and response.usage is not None
+        assert response.output_text == chat.choices[0].message.content
+        assert response.usage.input_tokens == chat.usage.prompt_tokens
+        call: Any = {"type": "function_call", "call_id": "c", "name": "shoot", "arguments": "{}"}
+        output: Any = {"type": "function_call_output", "call_id": "c", "output": [image]}
+        second = client.responses.create(
+            model="default", input=[call, output], previous_response_id=response.id, max_output_tokens=24, temperature=0
+        )
+        assert second.usage is not None
+        assert second.usage.input_tokens > response.usage.input_tokens + IMAGE_TOKENS
+        assert second.usage.input_tokens_details.cached_tokens > IMAGE_TOKENS, "the first image is found in the cache"
+
+
 def test_the_order_of_two_images_matters(vision_server: Server) -> None:
     with client_of(vision_server) as client:
         texts = [ask(client, part(a), part(b), words("which?"))[0] for a, b in ((1, 2), (2, 1), (1, 2))]

@@ -307,6 +307,8 @@ class Model(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Drop what checkpoints carry but the model does not need: stored frequencies, the copy of a tied head."""
         kept = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+        if "embed_tokens.weight" in kept:  # saved as the bare decoder, as embedding models are
+            kept = {f"model.{name}": w for name, w in kept.items()}
         if self.config.is_tied:
             kept = {name: w for name, w in kept.items() if not name.startswith("lm_head.")}
         return kept

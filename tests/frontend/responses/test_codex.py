@@ -22,7 +22,13 @@ from tests.frontend.conftest import TOKENIZER
 from tests.frontend.tool_outputs import OUTPUTS, READ, SCHEMAS, output_format
 
 NUM_OTHER_TOOLS = 30
-GRAMMAR = 'start: begin hunk+ end\nbegin: "*** Begin Patch" LF\nend: "*** End Patch" LF?\n%import common.LF'
+GRAMMAR = r"""start: begin hunk+ end
+begin: "*** Begin Patch" LF
+end: "*** End Patch" LF?
+hunk: "*** " ("Add" | "Update" | "Delete") " File: " /(.+)/ LF line*
+line: /[-+ @](.*)/ LF
+%import common.LF
+"""
 
 
 def codex_tools() -> list[dict[str, Any]]:
