@@ -14,6 +14,10 @@ ADMIN_ROUTES = frozenset({("DELETE", "/v1/cache")})
 ADMIN_TENANT = "admin"
 
 
+def is_admin_route(scope: Scope) -> bool:
+    return (scope["method"], scope["path"].rstrip("/")) in ADMIN_ROUTES
+
+
 class AdminKey:
     """The admin key opens everything; the routes above open to nothing else.
 
@@ -31,7 +35,7 @@ class AdminKey:
         if hmac.compare_digest(given_key(scope), self._key):
             scope["tenant"] = ADMIN_TENANT
             return await self._inner(scope, receive, send)
-        if (scope["method"], scope["path"].rstrip("/")) in ADMIN_ROUTES:
+        if is_admin_route(scope):
             refusal = Forbidden("this changes the server for everybody: it takes the admin key")
             return await response_of(refusal, scope)(scope, receive, send)
         return await self._app(scope, receive, send)

@@ -23,6 +23,7 @@ from frontend import (
 from frontend.access import Access
 from frontend.admin import AdminKey
 from frontend.auth import ApiKeys
+from frontend.drain import Entrance
 from frontend.embeddings_api import EmbeddingsBody
 from frontend.limits import Limits
 from frontend.messages_schemas import CountTokensBody, MessagesBody
@@ -75,7 +76,7 @@ def create_app(service: Service) -> ASGIApp:
         return page
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the page
-    limited = Limits(app, service.settings)
+    limited = Entrance(Limits(app, service.settings), service.door)
     keys = load_keys(service.settings)
     guarded: ASGIApp = ApiKeys(limited, keys) if keys else limited
     if service.settings.admin_key:

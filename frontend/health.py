@@ -26,13 +26,14 @@ def _attention(status: EngineStatus | None) -> list[str]:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """The states of the engine's processes. 503 with Retry-After whenever the target is not ready."""
+    """The states of the engine's processes. 503 with Retry-After whenever a new request would not be served."""
     service = service_of(request)
     engine = service.engine
     status = engine.status
     is_known = status is not None and not engine.is_silent
+    is_ready = engine.is_ready and not service.door.reason
     answer = {
-        "status": "ok" if engine.is_ready else "unavailable",
+        "status": service.door.reason or ("ok" if is_ready else "unavailable"),
         "model": service.model_name,
         "input_modalities": service.modalities,
         "scheduler": "ready" if is_known else "silent",
@@ -45,4 +46,4 @@ async def health(request: Request) -> Response:
         "attention": _attention(status),
     }
     content = msgspec.json.encode(answer)
-    return json_response(content) if engine.is_ready else json_response(content, 503, {"retry-after": "2"})
+    return json_response(content) if is_ready else json_response(content, 503, {"retry-after": "2"})

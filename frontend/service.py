@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from frontend import output_parser, tokenizer
 from frontend.chat_template import ChatTemplate
 from frontend.detokenize import Detokenizer
+from frontend.drain import Door
 from frontend.engine import EngineClient
 from frontend.grammar import GrammarChecker
 from frontend.media.loader import MediaLoader
@@ -50,7 +51,8 @@ class Service:
         self.pieces = Pieces(text.tokenizer)
         self.template = ChatTemplate(text.chat_template, text.special_texts) if text.chat_template else None
         self.started_at = int(time.time())
-        self.responses = Responses(settings)
+        self.door = Door()
+        self.responses = Responses(settings, self.door)
         self.output_format = output_parser.choose(settings, text.chat_template, text.tokenizer)
         self.grammars = GrammarChecker(text)
         self._model_ids = {"", "default", model_name, settings.model, settings.model_name}

@@ -75,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     heartbeat_interval_s: float = 1.0
     heartbeat_timeout_s: float = 10.0
     step_timeout_s: float = 300.0  # at most; once steps are measured, a large multiple of what they take
+    drain_timeout_s: float = 20.0  # after SIGTERM live requests may take so long to finish
     max_early_deaths: int = 5  # of one process in a row, each within 20 s of its start; then the server gives up
 
     # machine

@@ -145,3 +145,11 @@ def test_a_child_whose_beats_stop_is_replaced(
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert supervise.main(["child", "command"]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_sigusr1_reaches_the_child_which_is_not_started_again() -> None:
+    handler = "signal.signal(signal.SIGUSR1, lambda *_: (print('told', flush=True), sys.exit(7)))"
+    process = start(WAITS.format(handler=handler))
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "told\n", "")
