@@ -10,7 +10,7 @@ from frontend.auth import given_key
 from frontend.errors import response_of
 from shared.errors import Forbidden
 
-ADMIN_ROUTES = frozenset({("DELETE", "/v1/cache")})
+ADMIN_ROUTES = frozenset({("DELETE", "/v1/cache"), ("POST", "/v1/models/load"), ("POST", "/v1/models/unload")})
 ADMIN_TENANT = "admin"
 
 

@@ -17,6 +17,7 @@ from frontend import (
     health,
     messages_api,
     metrics,
+    model_admin_api,
     models_api,
     tokenize_api,
 )
@@ -28,6 +29,7 @@ from frontend.embeddings_api import EmbeddingsBody
 from frontend.limits import Limits
 from frontend.messages_schemas import CountTokensBody, MessagesBody
 from frontend.metrics import HttpMetrics
+from frontend.model_admin_api import LoadModelBody, UnloadModelBody
 from frontend.responses import api as responses_api
 from frontend.responses.schemas import CompactBody, InputTokensBody, ResponsesBody
 from frontend.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, openapi_components
@@ -37,7 +39,7 @@ from shared.errors import TandemError
 
 _BODIES = (
     ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountTokensBody,
-    ResponsesBody, CompactBody, InputTokensBody, EmbeddingsBody,
+    ResponsesBody, CompactBody, InputTokensBody, EmbeddingsBody, LoadModelBody, UnloadModelBody,
 )  # fmt: skip
 
 
@@ -62,6 +64,7 @@ def create_app(service: Service) -> ASGIApp:
         responses_api,
         embeddings_api,
         models_api,
+        model_admin_api,
         tokenize_api,
         health,
         metrics,

@@ -29,12 +29,20 @@ class Door:
         self.num_inside = 0  # answers that are being written, and responses that are made in the background
         self._refusal = Unavailable("")
 
+    @property
+    def is_final(self) -> bool:
+        """Shut for the server's end: it never opens again."""
+        return self.reason == DRAINING
+
     def shut(self, reason: str, message: str, retry_after_s: float = RETRY_AFTER_S) -> None:
+        if self.is_final:
+            return
         self.reason = reason
         self._refusal = Unavailable(message, retry_after_s=retry_after_s)
 
     def open(self) -> None:
-        self.reason = ""
+        if not self.is_final:
+            self.reason = ""
 
     def check(self) -> None:
         """Raises Unavailable: it is shut."""

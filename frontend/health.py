@@ -42,6 +42,7 @@ async def health(request: Request) -> Response:
         "num_running": status.num_running if status is not None and is_known else None,
         "num_waiting": status.num_waiting if status is not None and is_known else None,
         "num_open_requests": engine.num_live,
+        "model_change": service.model_change.described(),
         "exactness": _exactness(status),
         "attention": _attention(status),
     }

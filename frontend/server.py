@@ -61,6 +61,7 @@ class Server(uvicorn.Server):
         await self._engine.start()
         if threading.current_thread() is threading.main_thread():  # only there signals can be handled
             asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.drain)
+        self._service.model_change.resume()
         try:
             await super().serve(sockets)
         finally:

@@ -79,6 +79,7 @@ class Core:
         self._step_timeout = StepTimeout(settings.step_timeout_s)
         self._timed = ""  # the target process whose steps it knows: a new epoch of the same one changes nothing
         self._last_process: dict[Role, str] = {}  # role -> instance id of its newest process
+        self._fingerprint = ""  # of the last target's weights
         self.suspects = Suspects()
         self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
@@ -99,7 +100,7 @@ class Core:
             case Heartbeat():
                 self._heartbeat(sender, message, now)
             case Ready():
-                self._ready(sender, message)
+                self._ready(sender, message, now)
             case Submit():
                 self._submit(sender, message, now)
             case Cancel():
@@ -195,7 +196,7 @@ class Core:
             if peer.has_lost(message, step, now):
                 self._resynchronise(peer, now)
 
-    def _ready(self, sender: str, message: Ready) -> None:
+    def _ready(self, sender: str, message: Ready, now: float) -> None:
         peer = self.peers.get(sender)
         if peer is None or peer.epoch != message.epoch or peer.role not in ("target", "drafter"):
             self.metrics.dropped["old_epoch"].inc()
@@ -211,6 +212,7 @@ class Core:
         self.metrics.set_worker(peer.role, True)
         if peer.role == "target":
             info = message.info
+            self._check_weights(info, now)
             if sender != self._timed:
                 self._step_timeout, self._timed = StepTimeout(self.settings.step_timeout_s), sender
             self.session = Session(
@@ -222,6 +224,13 @@ class Core:
             info = message.info
             self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
         self._broadcast_status()
+
+    def _check_weights(self, info: WorkerInfo, now: float) -> None:
+        """Requests that other weights have begun are not continued by these: the text would be neither's."""
+        if self._fingerprint not in ("", info.fingerprint):
+            for sequence in list(self._requests.values()):
+                self._end(sequence, "error", now, error="the model was changed while the request was running")
+        self._fingerprint = info.fingerprint
 
     def _worker_failed(self, sender: str, now: float) -> None:
         peer = self.peers.get(sender)

@@ -85,6 +85,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text
     whole_media: list[MediaKind] = field(default_factory=list)  # kinds of which one prefill chunk must hold all tokens
+    load_id: int = 0  # of the choice of a model that it was started with (shared/served.py)
     attention: list[str] = field(default_factory=list)  # target only: which kernels attend, and why; empty: stock
 
 

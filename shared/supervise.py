@@ -4,7 +4,8 @@ honcho stops everything when one line of the Procfile ends, so each line runs un
 with growing back-off and gives up, with a non-zero exit, after `max_early_deaths` deaths in a row within
 `EARLY_DEATH_S` of their start. Exit code 78 (a bad setting or model) is final at once: another try cannot help.
 
-SIGHUP restarts the child in order (`tandem restart`). SIGUSR1 is passed on and says that the child will end by itself
+SIGHUP restarts the child in order (`tandem restart`). SIGUSR2 ends the child and starts
+none until SIGHUP. SIGUSR1 is passed on and says that the child will end by itself
 once its work is done (`frontend/drain.py`): whatever ends it then, it is not started again. A child that no longer
 touches its beat file (`shared/beat.py`) hangs, and is killed. A child finds the exit code of the one before it in the
 environment variable LAST_EXIT.
@@ -31,6 +32,7 @@ EARLY_DEATH_S = 20.0
 BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 4.0)
 STOP_GRACE_S = 4.0
 LOOK_S = 1.0
+PAUSED_S = 0.1  # between two looks whether the child is to be started again
 LAST_EXIT = "SUPERVISE_LAST_EXIT"
 
 
@@ -71,6 +73,7 @@ class Supervisor:
         self._stopping = False
         self._restarting = False
         self._draining = False
+        self._paused = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """Pass SIGTERM on; a child that has not ended STOP_GRACE_S later is killed."""
@@ -79,8 +82,13 @@ class Supervisor:
 
     def restart(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """Have the child end and start a new one at once. It gets SIGHUP, so that it can tell this from a stop."""
-        self._restarting = True
+        self._restarting, self._paused = True, False
         self._end_child(signal.SIGHUP)
+
+    def pause(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """Have the child end, and start no other one until `restart`."""
+        self._paused = True
+        self._end_child(signal.SIGTERM)
 
     def drain(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """Pass SIGUSR1 on and wait for the child to end, however long it takes."""
@@ -103,6 +111,9 @@ class Supervisor:
         environment = dict(os.environ)
         environment.pop(LAST_EXIT, None)
         while not self._stopping and not self._draining:
+            if self._paused:
+                time.sleep(PAUSED_S)
+                continue
             started = time.monotonic()
             if self._watch is not None:
                 self._watch.begin()
@@ -110,9 +121,12 @@ class Supervisor:
             self._child = subprocess.Popen(self.command, preexec_fn=_die_with_parent, env=environment)
             code = self._wait(self._child)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            if self._stopping or self._draining or (code == 0 and not self._restarting):
+            if self._stopping or self._draining or (code == 0 and not (self._restarting or self._paused)):
                 return 0
-            environment[LAST_EXIT] = "0" if self._restarting else str(code)
+            environment[LAST_EXIT] = "0" if self._restarting or self._paused else str(code)
+            if self._paused:
+                self._say(f"{self.name} ended, as it was told")
+                continue
             if self._restarting:
                 self._say(f"{self.name} is started again, as it was told")
                 continue
@@ -164,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, supervisor.stop)
     signal.signal(signal.SIGHUP, supervisor.restart)
     signal.signal(signal.SIGUSR1, supervisor.drain)
+    signal.signal(signal.SIGUSR2, supervisor.pause)
     pid_file = folder / f"{name}.pid"
     pid_file.write_text(str(os.getpid()))
     try:

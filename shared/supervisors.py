@@ -26,3 +26,12 @@ def tell(role: str, number: signal.Signals, settings: Settings) -> int:
     except (OSError, ValueError, psutil.Error) as error:
         raise Unavailable(f"no server runs with the run folder {settings.run_folder}") from error
     return supervisor.pid
+
+
+def has_child(supervisor: int) -> bool:
+    """Whether the process that a supervisor watches runs."""
+    try:
+        children = psutil.Process(supervisor).children()
+        return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
+    except psutil.Error:
+        return False

@@ -14,7 +14,7 @@ from pathlib import Path
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
 
-from shared import config
+from shared import config, served
 from shared.errors import BadConfig, Unavailable
 from shared.supervise import EXIT_CONFIG
 from shared.supervisors import tell
@@ -55,6 +55,7 @@ def main() -> int:
     except BadConfig as error:
         print(f"tandem: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    served.path(settings).unlink(missing_ok=True)  # what a server before this one was told to serve
     processes = Processes(settings)
     for name, command in parse_procfile(PROCFILE.read_text()).processes.items():
         processes.add_process(name, command, cwd=str(PROCFILE.parent))

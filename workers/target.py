@@ -11,9 +11,10 @@ from collections import deque
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
-from shared import config, log
+from shared import config, log, served
 from shared.errors import BadConfig, BadModel, TandemError
 from shared.messages import (
     ClearArchive,
@@ -45,7 +46,7 @@ MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 class Target:
     """Owns the engine. On a GPU one step runs while the next is being queued."""
 
-    def __init__(self, settings: config.Settings) -> None:
+    def __init__(self, settings: config.Settings, load_id: int = 0) -> None:
         from workers.build import build_archiver, build_engine
         from workers.features import FeatureSender
         from workers.link import Link
@@ -55,7 +56,8 @@ class Target:
         self.link = Link(settings, "target", ToTarget, memory)
         self.link.start()  # heartbeats begin before the weights are read
         started = time.perf_counter()
-        self.engine, self.info = build_engine(resolve(settings.model, settings), settings)
+        self.engine, info = build_engine(resolve(settings.model, settings), settings)
+        self.info = msgspec.structs.replace(info, load_id=load_id)
         logger.info(
             "%s ready on %s in %s after %.1f s: %d slots, %d tokens of KV",
             self.info.model, self.info.device, self.info.dtype, time.perf_counter() - started, self.info.num_slots,
@@ -214,12 +216,14 @@ class Target:
 
 def main() -> int:
     try:
-        settings = config.load()
+        settings, choice = served.load_for("target")
         log.set_up("target", settings.log_level)
         config.prepare_run_folder(settings)
         logger.info("%s", blas.prepare(settings))
-        target = Target(settings)
-    except (BadConfig, BadModel) as error:
+        target = Target(settings, choice.load_id)
+    except BadModel as error:
+        return served.refused("target", settings, choice, error)
+    except BadConfig as error:
         print(f"target: {error}", file=sys.stderr)
         return EXIT_CONFIG
     except TandemError as error:
