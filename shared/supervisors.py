@@ -31,7 +31,6 @@ def tell(role: str, number: signal.Signals, settings: Settings) -> int:
 def has_child(supervisor: int) -> bool:
     """Whether the process that a supervisor watches runs."""
     try:
-        children = psutil.Process(supervisor).children()
-        return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
+        return bool(psutil.Process(supervisor).children())
     except psutil.Error:
         return False
