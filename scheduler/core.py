@@ -81,7 +81,7 @@ class Core:
         self._last_process: dict[Role, str] = {}  # role -> instance id of its newest process
         self._fingerprint = ""  # of the last target's weights
         self.suspects = Suspects()
-        self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
+        self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize, settings.memory_hard_limit_bytes)
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
         self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
         self.speculator.forced_k = settings.draft_tokens or None
@@ -131,6 +131,7 @@ class Core:
         self.speculator.expire(now)
         for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
             self._end(sequence, "error", now, error="the request's time limit passed", code=DeadlineExceeded.code)
+        self._relieve_memory(now)
         for peer in self.peers.all():
             self._outbox.send(peer.instance_id, Heartbeat(instance_id=self.scheduler_id))
         self._broadcast_status()
@@ -250,6 +251,19 @@ class Core:
             for sequence in [s for s in self._requests.values() if s.frontend == peer.instance_id]:
                 self._end(sequence, "abort", now)
         self._broadcast_status()
+
+    def _relieve_memory(self, now: float) -> None:
+        """Beyond the soft limit caches shrink and nobody gets a slot. Beyond the hard one the newest loses its slot.
+
+        One at a time, so that what it gave back is seen before the next one goes.
+        """
+        session = self.session
+        if session is None:
+            return
+        session.planner.is_short = self.memory.is_full
+        if self.memory.is_full and self.memory.take_news(session.target_id):
+            is_preempted = self.memory.is_overfull and session.preempt_newest()
+            session.shrink(now, at_once=is_preempted)
 
     def _check_step_time(self, now: float) -> None:
         """A target whose step takes far longer than steps do hangs: it is replaced."""

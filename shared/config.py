@@ -62,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_check_rate: float = 0.01  # share of hits that an idle target computes again and compares
     max_queue: int = 256  # waiting requests before 429
     memory_limit_bytes: int = 0  # of all processes together; no new requests beyond it; 0: nine tenths of the machine's
+    memory_hard_limit_bytes: int = 0  # beyond it running sequences are preempted; 0: 5 % above memory_limit_bytes
     priority_ageing_s: float = 10.0  # a request gains one priority level for each such wait
     ttft_bound_s: float = 0.0  # 0: none; otherwise prefill gets the whole step when a request waits longer
 

@@ -421,6 +421,13 @@ class Step(Message, frozen=True, kw_only=True):
     encodes: list[EncodeRow] = field(default_factory=list)
 
 
+class Shrink(Part, frozen=True, kw_only=True):
+    """Memory is short: give back what no sequence needs. The device pool's other blocks were forgotten."""
+
+    kept_blocks: list[int]  # ids
+    free_states: list[int]  # ids of kept recurrent states that nobody has
+
+
 class Release(Message, frozen=True, kw_only=True):
     """These slots are free, once their `stores` are made; steps sent before still use them."""
 
@@ -429,6 +436,7 @@ class Release(Message, frozen=True, kw_only=True):
     release_id: int = 0  # counts from 1 in each epoch
     after_step: int = 0  # id of the last Step sent before it
     stores: list[BlockStore] = field(default_factory=list)
+    shrink: Shrink | None = None  # done last
 
 
 class LoadBlocks(Message, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from shared.messages import (
     LoadBlocks,
     Ready,
     Release,
+    Shrink,
     Step,
     StepResult,
     ToTarget,
@@ -101,6 +103,7 @@ class Target:
                             continue  # look for more before waiting for the device
                     case LoadBlocks() if message.epoch == self.epoch and self.archiver is not None:
                         if self._is_next(message):
+                            _keep_loading(message, waiting)
                             self.archiver.load(message)
                     case ClearArchive() if message.epoch == self.epoch and self.archiver is not None:
                         self.archiver.clear()
@@ -173,10 +176,17 @@ class Target:
     def _begin(self, message: Step | Release, running: deque[PendingStep]) -> None:
         if isinstance(message, Release):
             self.engine.release(message.slots, message.stores)
+            if message.shrink is not None:
+                self._shrink(message.shrink)
         else:
             running.append(self.engine.begin(message))
         if self.archiver is not None and message.stores:
             self.archiver.stored(message.stores)
+
+    def _shrink(self, shrink: Shrink) -> None:
+        if self.archiver is not None:
+            self.archiver.shrink()
+        self.engine.shrink(shrink.kept_blocks, shrink.free_states)
 
     def _archive(self, archiver: Archiver, is_idle: bool) -> None:
         """A little of the work between the device pool and the archive."""
@@ -212,6 +222,15 @@ class Target:
             self.archiver.reset()
             for message in self.archiver.everything(self.epoch):
                 self.link.send(message)
+
+
+def _keep_loading(message: LoadBlocks, waiting: Iterable[Step | Release]) -> None:
+    """Blocks are loaded as soon as they can be, so a Shrink that was sent before may be done after that."""
+    for earlier in waiting:
+        if isinstance(earlier, Release) and earlier.shrink is not None:
+            earlier.shrink.kept_blocks.extend(message.block_ids)
+            taken = set(message.states.values())
+            earlier.shrink.free_states[:] = [i for i in earlier.shrink.free_states if i not in taken]
 
 
 def main() -> int:
