@@ -48,9 +48,10 @@ $(VENV)/.dev-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
 test: $(VENV)/.dev-$(BACKEND)
 	$(PYTHON) -m pytest
 
-# The reference drafters against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
+# The reference drafters (DRAFTERS_FOLDER) against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
 test-drafters: $(VENV)/.dev-$(BACKEND)
-	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py
+	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/workers/drafters/test_real_drafters.py \
+		tests/workers/drafters/test_training_evaluation.py
 	DRAFTERS_DOCUMENTS=20 $(PYTHON) -m pytest tests/system/test_real_drafters.py
 
 # The speculation policy in its clock model at every batch size.

@@ -159,7 +159,7 @@ async def _request(client: httpx.AsyncClient, target: Target, prompt: Prompt, or
     try:
         async with (
             asyncio.timeout(target.timeout_s),
-            client.stream("POST", PATHS[target.endpoint], json=target.body(prompt)) as response,
+            client.stream("POST", PATHS[target.endpoint], json=target.body(prompt), headers=prompt.headers) as response,
         ):
             record.status = response.status_code
             if response.status_code != 200:

@@ -68,8 +68,10 @@ class Bench:
             target = msgspec.structs.replace(target, endpoint="completions", ignore_eos=True)
             count, close = choose_counter(target.url, target.model, None)
             prompts = [self._pair(rng, count) for _ in range(args.repeats)]
+            warm_up = self._pair(random.Random("warm-up"), count)
             close()
-            self._one(target, self._pair(random.Random(-1), EstimateOnly())[0])  # kernels for these shapes are there
+            for prompt in warm_up:  # kernels for these shapes are there
+                self._one(target, prompt)
             for first, second in tqdm(prompts, desc="TTFT", file=sys.stderr):
                 cold.append(self._one(target, first))
                 warm.append(self._one(target, second))
@@ -156,15 +158,6 @@ class Bench:
 
     def _turn(self, index: int) -> Prompt:
         return Prompt(index=index, text="", num_tokens=0, max_tokens=self._args.output_tokens)
-
-
-class EstimateOnly:
-    """A count for a warm-up prompt whose exact length does not matter."""
-
-    source = "words"
-
-    def __call__(self, text: str) -> int:
-        return len(text.split())
 
 
 def _wait_for_ssd(target: Target) -> None:

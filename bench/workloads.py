@@ -40,6 +40,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int  # as counted (or estimated) when the text was made
     max_tokens: int
     arrival_s: float | None = None  # open loop: seconds after the start
+    headers: dict[str, str] = {}  # of this request alone
 
 
 class TokenCounter(Protocol):

@@ -85,6 +85,7 @@ class Core:
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
         self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
         self.speculator.forced_k = settings.draft_tokens or None
+        self.speculator.max_batch = settings.draft_max_batch
 
     # ------------------------------------------------ entry points
 
@@ -223,7 +224,9 @@ class Core:
             self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
         elif message.info.draft_kind is not None:
             info = message.info
-            self.speculator.set_drafter(sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens)
+            self.speculator.set_drafter(
+                sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens, info.step_costs
+            )
         self._broadcast_status()
 
     def _check_weights(self, info: WorkerInfo, now: float) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from scheduler.costs import StepCosts, follow
+from scheduler.costs import StepCosts
 from scheduler.drafts import draws, first, problem
 from scheduler.metrics import Metrics
 from scheduler.ngram import NOTHING, NgramIndex, Proposal, SharedSuffixIndex
@@ -31,6 +31,18 @@ SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants tog
 
 
 TEXT_SOURCES = ("ngram", "suffix")  # drafts out of text: the sequence's own, and recent outputs of the same tenant
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Drafts on their way."""
+
+    draft_id: int
+    sent: float
+    deadline: float
+    k: int
+    batch: int  # rows that the drafter works on
+    is_catching_up: bool  # it takes more than a round's tokens in first
 
 
 @dataclass
@@ -65,15 +77,15 @@ class Speculator:
         self.drafter_kind = ""
         self.drafter_epoch = 0
         self.forced_k: int | None = None  # bench and tests: no policy
+        self.max_batch = 0  # no drafts with more rows; 0: the policy alone decides
         self._neural = AcceptanceRates(max_draft_tokens)
         self._ngram = AcceptanceRates(max_draft_tokens)
         self._states: dict[RequestId, Speculated] = {}
         self._ended: list[RequestId] = []
-        self._draft_s: dict[int, float] = {}  # k -> seconds from request to reply
+        self.draft_costs = StepCosts()  # (batch, k) -> seconds from request to reply
         self._num_drafts = 0
-        self._waiting: tuple[int, float, float, int] | None = None  # draft id, sent, deadline, k
-        self._is_catching_up = False  # what is waited for takes more than a round's tokens in
-        self._late: tuple[int, float, int] | None = None  # draft id, sent, k: the reply did not come in time
+        self._waiting: Asked | None = None
+        self._late: Asked | None = None  # the reply did not come in time
         self._available = PRIOR  # share of rows for which the n-gram index has a proposal
         self._max_neural = 0
         self._max_verified = max_draft_tokens
@@ -108,12 +120,14 @@ class Speculator:
         self.costs = StepCosts(step_costs)
         self.policy.forget()
 
-    def set_drafter(self, instance_id: str, kind: str, epoch: int, max_draft_tokens: int) -> None:
-        """A drafter is ready; it knows of no sequence yet."""
+    def set_drafter(
+        self, instance_id: str, kind: str, epoch: int, max_draft_tokens: int, costs: Iterable[StepCost] = ()
+    ) -> None:
+        """A drafter is ready; it knows of no sequence yet. `costs` by batch and k, as it measured them at start."""
         self.lose_drafter()
         self.drafter_id, self.drafter_kind, self.drafter_epoch = instance_id, kind, epoch
         self._neural = AcceptanceRates(max_draft_tokens)
-        self._draft_s.clear()
+        self.draft_costs = StepCosts(costs)
         self.policy.forget()
         self._max_neural = max_draft_tokens
         self.metrics.add_drafter(kind)
@@ -151,20 +165,21 @@ class Speculator:
 
     @property
     def deadline(self) -> float | None:
-        return None if self._waiting is None else self._waiting[2]
+        return None if self._waiting is None else self._waiting.deadline
 
     def expire(self, now: float) -> None:
         """Stop waiting for a late reply; ask again where one was lost."""
-        if self._late is not None and now - self._late[1] >= LOST_REPLY_S:
+        if self._late is not None and now - self._late.sent >= LOST_REPLY_S:
             self._late = None
-        if self._waiting is not None and now >= self._waiting[2]:
-            draft_id, sent, _, k = self._waiting
-            self._waiting, self._late = None, (draft_id, sent, k)
+        if self._waiting is not None and now >= self._waiting.deadline:
+            self._waiting, self._late = None, self._waiting
             self.metrics.count_fallthrough("timeout")
 
     def choose_k(self, batch: int) -> int:
         """How many tokens to draft for `batch` decode rows; 0 for a plain, pipelined step. Changes nothing."""
         if not self.is_on or batch == 0:
+            return 0
+        if self.max_batch and batch > self.max_batch:
             return 0
         if self.forced_k is not None:
             return self.forced_k
@@ -186,18 +201,9 @@ class Speculator:
             return self.costs.estimate(batch, 1)
         wide = self.costs.estimate(batch, k + 1)
         if self.is_neural:
-            return wide + self._draft_cost(k) + OVERHEAD_S
+            return wide + self.draft_costs.estimate(batch, k) + OVERHEAD_S
         is_wide = 1 - (1 - self._available) ** batch
         return is_wide * wide + (1 - is_wide) * self.costs.estimate(batch, 1) + OVERHEAD_S
-
-    def _draft_cost(self, k: int) -> float:
-        """Seconds from request to reply; hopeful for a k that was not measured, which is then found out."""
-        if not self.is_neural or not self._draft_s:
-            return 0.0
-        if k in self._draft_s:
-            return self._draft_s[k]
-        nearest = min(self._draft_s, key=lambda known: abs(known - k))
-        return self._draft_s[nearest] * min(1.0, (k + 1) / (nearest + 1))
 
     def request(self, rows: Iterable[Request], k: int, now: float) -> DraftRequest | None:
         """Prepare drafts for these decode rows; the message for the drafter, if one is needed.
@@ -230,12 +236,12 @@ class Speculator:
         if not wanted:
             return None
         self._num_drafts += 1
-        usual = self._draft_s.get(k, max(self._draft_s.values(), default=0.0))
-        patience = max(MIN_PATIENCE_S, DRAFT_PATIENCE * usual) if self._draft_s else FIRST_PATIENCE_S
-        self._is_catching_up = any(len(row.token_ids) > 2 * k + 2 for row in wanted)
-        if self._is_catching_up or self.forced_k is not None:
+        usual = self.draft_costs.estimate(len(wanted), k)
+        patience = max(MIN_PATIENCE_S, DRAFT_PATIENCE * usual) if usual else FIRST_PATIENCE_S
+        is_catching_up = any(len(row.token_ids) > 2 * k + 2 for row in wanted)
+        if is_catching_up or self.forced_k is not None:
             patience = max(patience, FIRST_PATIENCE_S)  # a prompt has to be taken in; or to measure
-        self._waiting = (self._num_drafts, now, now + patience, k)
+        self._waiting = Asked(self._num_drafts, now, now + patience, k, len(wanted), is_catching_up)
         ended, self._ended = self._ended, []
         return DraftRequest(
             epoch=self.drafter_epoch,
@@ -250,26 +256,24 @@ class Speculator:
         if message.epoch != self.drafter_epoch:
             self.metrics.count_fallthrough("stale")
             return
-        if self._late is not None and self._late[0] == message.draft_id:  # too late to be used, but it tells the cost
-            _, sent, k = self._late
+        late, asked = self._late, self._waiting
+        if late is not None and late.draft_id == message.draft_id:  # too late to be used, but it tells the cost
             self._late = None
-            self._measured(k, now - sent)
+            self._measured(late, now)
             self.metrics.count_fallthrough("stale")
             return
-        if self._waiting is None or self._waiting[0] != message.draft_id:
+        if asked is None or asked.draft_id != message.draft_id:
             self.metrics.count_fallthrough("stale")
             return
-        _, sent, _, k = self._waiting
         self._waiting = None
-        if not self._is_catching_up:
-            self._measured(k, now - sent)
+        self._measured(asked, now)
         for draft in message.drafts:
-            self._take(draft, k)
+            self._take(draft, asked.k)
 
-    def _measured(self, k: int, seconds: float) -> None:
-        self.metrics.draft_seconds(seconds)
-        old = self._draft_s.get(k)
-        self._draft_s[k] = seconds if old is None else follow(old, seconds)
+    def _measured(self, asked: Asked, now: float) -> None:
+        if not asked.is_catching_up:
+            self.metrics.draft_seconds(now - asked.sent)
+            self.draft_costs.add(asked.batch, asked.k, now - asked.sent)
 
     def _take(self, draft: Draft, k: int) -> None:
         state = self._states.get(draft.request_id)

@@ -25,9 +25,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # what is served
     model: str = "default"  # "default" (embedded), a folder, a .gguf file or a Hugging Face id
     model_name: str = ""  # name shown to clients; empty: taken from the model
-    draft_model: str = "auto"  # "auto", "ngram": out of text, no checkpoint; "none"; or a drafter as `model` is named
+    draft_model: str = "auto"  # "auto", "ngram": out of text, no checkpoint; "none"; or a drafter, as `model` is named
+    # or by the name of one that is shipped for the embedded model: "dflash", "eagle3", "mtp"
     draft_kind: str = ""
     draft_block_size: int = 0
+    draft_max_batch: int = 0  # no drafts while more sequences decode; 0: as long as they pay
     draft_tokens: int = 0  # 0: as many as pay; otherwise so many in every step, whatever it costs (to measure)
     ngram: bool = False  # propose from the text itself before asking the drafter
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

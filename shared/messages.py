@@ -80,7 +80,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     draft_kind: str | None = None  # drafter only
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
-    step_costs: list[StepCost] = field(default_factory=list)  # target only: measured at start
+    step_costs: list[StepCost] = field(default_factory=list)  # measured at start; drafter: of k tokens, as `width`
     exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text

@@ -18,6 +18,7 @@ from shared import config
 from shared.api_keys import load_keys
 from shared.errors import BadConfig, BadModel, Unavailable
 from shared.model_files import resolve
+from shared.shipped_drafters import resolve_drafter
 from shared.sockets import check_addresses, write_keys
 from shared.supervise import EXIT_CONFIG
 from tandem import race
@@ -85,6 +86,8 @@ def serve(options: dict[str, str | None]) -> int:
             os.environ[config.PREFIX + name.upper()] = value
     settings = config.load()
     resolve(settings.model, settings)
+    if settings.draft_checkpoint:
+        resolve_drafter(settings)
     check_addresses(settings)
     load_keys(settings)
     config.prepare_run_folder(settings)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -25,12 +24,12 @@ from msgspec import Struct, to_builtins
 
 from shared.config import PREFIX
 from shared.errors import BadConfig, Unavailable
+from tandem.draft_counters import DraftCounters, parse, total
 from tandem.race_prompts import PROMPTS
 
 READY_S = 600.0  # a checkpoint may have to be fetched and converted
 STOP_S = 10.0
 REQUEST_S = 600.0
-_SAMPLE = re.compile(r"^(?P<name>[\w:]+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
 
 
 class Answer(Struct, frozen=True):
@@ -100,16 +99,14 @@ def play(model: str, drafter: str, prompts: Sequence[str], max_tokens: int) -> A
         _ask(client, prompts[0], max_tokens)
         before = _counters(client)
         answers = [_ask(client, prompt, max_tokens) for prompt in prompts]
-        counts = {key: value - before.get(key, 0.0) for key, value in _counters(client).items()}
-    num_drafts = counts.get("num_drafts", 0.0)
-    per_position = {int(k.split()[1]): v for k, v in counts.items() if k.startswith("position ")}
+        counts = _counters(client).since(before)
     return Arm(
         drafter=drafter,
         answers=answers,
-        num_drafts=int(num_drafts),
-        num_draft_tokens=int(counts.get("num_draft_tokens", 0.0)),
-        num_accepted_tokens=int(counts.get("num_accepted_tokens", 0.0)),
-        accepted_at=[v / num_drafts for _, v in sorted(per_position.items()) if v] if num_drafts else [],
+        num_drafts=int(counts.num_drafts),
+        num_draft_tokens=int(counts.num_draft_tokens),
+        num_accepted_tokens=int(counts.num_accepted_tokens),
+        accepted_at=counts.acceptance_by_position,
     )
 
 
@@ -176,19 +173,9 @@ def _ask(client: httpx.Client, prompt: str, max_tokens: int) -> Answer:
     return Answer(text, content["usage"]["completion_tokens"], content["timings"]["predicted_ms"] / 1e3)
 
 
-def _counters(client: httpx.Client) -> dict[str, float]:
-    """Speculation counters over all drafters; "position 2" is the accepted tokens there."""
-    found: dict[str, float] = {}
-    for line in client.get("/metrics").text.splitlines():
-        sample = _SAMPLE.match(line)
-        if sample is None or not sample["name"].startswith("vllm:spec_decode_") or "_total" not in sample["name"]:
-            continue
-        name = sample["name"].removeprefix("vllm:spec_decode_").removesuffix("_total")
-        if name == "num_accepted_tokens_per_pos":
-            position = re.search(r'position="(\d+)"', sample["labels"])
-            name = f"position {position[1]}" if position else name
-        found[name] = found.get(name, 0.0) + float(sample["value"])
-    return found
+def _counters(client: httpx.Client) -> DraftCounters:
+    """Of all drafters together."""
+    return total(parse(client.get("/metrics").text))
 
 
 def _first_difference(a: str, b: str) -> int | None:

@@ -15,7 +15,7 @@ from shared.grammar import Compiler
 from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
 from workers.archiver import Archiver
-from workers.build_drafter import draft_config, install_fusion
+from workers.build_drafter import draft_config, drafter_fingerprint, install_fusion
 from workers.cache.archive import Archive
 from workers.cache.blocks import BlockPool
 from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
@@ -207,7 +207,7 @@ def build_archiver(engine: Engine, info: WorkerInfo, settings: Settings) -> Arch
     if engine.blocks is None or not (settings.prefix_ssd_bytes or host_bytes):
         return None
     # Blocks also hold what a drafter gets, in the form that this drafter gets it.
-    layout = f"{engine.blocks.layout}; features for {settings.draft_checkpoint}"
+    layout = f"{engine.blocks.layout}; features for {drafter_fingerprint(settings)}"
     archive = Archive(settings.prefix_folder, info.fingerprint, layout, settings.prefix_ssd_bytes, host_bytes)
     return Archiver(engine.blocks, archive)
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
+import numpy as np
 
 from shared.config import Settings
 from shared.errors import BadModel
-from shared.messages import WorkerInfo
+from shared.messages import DraftRow, FeatureRows, RequestId, StepCost, WorkerInfo
 from shared.model_files import resolve
+from shared.shipped_drafters import resolve_drafter
+from workers.cache.spec import AttentionSpec
 from workers.draft_engine import DraftEngine
+from workers.drafters.base import FeatureDrafter
 from workers.drafters.causal_lm import CausalLMDrafter
 from workers.drafters.checkpoint import detect
 from workers.drafters.config import DrafterConfig
 from workers.drafters.registry import load_drafter, load_fusion
+from workers.kernels.select import select
 from workers.load import LoadedModel, load
+from workers.load.fingerprint import fingerprint
 from workers.machine import DTYPES, device_name, is_cpu
 from workers.runner import ModelRunner
 
-WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32)
+GPU_BATCHES, CPU_BATCHES = (1, 2, 4, 8, 16, 32), (1,)  # whose drafts are measured at start
+WARM_UP_TOKENS = 16
+REPEATS = 3
 
 
 def draft_config(settings: Settings, target_config: dict[str, Any]) -> DrafterConfig | None:
@@ -32,10 +42,24 @@ def draft_config(settings: Settings, target_config: dict[str, Any]) -> DrafterCo
     """
     if not settings.draft_checkpoint:
         return None
-    files = resolve(settings.draft_model, settings)
+    files = resolve_drafter(settings)
     if files.folder is None:
         return DrafterConfig(kind="model", path=files.gguf or Path(), max_draft_tokens=settings.draft_block_size or 4)
     return detect(files.folder, target_config, settings.draft_kind or None)
+
+
+def drafter_fingerprint(settings: Settings) -> str:
+    """Equal for two drafters only if the target sends both the same features; empty without one.
+
+    A drafter that is trained anew keeps its name: what was cached for the old one is no use to it.
+    """
+    if not settings.draft_checkpoint:
+        return ""
+    files = resolve_drafter(settings)
+    if files.folder is None:
+        return files.name  # a whole model in a GGUF file: it reads tokens, not features
+    config = (files.folder / "config.json").read_text()
+    return fingerprint(sorted(files.folder.glob("*.safetensors")), {"config": config}, settings.dtype)
 
 
 def install_fusion(runner: ModelRunner, config: DrafterConfig | None, dtype: mx.Dtype) -> None:
@@ -56,15 +80,16 @@ def build_drafter(settings: Settings) -> tuple[DraftEngine, WorkerInfo]:
     assert config is not None, "a drafter process without a draft model"
     dtype = DTYPES[target.dtype]
     if config.kind == "model":
-        model = load(resolve(settings.draft_model, settings), settings.dtype)
+        model = load(resolve_drafter(settings), settings.dtype)
         _check_same_vocabulary(target, model)
         engine = DraftEngine(CausalLMDrafter(model.model, target.vocab_size), needs_features=False)
     else:
         embed, head = _tables(target, config)
-        engine = DraftEngine(load_drafter(config, dtype, embed, head), config.feature != "none")
+        engine = DraftEngine(load_drafter(config, dtype, embed, head), config.feature != "none", dtype)
     if not is_cpu():
-        warm_up(engine, config)
-    limit = settings.draft_block_size or engine.drafter.max_draft_tokens
+        select_attention(engine, dtype, settings)
+    limit = min(settings.draft_block_size or engine.drafter.max_draft_tokens, engine.drafter.max_draft_tokens)
+    costs = draft_costs(engine, max(1, config.hidden_size), limit)
     info = WorkerInfo(
         model=Path(settings.draft_model).name,
         architecture=config.kind,
@@ -80,19 +105,50 @@ def build_drafter(settings: Settings) -> tuple[DraftEngine, WorkerInfo]:
         max_step_tokens=0,
         eos_token_ids=[],
         draft_kind=config.kind,
-        max_draft_tokens=min(limit, engine.drafter.max_draft_tokens),
+        max_draft_tokens=limit,
+        step_costs=costs,
     )
     return engine, info
 
 
-def warm_up(engine: DraftEngine, config: DrafterConfig) -> None:
-    """Draft for a few batch sizes, so that kernels are compiled before the policy measures a draft."""
-    drafter, context = engine.drafter, 16
-    for batch in WARM_UP_BATCHES:
-        states = [drafter.new_state() for _ in range(batch)]
-        features = [mx.zeros((context, max(1, config.hidden_size)), mx.bfloat16)] * batch
-        drafter.extend(states, features, [[1] * context] * batch)
-        mx.eval(drafter.draft(states, [1] * batch, drafter.max_draft_tokens).token_ids)
+def select_attention(engine: DraftEngine, dtype: mx.Dtype, settings: Settings) -> None:
+    """Give the drafter's layers the kernels that proved themselves here."""
+    drafter = engine.drafter
+    if not isinstance(drafter, FeatureDrafter) or not drafter.draft_widths:
+        return
+    specs = [spec for spec in drafter.contexts.store.specs if isinstance(spec, AttentionSpec)]
+    layers = [(spec, drafter.num_query_heads) for spec in specs]
+    setting = "stock" if settings.attention == "stock" else "auto"  # what is forced, is forced on the target
+    drafter.use_attention(
+        select(
+            layers, dtype, setting, is_speculative=True, cache_folder=settings.cache_folder, widths=drafter.draft_widths
+        )
+    )
+
+
+def draft_costs(engine: DraftEngine, hidden_size: int, max_draft_tokens: int) -> list[StepCost]:
+    """Seconds of a draft by batch and number of tokens, the best of a few. Kernels are compiled on the way."""
+    costs: list[StepCost] = []
+    lengths = sorted({min(max_draft_tokens, (1 << bits) - 1) for bits in range(1, max_draft_tokens.bit_length() + 1)})
+    for batch in CPU_BATCHES if is_cpu() else GPU_BATCHES:
+        names = [RequestId(f"calibration-{i}") for i in range(batch)]
+        rows = np.zeros((WARM_UP_TOKENS, hidden_size), np.float32 if engine.dtype == mx.float32 else np.uint16)
+        for name in names if engine.needs_features else ():
+            engine.take_features(FeatureRows(request_id=name, start=0, num_rows=WARM_UP_TOKENS), rows)
+        asked = [
+            DraftRow(request_id=name, start=0, token_ids=[1] * (WARM_UP_TOKENS + 1), num_tokens=1) for name in names
+        ]
+        for row in asked:
+            engine.take_tokens(row)
+        for k in lengths:
+            seconds = []
+            for _ in range(REPEATS):
+                started = time.perf_counter()
+                engine.draft([msgspec.structs.replace(row, num_tokens=k) for row in asked])
+                seconds.append(time.perf_counter() - started)
+            costs.append(StepCost(batch=batch, width=k, seconds=min(seconds)))
+        engine.reset()
+    return costs
 
 
 def _tables(target: LoadedModel, config: DrafterConfig) -> tuple[Any, Any]:

@@ -11,11 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from shared.messages import Draft, DraftDistribution, DraftRow, FeatureRows, RequestId
 from workers.arrays import to_list
-from workers.drafters.base import ContextState, Drafter
+from workers.drafters.base import Drafter
+from workers.drafters.context import ContextState
 from workers.drafters.draw import DraftSampler
+from workers.features import Bits, from_bits
 
 MAX_SEQUENCES = 1024  # beyond what the scheduler ends; the least recently used goes first
 NUM_ENDED_REMEMBERED = 4096  # features of these may still be on their way
@@ -25,7 +28,7 @@ NUM_ENDED_REMEMBERED = 4096  # features of these may still be on their way
 class DraftedSequence:
     tokens: list[int] = field(default_factory=list)
     state: ContextState | None = None
-    features: list[mx.array] = field(default_factory=list)  # rows not taken in yet, (n, H) each, without gaps
+    features: list[Bits] = field(default_factory=list)  # rows not taken in yet, (n, H) each, without gaps
     num_features: int = 0  # position after the last of them
     start: int = 0  # position of the first of them, while nothing was taken in
 
@@ -34,7 +37,7 @@ class DraftedSequence:
         first = self.start if self.state is None else self.state.length
         if self.num_features <= max(first, length):
             return
-        held = mx.concatenate(self.features)[: max(0, length - first)]
+        held = np.concatenate(self.features)[: max(0, length - first)]
         self.features = [held] if held.shape[0] else []
         self.num_features = first + held.shape[0] if held.shape[0] or self.state is not None else 0
 
@@ -43,17 +46,20 @@ class DraftEngine:
     """Args:
     drafter: of any kind.
     needs_features: False for a drafter that reads tokens only.
+    dtype: of the features.
     """
 
-    def __init__(self, drafter: Drafter, needs_features: bool) -> None:
+    def __init__(self, drafter: Drafter, needs_features: bool, dtype: mx.Dtype = mx.float32) -> None:
         self.drafter = drafter
         self.needs_features = needs_features
+        self.dtype = dtype
         self._sequences: OrderedDict[RequestId, DraftedSequence] = OrderedDict()
         self._ended: OrderedDict[RequestId, None] = OrderedDict()
         self.target_epoch = 0  # the target whose features are kept
 
     def reset(self) -> None:
-        self._sequences.clear()
+        for request_id in list(self._sequences):
+            self._drop(request_id)
         self._ended.clear()
         self.target_epoch = 0
 
@@ -71,7 +77,7 @@ class DraftEngine:
 
     def end(self, request_ids: Iterable[RequestId]) -> None:
         for request_id in request_ids:
-            self._sequences.pop(request_id, None)
+            self._drop(request_id)
             self._ended[request_id] = None
         while len(self._ended) > NUM_ENDED_REMEMBERED:
             self._ended.popitem(last=False)
@@ -80,13 +86,19 @@ class DraftEngine:
         sequence = self._sequences.setdefault(request_id, DraftedSequence())
         self._sequences.move_to_end(request_id)
         if len(self._sequences) > MAX_SEQUENCES:
-            self._sequences.popitem(last=False)
+            self._drop(next(iter(self._sequences)))
         return sequence
 
-    def take_features(self, rows: FeatureRows, array: mx.array) -> None:
+    def _drop(self, request_id: RequestId) -> None:
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None and sequence.state is not None:
+            self.drafter.release(sequence.state)
+
+    def take_features(self, rows: FeatureRows, array: Bits) -> None:
         """Rows (n, H) at positions rows.start ..: kept where they continue what is there, trimmed where they repeat it.
 
-        After a gap the context begins anew at these rows.
+        They stay on the host until they are drafted from: then those of all sequences go to the device together. After
+        a gap the context begins anew at these rows.
         """
         if rows.request_id in self._ended:
             return
@@ -95,6 +107,8 @@ class DraftEngine:
         if end <= sequence.num_features:
             return  # a target that started again computes what we have
         if rows.start > sequence.num_features:
+            if sequence.state is not None:
+                self.drafter.release(sequence.state)
             sequence.state, sequence.features = None, []
             sequence.start = rows.start
         else:
@@ -117,7 +131,7 @@ class DraftEngine:
 
     def draft(self, rows: list[DraftRow]) -> list[Draft]:
         """Drafts for the rows whose context is complete; the others get none."""
-        behind: list[tuple[ContextState, mx.array, list[int]]] = []
+        behind: list[tuple[ContextState, list[Bits], list[int]]] = []
         ready: list[tuple[DraftRow, int, ContextState]] = []
         for row in rows:
             sequence = self._sequence(row.request_id)
@@ -126,8 +140,9 @@ class DraftEngine:
                 if state is not None:
                     ready.append((row, sequence.tokens[-1], state))
         if behind:
-            states, features, tokens = (list(column) for column in zip(*behind, strict=True))
-            self.drafter.extend(states, features, tokens)
+            rows_of = [part for _, parts, _ in behind for part in parts]
+            features = from_bits(np.concatenate(rows_of), self.dtype) if rows_of else mx.zeros((0, 0))
+            self.drafter.extend_rows([state for state, _, _ in behind], features, [tokens for _, _, tokens in behind])
         ready = [r for r in ready if self.drafter.can_draft(r[2])]
         proposed = self._propose(ready) if ready else {}
         return [
@@ -154,7 +169,7 @@ class DraftEngine:
         }
 
     def _advance(
-        self, sequence: DraftedSequence, anchor: int, behind: list[tuple[ContextState, mx.array, list[int]]]
+        self, sequence: DraftedSequence, anchor: int, behind: list[tuple[ContextState, list[Bits], list[int]]]
     ) -> ContextState | None:
         """The sequence's state, with what it lacks before the anchor added to `behind`; None where it cannot be had."""
         if self.needs_features:
@@ -169,10 +184,10 @@ class DraftEngine:
             self.drafter.truncate(state, anchor)
         n = anchor - state.length
         if n > 0:
-            rows = mx.zeros((n, 0))
+            rows: list[Bits] = []
             if self.needs_features:
-                held = sequence.features[0] if len(sequence.features) == 1 else mx.concatenate(sequence.features)
-                rows, sequence.features = held[:n], [held[n:]] if held.shape[0] > n else []
+                held = sequence.features[0] if len(sequence.features) == 1 else np.concatenate(sequence.features)
+                rows, sequence.features = [held[:n]], [held[n:]] if held.shape[0] > n else []
             behind.append((state, rows, sequence.tokens[state.length : anchor]))
         return state
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import msgspec
@@ -33,7 +32,7 @@ from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
 from workers.cache.blocks import BlockPool
 from workers.cache.store import CacheStore, RecurrentSnapshot
-from workers.features import as_bits
+from workers.features import Bits, as_bits
 from workers.kernels.base import MAX_VERIFY_WIDTH
 from workers.media import SlotMedia
 from workers.models.base import MediaModel
@@ -46,9 +45,6 @@ from workers.sampling.sampler import Sampled, SampledRow, SlotSampling, sample
 WIDTH_STEP = 64
 CHECK_TOLERANCE = 0.02  # of a block's largest value; bfloat16 forwards of different shapes differ by about 0.008
 MAX_REPLAY_WIDTH = 16  # widest row of a recurrent model with the accepted tokens it feeds again
-
-Bits = np.ndarray[Any, np.dtype[Any]]
-"""Feature rows on the host: float32, or the bits of 16-bit floats as uint16."""
 
 AcceptRule = Callable[[Sequence[int], Sequence[int]], int]
 """(drafts (k,), the target's draws (k+1,)) -> how many drafts are accepted."""

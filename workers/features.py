@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 QUEUE = 4096  # messages on their way to a slow drafter
 
-_VIEWS = {"float32": (mx.float32, np.float32), "bfloat16": (mx.uint16, np.uint16), "float16": (mx.uint16, np.uint16)}
+_HOST_TYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
+
+Bits = np.ndarray[Any, np.dtype[Any]]
+"""Feature rows on the host: float32, or the bits of 16-bit floats as uint16, which NumPy lacks them as."""
 
 
 class TapLayer:
@@ -116,7 +119,7 @@ class FeatureReceiver:
         secure(self._socket, settings, settings.features_endpoint, is_server=True)
         self._socket.bind(settings.features_endpoint)
 
-    def receive(self, timeout_s: float) -> Iterator[tuple[int, FeatureRows, mx.array]]:
+    def receive(self, timeout_s: float) -> Iterator[tuple[int, FeatureRows, Bits]]:
         """(epoch, whose, rows (num_rows, H)) of all messages that have come; waits for the first up to `timeout_s`."""
         timeout = int(timeout_s * 1000)
         while self._socket.poll(timeout):
@@ -128,22 +131,20 @@ class FeatureReceiver:
                 self.num_dropped += 1
                 log.warning("dropped features: %s", str(error)[:200])
 
-    def _split(self, frames: list[bytes]) -> Iterator[tuple[int, FeatureRows, mx.array]]:
+    def _split(self, frames: list[bytes]) -> Iterator[tuple[int, FeatureRows, Bits]]:
         if len(frames) != 2:
             raise BadMessage(f"{len(frames)} frames instead of 2")
         message: Features = self._decoder.decode(frames[0])
         spec = message.tensor
         check_tensor_frames([(spec.dtype, spec.shape)], frames[1:])
-        if spec.dtype not in _VIEWS or len(spec.shape) != 2:
+        if spec.dtype not in _HOST_TYPES or len(spec.shape) != 2:
             raise BadMessage(f"features of {spec.dtype}{spec.shape}")
         if (
             any(r.num_rows < 1 or r.start < 0 for r in message.rows)
             or sum(r.num_rows for r in message.rows) != spec.shape[0]
         ):
             raise BadMessage("feature rows do not add up")
-        array = mx.array(np.frombuffer(frames[1], _VIEWS[spec.dtype][1]).reshape(spec.shape))
-        if spec.dtype != "float32":
-            array = array.view(mx.bfloat16 if spec.dtype == "bfloat16" else mx.float16)
+        array = np.frombuffer(frames[1], _HOST_TYPES[spec.dtype]).reshape(spec.shape)
         at = 0
         for rows in message.rows:
             yield message.epoch, rows, array[at : at + rows.num_rows]
@@ -155,5 +156,11 @@ class FeatureReceiver:
 
 
 def as_bits(rows: mx.array) -> mx.array:
-    """The form in which rows are read on the host: 16-bit floats as uint16, which NumPy lacks them as."""
+    """The form in which rows are read on the host."""
     return rows if rows.dtype == mx.float32 else rows.view(mx.uint16)
+
+
+def from_bits(rows: Bits, dtype: mx.Dtype) -> mx.array:
+    """What was read on the host, on the device again."""
+    array = mx.array(rows)
+    return array if array.dtype == mx.float32 else array.view(dtype)

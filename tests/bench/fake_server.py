@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -34,9 +34,17 @@ def status(code: int, text: str) -> bytes:
     return f"HTTP/1.1 {code} X\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
 
 
+def page(text: str) -> bytes:
+    return f"HTTP/1.1 200 OK\r\nContent-Length: {len(text.encode())}\r\nConnection: close\r\n\r\n{text}".encode()
+
+
 @asynccontextmanager
-async def serve(answer: Answer) -> AsyncIterator[str]:
-    """A server on a free port, as its URL. `answer` gets the request's JSON body and writes the whole response."""
+async def serve(answer: Answer, pages: Mapping[str, Callable[[], str]] | None = None) -> AsyncIterator[str]:
+    """A server on a free port, as its URL. `answer` gets the request's JSON body and writes the whole response.
+
+    Args:
+        pages: what GET of a path gives; 404 for any other.
+    """
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async def write(data: bytes) -> None:
@@ -45,6 +53,10 @@ async def serve(answer: Answer) -> AsyncIterator[str]:
 
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if head.startswith(b"get "):
+                text = (pages or {}).get(head.split()[1].decode())
+                await write(page(text()) if text is not None else status(404, "no such page"))
+                return
             length = next(
                 int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length")
             )

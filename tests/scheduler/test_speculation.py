@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler import speculation
+from scheduler.costs import StepCosts
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
 from scheduler.policy import MIN_GAIN, TRIAL_ROUNDS, TRIAL_ROWS, AcceptanceRates
-from scheduler.speculation import Speculator
+from scheduler.speculation import Asked, Speculator
 from shared.messages import (
     Cancel,
     Draft,
@@ -228,11 +229,11 @@ def test_a_late_reply_is_dropped_and_tells_what_drafting_costs() -> None:
     rig.submit("a", [1, 2], 40)
     rig.work()
     rig.wake()
-    asked_at = rig.core.speculator._late
-    assert asked_at is not None
+    late = rig.core.speculator._late
+    assert late is not None
     rig.now += 1.0
     rig.answer()
-    assert rig.core.speculator._draft_s[K] == pytest.approx(rig.now - asked_at[1])
+    assert rig.core.speculator.draft_costs.estimate(1, K) == pytest.approx(rig.now - late.sent)
     rig.drain()
     assert rig.tokens("a") == greedy([1, 2], 40)
 
@@ -288,8 +289,8 @@ def speculator(wide_s: float, draft_s: float, rate: float, max_draft: int = 8) -
     made = Speculator(False, max_draft, Metrics())
     costs = [StepCost(batch=b, width=w, seconds=s) for b in (1, 8) for w, s in ((1, PLAIN_S), (max_draft + 1, wide_s))]
     made.set_target(max_draft, costs, VOCAB)
-    made.set_drafter("d", "model", 1, max_draft)
-    made._draft_s = dict.fromkeys(range(1, max_draft + 1), draft_s)
+    drafts = [StepCost(batch=1, width=k, seconds=draft_s) for k in range(1, max_draft + 1)]
+    made.set_drafter("d", "model", 1, max_draft, drafts)
     made._neural._rates, made._neural._seen = [rate] * max_draft, [10_000] * max_draft
     return made
 
@@ -359,11 +360,12 @@ def test_a_parked_drafter_is_tried_now_and_then_and_comes_back_when_it_is_worth_
 
 def test_a_slow_first_draft_does_not_park_the_drafter_for_long() -> None:
     made = speculator(0.012, 0.0, 0.8)
-    made._draft_s = {}
-    made._measured(4, 1.9)
+    asked = Asked(draft_id=1, sent=0.0, deadline=9.0, k=4, batch=1, is_catching_up=False)
+    made.draft_costs = StepCosts()
+    made._measured(asked, 1.9)
     assert made.choose_k(1) == 0
     for _ in range(12):
-        made._measured(4, 0.002)
+        made._measured(asked, 0.002)
     assert made.choose_k(1) > 0
 
 

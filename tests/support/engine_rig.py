@@ -55,6 +55,7 @@ from workers.cache.blocks import BlockPool
 from workers.cache.spec import LayerSpec
 from workers.cache.store import CacheStore
 from workers.engine import Engine
+from workers.features import Bits
 from workers.load.folder import mlx_lm_classes
 from workers.models import decoder
 from workers.models.base import TextModel
@@ -142,7 +143,7 @@ class Drafts(Protocol):
     """What the rig asks of a draft engine."""
 
     def take_tokens(self, row: DraftRow) -> None: ...
-    def take_features(self, rows: FeatureRows, array: mx.array) -> None: ...
+    def take_features(self, rows: FeatureRows, array: Bits) -> None: ...
     def end(self, request_ids: list[RequestId]) -> None: ...
     def draft(self, rows: list[DraftRow]) -> list[Draft]: ...
 
@@ -163,7 +164,7 @@ class ForcedDrafts:
 
     def take_tokens(self, row: DraftRow) -> None: ...
 
-    def take_features(self, rows: FeatureRows, array: mx.array) -> None: ...
+    def take_features(self, rows: FeatureRows, array: Bits) -> None: ...
 
     def end(self, request_ids: list[RequestId]) -> None: ...
 
@@ -280,7 +281,7 @@ class EngineRig:
         if features is not None and self.drafter is not None:
             at = 0
             for rows in features[0]:
-                self.drafter.take_features(rows, mx.array(features[1][at : at + rows.num_rows]))
+                self.drafter.take_features(rows, features[1][at : at + rows.num_rows])
                 at += rows.num_rows
         self.now += STEP_S
         self.send("target", result)

@@ -7,13 +7,15 @@ import os
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.messages import DraftRow, FeatureRows
 from workers.draft_engine import DraftEngine
-from workers.drafters.base import ContextState, Drafter, Drafts
+from workers.drafters.base import Drafter, Drafts
+from workers.drafters.context import ContextState
 
 pytestmark = pytest.mark.mlx
 
@@ -26,11 +28,16 @@ class Recorder(Drafter):
     max_draft_tokens = 4
 
     def new_state(self, start=0):
-        return ContextState(0, start)
+        return ContextState(start)
 
-    def extend(self, states, features, token_ids):
-        for state, rows, tokens in zip(states, features, token_ids, strict=True):
+    def truncate(self, state, length):
+        raise AssertionError("nothing here goes back")
+
+    def extend_rows(self, states, features, token_ids):
+        first = 0
+        for state, tokens in zip(states, token_ids, strict=True):
             n = len(tokens)
+            rows, first = features[first : first + n], first + n
             assert rows.shape == (n, 2), "features and tokens of different lengths"
             assert rows[:, 0].tolist() == list(range(state.length, state.length + n)), "rows of other positions"
             assert tokens == TEXT[state.length : state.length + n], "tokens of other positions"
@@ -46,7 +53,7 @@ class Recorder(Drafter):
 
 
 def feed(engine, start, end, request="a"):
-    rows = mx.repeat(mx.arange(start, end)[:, None], 2, axis=1).astype(mx.float32)
+    rows = np.repeat(np.arange(start, end, dtype=np.float32)[:, None], 2, axis=1)
     engine.take_features(FeatureRows(request_id=request, start=start, num_rows=end - start), rows)
 
 

@@ -68,8 +68,8 @@ def test_pages_attend_as_slots_do_through_joins_leaves_and_roll_backs(window: in
             for store in (stock, paged):
                 store.ensure(slot, limits[slot])
         is_chunk = choose.random() < 0.2
-        slots = choose.sample(sorted(lengths), 1 if is_chunk else choose.randint(1, 4))
-        width = choose.choice([33, 48]) if is_chunk else choose.choice([1, 2, 4, 8, 16, 32])
+        width = choose.choice([33, 48, 64]) if is_chunk else choose.choice([1, 2, 4, 8, 16, 32])
+        slots = choose.sample(sorted(lengths), 1 if width == 33 else choose.randint(1, 4))  # others go by tiles
         slots = [s for s in slots if lengths[s] + width <= limits[s]]
         if not slots:
             continue

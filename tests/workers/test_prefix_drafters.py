@@ -8,13 +8,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from shared.config import Settings
 from shared.messages import Draft, DraftRow, FeatureRows, RequestId
+from tests.support import tiny_model
 from tests.support.engine_rig import VOCAB, EngineRig, decoder_target, make_engine
 from tests.workers.drafters import tiny_checkpoints as tiny
+from workers.build_drafter import drafter_fingerprint
 from workers.draft_engine import DraftEngine
 from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_drafter, load_fusion
 from workers.engine import Engine
+from workers.features import Bits
 
 
 class Recorder:
@@ -28,7 +32,7 @@ class Recorder:
     def take_tokens(self, row: DraftRow) -> None:
         self._engine.take_tokens(row)
 
-    def take_features(self, rows: FeatureRows, array: mx.array) -> None:
+    def take_features(self, rows: FeatureRows, array: Bits) -> None:
         self.num_rows += rows.num_rows
         self._engine.take_features(rows, array)
 
@@ -70,3 +74,13 @@ def test_drafts_after_a_hit_are_those_without_one(kind: str, tmp_path: Path) -> 
     assert warm.proposed == cold.proposed
     assert len(warm.proposed) >= 2
     assert warm.num_rows >= len(prompt), "the restored positions' features were not sent"
+
+
+def test_features_kept_for_a_drafter_are_not_those_of_one_trained_anew_under_its_name(tmp_path: Path) -> None:
+    target = tiny_model.write(tmp_path / "target")
+    settings = Settings(draft_model=str(tiny_model.write_eagle3(tmp_path / "drafter", target)))
+    before = drafter_fingerprint(settings)
+    assert drafter_fingerprint(settings) == before
+    tiny_model.write_eagle3(tmp_path / "drafter", target, seed=1)
+    assert drafter_fingerprint(settings) != before
+    assert drafter_fingerprint(Settings(draft_model="ngram")) == ""

@@ -14,12 +14,13 @@ import mlx.core as mx
 
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
-from workers.kernels.base import MAX_VERIFY_WIDTH, PagedAttention, Variant
+from workers.kernels.base import MAX_ROWS, MAX_VERIFY_WIDTH, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice
-from workers.kernels.pages import Pages, Pool, slot_pages
+from workers.kernels.pages import Pages, Pool, slot_pages, tiles
 from workers.models.rope import Rotate, Rotation, rotated
 
 RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
+ROUND_TOKENS = 512
 GROW_ROWS = 4  # pools grow by this many rows, then by half
 
 
@@ -40,6 +41,7 @@ class BatchShape:
     indices: dict[tuple[int, int], tuple[mx.array, ...]] = field(default_factory=dict)
     spans: Spans | None = None  # per row, where its images lie
     tables: dict[tuple[int, int], Pages] = field(default_factory=dict)
+    tile_tables: dict[tuple[int, int], Pages] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.offset = self.starts[0] if len(self.starts) == 1 else mx.array(self.starts, dtype=mx.int32)
@@ -64,10 +66,22 @@ class BatchShape:
             longest = bucket_length(longest)
         return min(longest, capacity)
 
+    def tiles(self, run: Run) -> Pages:
+        """A run's rows cut into tiles of MAX_ROWS tokens, made once for all layers."""
+        if (run.first, run.size) not in self.tile_tables:
+            self.tile_tables[run.first, run.size] = tiles(self.pages(run), MAX_ROWS, self.width // MAX_ROWS)
+        return self.tile_tables[run.first, run.size]
+
     @property
     def is_aligned(self) -> bool:
         """Do all rows start together, in one class?"""
         return len(self.runs) == 1 and min(self.starts) == max(self.starts)
+
+    @property
+    def is_round(self) -> bool:
+        """Are these chunks of lengths that come again and again? MLX plans a new pair of lengths for 0.1 s and more."""
+        start = self.starts[0]
+        return self.is_aligned and (start == 0 or (start % ROUND_TOKENS == 0 and self.width % ROUND_TOKENS == 0))
 
 
 def bucket_length(length: int) -> int:
@@ -164,6 +178,23 @@ class KVLayer:
                 target[move.to_row, :, :used] = source[move.from_row, :, :used]
             pools[move.to_class] = target
 
+    def scatter(self, capacity_class: int, rows: mx.array, indices: mx.array, k: mx.array, v: mx.array) -> None:
+        """Write single positions: k and v (N, num_kv_heads, dim) to pool rows (N,) at indices (N,)."""
+        self.settle(capacity_class)
+        heads = mx.arange(self.spec.num_kv_heads)[None]
+        for pools, new in ((self.keys, k), (self.values, v)):
+            pool = pools[capacity_class]
+            assert pool is not None, "write to a pool that was never reserved"
+            pool[rows[:, None], heads, indices[:, None]] = new
+            pools[capacity_class] = pool
+
+    def rows(self, capacity_class: int, row: int, length: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of one pool row's first indices, each (num_kv_heads, length, dim)."""
+        self.settle(capacity_class)
+        keys, values = self.keys[capacity_class], self.values[capacity_class]
+        assert keys is not None and values is not None, "a pool that was never reserved"
+        return keys[row, :, :length], values[row, :, :length]
+
     def clear(self, capacity_class: int, row: int) -> None:
         """Zero a row: a masked NaN would still reach the next owner's output, as 0 * NaN."""
         self.settle(capacity_class)
@@ -230,6 +261,10 @@ class KVView:
         if use is not None and use.is_decode:
             fused = rotation if is_fused and isinstance(rotation, Rotation) else None
             return self._attend_pages(use.attention, q, k, v, Variant(scale, window, None, sinks, fused))
+        if layer.attention is not None and spans is None and not shape.is_round:
+            attention = layer.attention.tiles(layer.spec, q, v, shape.width)
+            if attention is not None:
+                return self._attend_tiles(attention, q, k, v, Variant(scale, window, None, sinks))
         if use is not None and shape.is_aligned:
             return self._attend_chunk(use.attention, q, k, v, scale, window, sinks)
         return self._attend_stock(q, (k, v), scale, window, sinks, spans)
@@ -277,6 +312,27 @@ class KVView:
             rows = slice(run.first, run.first + run.size)
             part = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
             outputs.append(attention.attend(*part, pool, self._shape.pages(run), variant))
+            self._layer.adopt(run.capacity_class, pool)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def _attend_tiles(
+        self, attention: PagedAttention, q: mx.array, k: mx.array, v: mx.array, variant: Variant
+    ) -> mx.array:
+        """Prefill rows at any positions: written first, then attended as many verify rows of the same sequences.
+
+        A tile reads what is before it from the pool, where all tiles lie already; that it writes its own rows once more
+        changes nothing.
+        """
+        width = self._shape.width
+        outputs = []
+        for run in self._shape.runs:
+            pool = self._layer.pool(run.capacity_class)
+            rows = slice(run.first, run.first + run.size)
+            part = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
+            attention.append(part[1], part[2], pool, self._shape.pages(run), 0)
+            q_cut, k_cut, v_cut = (_cut(x, width // MAX_ROWS) for x in part)
+            out = attention.attend(q_cut, k_cut, v_cut, pool, self._shape.tiles(run), variant)
+            outputs.append(_join(out, run.size))
             self._layer.adopt(run.capacity_class, pool)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
@@ -427,6 +483,18 @@ class KVView:
             return self._mask(shape.runs[0], length, layer.capacities[shape.runs[0].capacity_class], window)
         parts = [position_mask(shape, run, length, layer.capacities[run.capacity_class], window) for run in shape.runs]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _cut(x: mx.array, count: int) -> mx.array:
+    """(B, heads, count * n, D) -> (B * count, heads, n, D)."""
+    batch, heads, length, dim = x.shape
+    return x.reshape(batch, heads, count, length // count, dim).swapaxes(1, 2).reshape(-1, heads, length // count, dim)
+
+
+def _join(x: mx.array, batch: int) -> mx.array:
+    """The reverse of `_cut`."""
+    _, heads, length, dim = x.shape
+    return x.reshape(batch, -1, heads, length, dim).swapaxes(1, 2).reshape(batch, heads, -1, dim)
 
 
 def position_mask(

@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from shared.errors import BadModel
-from workers.drafters.base import ContextState, Drafter, Drafts, Sampler
+from workers.drafters.base import Drafter, Drafts, Sampler
 from workers.drafters.checkpoint import MAX_MODEL_TOKENS
+from workers.drafters.context import ContextState
 
 PREFILL_CHUNK = 512
 
@@ -27,7 +28,7 @@ class TokenState(ContextState):
     """Committed tokens and the model's cache, whose rows are those of `cached`."""
 
     def __init__(self, cache: list[Any]) -> None:
-        super().__init__(num_layers=0)
+        super().__init__()
         self.tokens: list[int] = []
         self.cached: list[int] = []
         self.unread: mx.array | None = None  # (n,) drafted tokens whose rows follow those of `cached`
@@ -63,8 +64,8 @@ class CausalLMDrafter(Drafter):
     def can_draft(self, state: ContextState) -> bool:
         return True
 
-    def extend(
-        self, states: Sequence[ContextState], features: Sequence[mx.array], token_ids: Sequence[Sequence[int]]
+    def extend_rows(
+        self, states: Sequence[ContextState], features: mx.array, token_ids: Sequence[Sequence[int]]
     ) -> None:
         """Note committed tokens and run all whole chunks of them; the rest waits for the next draft."""
         for state, ids in zip(states, token_ids, strict=True):

@@ -14,19 +14,12 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from workers.drafters.base import (
-    ContextState,
-    Drafter,
-    Drafts,
-    Embed,
-    Head,
-    Sampler,
-    bucket,
-    stack_context,
-    start_writes,
-)
+from workers.cache.kv import KVView
+from workers.cache.spec import AttentionSpec
+from workers.drafters.base import Drafts, Embed, FeatureDrafter, Head, Sampler, in_order
 from workers.drafters.block_extras import CandidateSelector, GroupedConv, MarkovHead
 from workers.drafters.config import DrafterConfig
+from workers.drafters.context import Contexts, ContextState
 from workers.drafters.layers import MLP, Attention, Weights, rows_at_own_positions
 from workers.drafters.vocabulary import Vocabulary
 
@@ -44,18 +37,16 @@ class Layer:
         self.is_causal = config.causal_layers[index]
         self.window = config.windows[index]
 
-    def __call__(
-        self, x: mx.array, context: tuple[mx.array, mx.array], positions: mx.array, mask: mx.array
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVView, positions: mx.array) -> mx.array:
+        """x (B, T, H): the block's rows; `cache` takes their keys and values behind the context."""
         n = self.attention_norm(x)
         output_kernel = None
         if self.attention_conv is not None:
             n, output_kernel = self.attention_conv.enter(n)
         q, gate = self.attention.queries(n, positions)
         k, v = self.attention.keys_values(n, positions)
-        k = mx.concatenate([context[0], k], axis=2)
-        v = mx.concatenate([context[1], v], axis=2)
-        attended = self.attention.attend(q, k, v, mask, gate)
+        out = cache.attend(q, k, v, self.attention.scale, self.window, sees_spans=not self.is_causal)
+        attended = self.attention.output(out, gate)
         if self.attention_conv is not None and output_kernel is not None:
             attended = self.attention_conv.leave(attended, output_kernel)
         x = x + attended
@@ -66,11 +57,13 @@ class Layer:
         return x + self.mlp_conv.leave(self.mlp(n), output_kernel)
 
 
-class DFlashDrafter(Drafter):
+class DFlashDrafter(FeatureDrafter):
     def __init__(self, weights: Weights, config: DrafterConfig, embed: Embed | None, head: Head | None) -> None:
         self.max_draft_tokens = config.max_draft_tokens
         self.vocabulary = Vocabulary(weights, config, embed, head)
         self.layers = [Layer(weights, i, config) for i in range(config.num_layers)]
+        specs = [AttentionSpec(config.num_kv_heads, config.head_dim, config.head_dim) for _ in self.layers]
+        self.contexts = Contexts(specs, weights.dtype)
         self.norm = weights.norm("norm")
         self.block_size = config.block_size
         self.mask_token_id = config.mask_token_id
@@ -78,31 +71,35 @@ class DFlashDrafter(Drafter):
         self.markov = MarkovHead(weights, config) if config.markov_rank else None
         self.selector = CandidateSelector(weights, config) if config.selector_rank else None
 
-    def new_state(self, start: int = 0) -> ContextState:
-        return ContextState(len(self.layers), start)
+    @property
+    def num_query_heads(self) -> int:
+        return self.layers[0].attention.num_heads
+
+    @property
+    def draft_widths(self) -> list[int]:
+        if not all(layer.is_causal for layer in self.layers):
+            return []
+        return [w for w in (2, 4, 8, 16) if w <= self.first_row + self.max_draft_tokens]
 
     def can_draft(self, state: ContextState) -> bool:
         return state.num_rows > 0
 
-    def extend(
-        self, states: Sequence[ContextState], features: Sequence[mx.array], token_ids: Sequence[Sequence[int]]
+    def extend_rows(
+        self, states: Sequence[ContextState], features: mx.array, token_ids: Sequence[Sequence[int]]
     ) -> None:
-        counts = [rows.shape[0] for rows in features]
+        counts = [len(ids) for ids in token_ids]
+        if features.shape[0] != sum(counts):
+            raise ValueError(f"{features.shape[0]} features for {sum(counts)} tokens")
         if not sum(counts):
             return
+        places = self.contexts.places(states, counts)
         positions = mx.array([s.length + i for s, n in zip(states, counts, strict=True) for i in range(n)])
-        rows = mx.concatenate(list(features))
         for index, layer in enumerate(self.layers):
-            keys, values = rows_at_own_positions(layer.attention, rows, positions)
-            at = 0
-            for state, n in zip(states, counts, strict=True):
-                if n:
-                    state.append(index, keys[:, at : at + n], values[:, at : at + n])
-                at += n
+            self.contexts.write(index, places, *rows_at_own_positions(layer.attention, features, positions))
+        self.contexts.advance(states, counts)
         for state, n in zip(states, counts, strict=True):
-            state.advance(n)
             state.length += n
-        start_writes(states)
+        self.contexts.start_writes()
 
     def draft(
         self, states: Sequence[ContextState], anchors: Sequence[int], num_tokens: int, sampler: Sampler | None = None
@@ -137,37 +134,11 @@ class DFlashDrafter(Drafter):
         is_causal = all(layer.is_causal for layer in self.layers)
         num_block = self.first_row + num_tokens if is_causal else self.block_size
         masks = [self.mask_token_id] * (num_block - 1)
-        x = self.vocabulary.embed(mx.array([[anchor, *masks] for anchor in anchors], dtype=mx.int32))
-        positions = mx.array([s.length for s in states], dtype=mx.int32)
-        num_rows = bucket(max(s.num_rows for s in states))
-        visible = {
-            (layer.is_causal, layer.window): _mask(states, num_rows, num_block, layer.is_causal, layer.window)
-            for layer in self.layers
-        }
-        for index, layer in enumerate(self.layers):
-            context = stack_context(states, index, num_rows)
-            x = layer(x, context, positions, visible[layer.is_causal, layer.window])
-        return x
-
-
-def _mask(
-    states: Sequence[ContextState], num_rows: int, num_block: int, is_causal: bool, window: int | None
-) -> mx.array:
-    """(B, 1, num_block, num_rows + num_block), True where a row may look.
-
-    Columns: context rows (position start + column), then the block. With a window, row at position p sees context
-    positions > p - window, so the anchor sees window-1 of them.
-    """
-    column = mx.arange(num_rows)[None]
-    is_context = column < mx.array([s.num_rows for s in states])[:, None]
-    context = mx.broadcast_to(is_context[:, None], (len(states), num_block, num_rows))
-    if window is not None:
-        at = column + mx.array([s.start for s in states])[:, None]
-        row = mx.array([s.length for s in states])[:, None] + mx.arange(num_block)[None]
-        context = context & (row[:, :, None] - at[:, None] < window)
-    j = mx.arange(num_block)
-    own = j[None] <= j[:, None] if is_causal else mx.ones((num_block, num_block), dtype=mx.bool_)
-    if window is not None:
-        own = own & (j[:, None] - j[None] < window)
-    own = mx.broadcast_to(own[None], (len(states), num_block, num_block))
-    return mx.concatenate([context, own], axis=2)[:, None]
+        order = self.contexts.arrange(states, num_block)
+        arranged = [states[i] for i in order]
+        x = self.vocabulary.embed(mx.array([[anchors[i], *masks] for i in order], dtype=mx.int32))
+        positions = mx.array([s.length for s in arranged], dtype=mx.int32)
+        caches = self.contexts.views(arranged, num_block, is_causal=is_causal)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, cache, positions)
+        return in_order(x, order)

@@ -40,6 +40,11 @@ class Weights:
         self._arrays = arrays
         self._config = config
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of what the layers compute in."""
+        return next(a.dtype for a in self._arrays.values() if mx.issubdtype(a.dtype, mx.floating))
+
     def has(self, name: str) -> bool:
         return name in self._arrays
 
@@ -115,11 +120,10 @@ class Attention:
         v = self.v_proj(x).reshape(b, t, self.num_kv_heads, self.head_dim)
         return self._rope(k.transpose(0, 2, 1, 3), offset=positions), v.transpose(0, 2, 1, 3)
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array, gate: mx.array | None) -> mx.array:
-        """Output rows (B, T, H); `mask` is boolean, broadcast to (B, heads, T, keys)."""
-        b, _, t, _ = q.shape
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
-        out = out.transpose(0, 2, 1, 3).reshape(b, t, -1)
+    def output(self, attended: mx.array, gate: mx.array | None) -> mx.array:
+        """Output rows (B, T, H) of what the heads put out (B, heads, T, D)."""
+        b, _, t, _ = attended.shape
+        out = attended.transpose(0, 2, 1, 3).reshape(b, t, -1)
         return self.o_proj(out if gate is None else out * mx.sigmoid(gate))
 
 
@@ -136,6 +140,6 @@ class MLP:
 
 
 def rows_at_own_positions(attention: Attention, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-    """Keys and values, each (kv heads, N, D), of N unrelated rows (N, H) at N positions: one rope offset per row."""
+    """Keys and values, each (N, kv heads, D), of N unrelated rows (N, H) at N positions: one rope offset per row."""
     k, v = attention.keys_values(x[:, None], positions)
-    return k[:, :, 0].transpose(1, 0, 2), v[:, :, 0].transpose(1, 0, 2)
+    return k[:, :, 0], v[:, :, 0]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from workers.cache.spec import AttentionSpec
 from workers.drafters.base import Embed, Head
 from workers.drafters.config import DrafterConfig
+from workers.drafters.context import Contexts
 from workers.drafters.layers import MLP, Attention, Weights
 from workers.drafters.recursive import RecursiveDrafter
 from workers.drafters.vocabulary import Vocabulary
@@ -20,6 +22,8 @@ class MTPDrafter(RecursiveDrafter):
         self.max_draft_tokens = config.max_draft_tokens
         self.vocabulary = Vocabulary(weights, config, embed, head)
         self.attention = Attention(weights, "layers.0.self_attn.", config)
+        spec = AttentionSpec(config.num_kv_heads, config.head_dim, config.head_dim)
+        self.contexts = Contexts([spec], weights.dtype)
         self.mlp = MLP(weights, "layers.0.mlp.")
         self.fc = weights.linear("fc")
         self.embedding_norm = weights.norm("pre_fc_norm_embedding")

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from workers.drafters.base import ContextState, Drafter, Drafts, Sampler, bucket, stack_context, start_writes
+from workers.drafters.base import Drafts, FeatureDrafter, Sampler, in_order
+from workers.drafters.context import ContextState
 from workers.drafters.layers import Attention, rows_at_own_positions
 from workers.drafters.vocabulary import Vocabulary
 
 
-class RecursiveDrafter(Drafter):
+class RecursiveDrafter(FeatureDrafter):
     attention: Attention
     vocabulary: Vocabulary
 
@@ -29,86 +30,89 @@ class RecursiveDrafter(Drafter):
     def finish(self, residual: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
         """(row for the head, feature of the next step), each (..., H)."""
 
-    def new_state(self, start: int = 0) -> ContextState:
-        return ContextState(1, start)
+    @property
+    def num_query_heads(self) -> int:
+        return self.attention.num_heads
+
+    @property
+    def draft_widths(self) -> list[int]:
+        return [1]
 
     def can_draft(self, state: ContextState) -> bool:
-        return state.pending is not None
+        return state.has_pending
 
-    def extend(
-        self, states: Sequence[ContextState], features: Sequence[mx.array], token_ids: Sequence[Sequence[int]]
+    def extend_rows(
+        self, states: Sequence[ContextState], features: mx.array, token_ids: Sequence[Sequence[int]]
     ) -> None:
-        paired: list[tuple[ContextState, mx.array, Sequence[int]]] = []
-        for state, rows, ids in zip(states, features, token_ids, strict=True):
-            if rows.shape[0] != len(ids):
-                raise ValueError(f"{rows.shape[0]} features for {len(ids)} tokens")
-            if not ids:
-                continue
-            if state.pending is not None:
-                paired.append((state, mx.concatenate([state.pending[None], rows[:-1]]), ids))
-            elif len(ids) > 1:  # the first token's pair is cached already, or its feature was never known
-                paired.append((state, rows[:-1], ids[1:]))
-            state.pending = rows[-1]
+        if features.shape[0] != sum(len(ids) for ids in token_ids):
+            raise ValueError(f"{features.shape[0]} features for {sum(len(ids) for ids in token_ids)} tokens")
+        new = [(state, ids) for state, ids in zip(states, token_ids, strict=True) if ids]
+        if not new:
+            return
+        # A feature pairs with the token behind it: the one that waited with the first new token, and so on.
+        waiting = [state for state, _ in new if state.has_pending]
+        source = mx.concatenate([self.contexts.pending(waiting), features]) if waiting else features
+        taken: list[int] = []
+        tokens: list[int] = []
+        counts: list[int] = []
+        last: list[int] = []
+        place, first = 0, len(waiting)
+        for state, ids in new:
+            if state.has_pending:
+                taken.append(place)
+                place += 1
+            # Otherwise the first token's pair is cached already, or its feature was never known.
+            paired = ids if state.has_pending else ids[1:]
+            taken += range(first, first + len(ids) - 1)
+            tokens += paired
+            counts.append(len(paired))
+            first += len(ids)
+            last.append(first - 1)
+        owners = [state for state, _ in new]
+        if tokens:
+            self._append(owners, counts, source[mx.array(taken)], tokens)
+        self.contexts.keep_pending(owners, source[mx.array(last)])
+        for state, ids in new:
             state.length += len(ids)
-        if paired:
-            self._append(paired)
-        start_writes(states)
+        self.contexts.start_writes()
 
-    def _append(self, paired: list[tuple[ContextState, mx.array, Sequence[int]]]) -> None:
-        tokens = mx.array([t for _, _, ids in paired for t in ids], dtype=mx.int32)
-        positions = [s.start + s.num_rows + i for s, _, ids in paired for i in range(len(ids))]
-        rows = mx.concatenate([r for _, r, _ in paired])
-        x, _ = self.combine(rows, self.vocabulary.embed(tokens))
-        keys, values = rows_at_own_positions(self.attention, x, mx.array(positions, dtype=mx.int32))
-        at = 0
-        for state, _, ids in paired:
-            state.append(0, keys[:, at : at + len(ids)], values[:, at : at + len(ids)])
-            state.advance(len(ids))
-            at += len(ids)
+    def _append(
+        self, states: Sequence[ContextState], counts: Sequence[int], rows: mx.array, tokens: Sequence[int]
+    ) -> None:
+        places = self.contexts.places(states, counts)
+        positions = [s.start + s.num_rows + i for s, n in zip(states, counts, strict=True) for i in range(n)]
+        x, _ = self.combine(rows, self.vocabulary.embed(mx.array(list(tokens), dtype=mx.int32)))
+        self.contexts.write(0, places, *rows_at_own_positions(self.attention, x, mx.array(positions, dtype=mx.int32)))
+        self.contexts.advance(states, counts)
 
     def draft(
         self, states: Sequence[ContextState], anchors: Sequence[int], num_tokens: int, sampler: Sampler | None = None
     ) -> Drafts:
-        pending = [s.pending for s in states if s.pending is not None]
-        if len(pending) != len(states):
+        if not all(self.can_draft(s) for s in states):
             raise ValueError("a state without its last feature cannot draft")
-        feature = mx.stack(pending)[:, None]
-        tokens = mx.array(list(anchors), dtype=mx.int32)
-        positions = mx.array([s.length - 1 for s in states], dtype=mx.int32)
-        num_rows = bucket(max(s.num_rows for s in states))
-        keys, values = self._scratch(states, num_rows, num_tokens, feature.dtype)
-        is_context = mx.arange(num_rows)[None] < mx.array([s.num_rows for s in states])[:, None]
-        is_step = mx.arange(num_tokens)
+        # A sampler's rows are those of the caller, and its random numbers go by row: only the cache is reordered.
+        order = self.contexts.arrange(states, num_tokens)
+        arranged = [states[i] for i in order]
+        feature = self.contexts.pending(arranged)[:, None]
+        tokens = mx.array([anchors[i] for i in order], dtype=mx.int32)
+        positions = mx.array([s.length - 1 for s in arranged], dtype=mx.int32)
         drafted = []
         for step in range(num_tokens):
             x, residual = self.combine(feature, self.vocabulary.embed(tokens)[:, None])
             q, gate = self.attention.queries(x, positions + step)
             k, v = self.attention.keys_values(x, positions + step)
-            keys[:, :, num_rows + step] = k[:, :, 0]
-            values[:, :, num_rows + step] = v[:, :, 0]
-            own = mx.broadcast_to((is_step <= step)[None], (len(states), num_tokens))
-            mask = mx.concatenate([is_context, own], axis=1)[:, None, None]
-            row, feature = self.finish(residual, self.attention.attend(q, keys, values, mask, gate))
-            tokens = self.vocabulary.pick(self.vocabulary.logits(row[:, 0]), step, sampler)
-            drafted.append(tokens)
+            (view,) = self.contexts.views(arranged, 1, step)
+            attended = self.attention.output(view.attend(q, k, v, self.attention.scale), gate)
+            row, feature = self.finish(residual, attended)
+            drafted.append(self.vocabulary.pick(in_order(self.vocabulary.logits(row[:, 0]), order), step, sampler))
+            tokens = drafted[-1] if list(order) == sorted(order) else drafted[-1][mx.array(order)]
         return Drafts(mx.stack(drafted, axis=1))
-
-    def _scratch(
-        self, states: Sequence[ContextState], num_rows: int, num_tokens: int, dtype: mx.Dtype
-    ) -> tuple[mx.array, mx.array]:
-        """Copies of the context with room for this draft's own rows: each (B, Hkv, num_rows + num_tokens, D)."""
-        attention = self.attention
-        empty = mx.zeros((attention.num_kv_heads, num_rows + num_tokens, attention.head_dim), dtype=dtype)
-        if all(s.has_rows for s in states):
-            return stack_context(states, 0, num_rows + num_tokens)
-        views = [s.view(0, num_rows + num_tokens) if s.has_rows else (empty, empty) for s in states]
-        return mx.stack([k for k, _ in views]), mx.stack([v for _, v in views])
 
     def truncate(self, state: ContextState, length: int) -> int:
         """As `Drafter.truncate`; the feature of position length-1 is needed again, so that is where to go on."""
         if length >= state.length:
             return state.length
-        state.pending = None
+        state.has_pending = False
         state.start = min(state.start, max(length - 1, 0))
         state.length = max(length - 1, state.start)
         state.num_rows = min(state.num_rows, state.length - state.start)

@@ -77,7 +77,8 @@ def load_arrays(
         prefixes: only names that start with one of them are read.
     """
     index = TensorIndex(folder)
-    wanted = {v: k for k, v in index.normalised(kind).items() if k.startswith(prefixes)}
+    names = index.normalised(kind)
+    wanted = {v: k for k, v in names.items() if k.startswith(prefixes)}
     arrays: dict[str, mx.array] = {}
     for file in index.files:
         loaded = mx.load(str(file))  # lazy: an array that nobody uses is never read
@@ -88,19 +89,23 @@ def load_arrays(
     for name in [n for n in arrays if n.endswith(".scales")]:
         stem = name.removesuffix(".scales")
         scales, biases = arrays.pop(name), arrays.pop(stem + ".biases", None)
-        settings = _quantization_of(stem, quantization)
+        settings = _quantization_of(stem, names[name].removesuffix(".scales"), quantization)
         if biases is None or settings.get("mode", "affine") != "affine":
             raise BadModel(f"drafter tensor {stem} is quantised in a way that is not supported: {settings}")
-        arrays[stem + ".weight"] = mx.dequantize(
-            arrays[stem + ".weight"], scales, biases, int(settings["group_size"]), int(settings["bits"])
-        )
+        try:
+            arrays[stem + ".weight"] = mx.dequantize(
+                arrays[stem + ".weight"], scales, biases, int(settings["group_size"]), int(settings["bits"])
+            )
+        except (KeyError, ValueError) as error:
+            raise BadModel(f"drafter tensor {stem} does not fit its quantisation {settings}: {error}") from error
     return {k: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in arrays.items()}
 
 
-def _quantization_of(stem: str, quantization: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _quantization_of(stem: str, stored: str, quantization: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Settings of one module: its own, under our name for it or the file's, or those of all."""
     if not quantization:
         raise BadModel(f"drafter tensor {stem} is quantised, but config.json has no `quantization`")
-    own = quantization.get(stem) or quantization.get("model." + stem)
+    own = next((quantization[name] for name in (stored, stem, "model." + stem) if name in quantization), None)
     return own if isinstance(own, Mapping) else quantization
 
 

@@ -59,3 +59,10 @@ class AttentionChoice:
         rows = width if width <= MAX_ROWS else 0
         shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, rows, q.dtype)
         return Use(self.attention, rows > 0) if self.is_used.get(shape, False) else None
+
+    def tiles(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> PagedAttention | None:
+        """The implementation that takes `width` tokens a row as many verify rows of one sequence; see `attend`."""
+        if spec.key_dim != spec.value_dim or width <= MAX_ROWS or width % MAX_ROWS:
+            return None
+        shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, MAX_ROWS, q.dtype)
+        return self.attention if self.is_used.get(shape, False) else None

@@ -57,6 +57,13 @@ class Pages:
         return len(self.host_starts)
 
 
+def tiles(pages: Pages, rows: int, count: int) -> Pages:
+    """Each row as `count` rows of the same sequence, `rows` positions apart: its tiles, one after the other."""
+    starts = (pages.starts[:, None] + rows * mx.arange(count, dtype=mx.int32)).reshape(-1)
+    host_starts = tuple(start + rows * t for start in pages.host_starts for t in range(count))
+    return Pages(mx.repeat(pages.table, count, axis=0), starts, host_starts, pages.shift)
+
+
 def slot_pages(rows: Sequence[int], starts: Sequence[int]) -> Pages:
     """Slots as pages: each row's table holds its one block, the pool row."""
     return Pages(

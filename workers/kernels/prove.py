@@ -21,6 +21,8 @@ from workers.models.rope import Rope, RopeParameters, Rotate, Rotation
 logger = logging.getLogger("target")
 
 TOLERANCE = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 4e-2}  # of values of about 1; 32-bit products may be TF32
+# Here a pool is small and nobody else's. A stock write to one that a step on the device still reads copies all of it.
+CHUNK_SHARE = 1.5
 CHUNK = 96  # tokens of the prefill chunk that is checked
 TIMED_LAYERS = 8
 TIMED_ROWS = 8
@@ -61,7 +63,7 @@ def _prove(attention: PagedAttention, shape: ShapeClass, is_forced: bool) -> Pro
     except (RuntimeError, ValueError) as failure:  # does not compile or launch here
         return Proof(shape, False, f"{shape.name}: stock, the kernel fails: {str(failure)[:200]}")
     times = f"{kernel_s * 1e6:.0f} us a layer against {stock_s * 1e6:.0f}"
-    is_used = kernel_s < stock_s
+    is_used = kernel_s < stock_s * (CHUNK_SHARE if shape.rows == 0 else 1.0)
     return Proof(shape, is_used, f"{shape.name}: {'kernel' if is_used else 'stock'}, {times}", error, kernel_s, stock_s)
 
 
@@ -119,27 +121,44 @@ def cases(shape: ShapeClass, with_blocks: bool) -> list[Case]:
         return made
 
 
-def _error(attention: PagedAttention, shape: ShapeClass, case: Case) -> float:
-    pages, variant = case.pages, case.variant
+def compile_kernels(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> None:
+    """Run each shape class once, so that its kernels are compiled now and not while a request waits.
+
+    Raises:
+        RuntimeError, ValueError: one does not compile or launch here.
+    """
+    for shape in shapes:
+        for case in cases(shape, with_blocks=False):
+            tensors, pool = _inputs(shape, case)
+            mx.eval(_run(attention, shape, case, tensors, pool))
+
+
+def _inputs(shape: ShapeClass, case: Case) -> tuple[list[mx.array], Pool]:
     with mx.stream(mx.cpu):
-        q, k, v = _random(shape, pages.num_rows, shape.rows or CHUNK)
-        pools = [_pool(shape, case) for _ in "ab"]
-        rope = Rope(rope_of(shape.dim))
-        rotation = rope.at(pages.starts, shape.rows, pages.num_rows, is_cpu=False)
-        mx.eval(q, k, v)
+        tensors = _random(shape, case.pages.num_rows, shape.rows or CHUNK)
+        mx.eval(tensors)
+        return tensors, _pool(shape, case)
+
+
+def _run(
+    attention: PagedAttention, shape: ShapeClass, case: Case, tensors: list[mx.array], pool: Pool
+) -> list[mx.array]:
+    q, k, v = tensors
+    if shape.rows == 0:
+        return list(attention.append(k, v, pool, case.pages, case.old))
+    with mx.stream(mx.cpu):
+        rotation = Rope(rope_of(shape.dim)).at(case.pages.starts, shape.rows, case.pages.num_rows, is_cpu=False)
     assert isinstance(rotation, Rotation), "off the CPU a rope gives a Rotation"
-    reference = ReferenceAttention()
-    if shape.rows:
-        variant = replace(variant, rotation=rotation)
-        got = [attention.attend(q, k, v, pools[0], pages, variant)]
-        mx.eval(got)
-        with mx.stream(mx.cpu):
-            wanted = [reference.attend(q, k, v, pools[1], pages, variant)]
-    else:
-        got = list(attention.append(k, v, pools[0], pages, case.old))
-        mx.eval(got)
-        with mx.stream(mx.cpu):
-            wanted = list(reference.append(k, v, pools[1], pages, case.old))
+    return [attention.attend(q, k, v, pool, case.pages, replace(case.variant, rotation=rotation))]
+
+
+def _error(attention: PagedAttention, shape: ShapeClass, case: Case) -> float:
+    tensors, pool = _inputs(shape, case)
+    pools = [pool, _pool(shape, case)]
+    got = _run(attention, shape, case, tensors, pools[0])
+    mx.eval(got)
+    with mx.stream(mx.cpu):
+        wanted = _run(ReferenceAttention(), shape, case, tensors, pools[1])
     pools[0].settle()
     mx.synchronize()
     got += [pools[0].keys, pools[0].values]

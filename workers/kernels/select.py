@@ -18,7 +18,7 @@ from workers.kernels.base import MAX_ROWS, PagedAttention
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
 from workers.kernels.metal import MetalAttention
-from workers.kernels.prove import choose
+from workers.kernels.prove import choose, compile_kernels
 from workers.machine import device_name
 
 logger = logging.getLogger("target")
@@ -41,6 +41,7 @@ def select(
     *,
     is_speculative: bool,
     cache_folder: Path,
+    widths: Sequence[int] | None = None,
 ) -> AttentionChoice | None:
     """The kernels that serve, None where stock operations do everything.
 
@@ -49,6 +50,7 @@ def select(
         setting: "auto", "stock" or "kernel".
         is_speculative: verify rows will come.
         cache_folder: keeps what "auto" found, by device, MLX version and the kernel's text.
+        widths: query rows a sequence that will come; None: those of a target.
     Raises:
         BadConfig: "kernel" was asked for, and there is none or it gives other values.
     """
@@ -58,14 +60,16 @@ def select(
     if attention is None:
         _check_none_is_wanted(setting, "no attention kernel for this machine")
         return None
-    shapes = shape_classes(
-        layers, dtype, is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention)
-    )
+    if widths is None:
+        widths = target_widths(is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention))
+    shapes = shape_classes(layers, dtype, widths)
     if not shapes:
         _check_none_is_wanted(setting, "no attention kernel for this model's layers")
         return None
     path = cache_folder / FORMAT / f"{fingerprint(shapes)}.json"
     choice = _read(path, attention, shapes) if setting == "auto" else None
+    if choice is not None:
+        choice = _compiled(choice)
     if choice is None:
         started = time.perf_counter()
         choice = choose(attention, shapes, is_forced=setting == "kernel")
@@ -76,6 +80,18 @@ def select(
         logger.info("attention: %s", reason)
     if setting == "kernel" and not all(choice.is_used.values()):
         raise BadConfig(f"TANDEM_ATTENTION=kernel: {'; '.join(choice.reasons)}")
+    return choice
+
+
+def _compiled(choice: AttentionChoice) -> AttentionChoice | None:
+    """Known from an earlier start, and compiled anew: MLX keeps no compiled kernel of ours. None: it fails now."""
+    started = time.perf_counter()
+    try:
+        compile_kernels(choice.attention, [shape for shape, is_used in choice.is_used.items() if is_used])
+    except (RuntimeError, ValueError) as error:
+        logger.warning("attention kernels that worked before fail now: %s", str(error)[:200])
+        return None
+    logger.info("attention kernels compiled in %.1f s", time.perf_counter() - started)
     return choice
 
 
@@ -114,15 +130,20 @@ def machine_kernel() -> PagedAttention | None:
     return CudaAttention() if mx.cuda.is_available() else None
 
 
+def target_widths(*, is_speculative: bool, has_chunks: bool) -> list[int]:
+    """Query rows a sequence in a target's forwards; 0 is a prefill chunk, and MAX_ROWS a tile of one. Decode first."""
+    verify = [r for r in VERIFY_ROWS if is_speculative or r == MAX_ROWS]
+    return [1, *([0] if has_chunks else []), *verify]
+
+
 def shape_classes(
-    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, *, is_speculative: bool, has_chunks: bool
+    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, widths: Sequence[int]
 ) -> list[ShapeClass]:
-    """What the layers need, as far as a kernel was written for it; decode first."""
-    rows = [1, *([0] if has_chunks else []), *(r for r in VERIFY_ROWS if is_speculative and r <= MAX_ROWS)]
+    """What the layers need, as far as a kernel was written for it."""
     kinds = dict.fromkeys((num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim) for spec, num_heads in layers)
     return [
         ShapeClass(num_heads, num_kv_heads, dim, r, dtype)
-        for r in rows
+        for r in widths
         for num_heads, num_kv_heads, dim, value_dim in kinds
         if dim == value_dim and supports(num_heads, num_kv_heads, dim, dtype.size, max(r, 1))
     ]

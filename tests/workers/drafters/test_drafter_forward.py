@@ -13,6 +13,8 @@ import torch_reference as reference  # noqa: E402 - needs torch
 
 from workers.drafters.checkpoint import detect  # noqa: E402 - needs MLX
 from workers.drafters.registry import load_drafter, load_fusion, tables  # noqa: E402 - needs MLX
+from workers.kernels.choice import AttentionChoice, ShapeClass  # noqa: E402 - needs MLX
+from workers.kernels.reference import ReferenceAttention  # noqa: E402 - needs MLX
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -345,7 +347,8 @@ def test_state_may_start_behind_the_first_position(tmp_path, maker):
     drafter.extend([late], [rows[4:]], [tokens[4:13]])
     assert late.length == whole.length == 13
     count = late.num_rows
-    for one, other in zip(whole.view(0, whole.num_rows), late.view(0, count), strict=True):
+    rows_of = drafter.contexts.rows
+    for one, other in zip(rows_of(whole, 0), rows_of(late, 0), strict=True):
         assert_close(np.array(one[:, 4 : 4 + count]), np.array(other))
     assert drafter.can_draft(late)
     assert drafter.draft([late], [tokens[-1]], 2).token_ids.shape == (1, 2)
@@ -368,3 +371,34 @@ def test_long_context_grows_the_buffers(tmp_path):
     _, whole = case.draft(config)
     _, parts = case.draft(config, chunks=37)
     assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("maker", ["dflash", "eagle3", "mtp"])
+@pytest.mark.parametrize("has_kernels", [False, True], ids=["stock", "kernels' way"])
+def test_a_batch_over_capacity_classes_equals_each_sequence_alone(tmp_path, maker, has_kernels):
+    """Rows lie in pools of two classes, in another order than the batch's; slots are those of ended sequences."""
+    folder, _ = MAKERS[maker](tmp_path)
+    case, config = Case((600, 13, 700, 40)), detect(folder)
+    drafter, rows = case.drafter(config), case.fused(config)
+    if has_kernels:
+        shapes = [
+            ShapeClass(drafter.num_query_heads, spec.num_kv_heads, spec.key_dim, width, mx.float32)
+            for spec in drafter.contexts.store.specs
+            for width in range(17)
+        ]
+        drafter.use_attention(AttentionChoice(ReferenceAttention(), dict.fromkeys(shapes, True)))
+    ended = [drafter.new_state() for _ in range(3)]
+    drafter.extend(ended, [r[:9] for r in rows[:3]], [t[:9] for t in case.tokens[:3]])
+    for state in ended:
+        drafter.release(state)
+    states = [drafter.new_state() for _ in rows]
+    drafter.extend(states, rows, [t[:-1] for t in case.tokens])
+    recorder = Recorder()
+    drafter.draft(states, [t[-1] for t in case.tokens], K, recorder)
+    for b, (row, tokens) in enumerate(zip(rows, case.tokens, strict=True)):
+        alone, own = case.drafter(config), Recorder()
+        state = alone.new_state()
+        alone.extend([state], [row], [tokens[:-1]])
+        alone.draft([state], tokens[-1:], K, own)
+        for one, other in zip(recorder.logits, own.logits, strict=True):
+            assert_close(one[b], other[0])

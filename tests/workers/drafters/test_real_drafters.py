@@ -1,6 +1,6 @@
 """The trained SmolLM2 drafters commit as many tokens a round as their file says, and fewer when anything is shifted.
 
-Skipped without the drafters' folder (`TANDEM_TEST_DRAFTERS`) or the embedded model. The file's rounds were computed in
+Skipped without the drafters' folder (`DRAFTERS_FOLDER`) or the embedded model. The file's rounds were computed in
 bfloat16, where near ties fall differently and one changed round moves all later ones: so every round is drafted from
 the file's own anchor once, and means over the documents are compared.
 """
@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-import replay  # loads a BLAS, so it goes before anything that imports MLX
 
+from tests.support import replay  # isort: skip # loads a BLAS, so it goes before anything that imports MLX
+
+from bench.quantize_drafter import quantize
 from shared import config as settings
 from shared.messages import DraftRow, FeatureRows
 from workers.draft_engine import DraftEngine
 from workers.drafters.checkpoint import detect
-from workers.drafters.registry import load_fusion
+from workers.drafters.registry import load_drafter, load_fusion
 
 mx = replay.mx  # imported by it, after the BLAS
 
@@ -104,6 +107,23 @@ def test_features_one_position_off_lower_acceptance(name, target, documents, hid
     assert wrong < 0.9 * right
 
 
+@pytest.mark.parametrize("name", replay.NUM_TOKENS)
+def test_eight_bits_lose_almost_no_acceptance(name, target, documents, hidden, tmp_path):
+    told = quantize(replay.FOLDER / name, tmp_path / name, 8, 64)
+    assert told["bytes_after"] < 0.56 * told["bytes_before"]
+    small = detect(tmp_path / name)
+    fusion = load_fusion(small, mx.float32)
+    rows = [fusion([taps[i] for i in small.taps] if small.taps else [final]) for taps, final in hidden]
+    drafter = load_drafter(small, mx.float32, *replay.tables(target.embedding))
+    num_tokens = replay.NUM_TOKENS[name]
+    eight = replay.mean_acceptance_length(replay.play(drafter, documents, rows, num_tokens))
+    right = replay.mean_acceptance_length(
+        replay.play(replay.load(name, target), documents, features(name, hidden), num_tokens)
+    )
+    print(f"{name}: {right:.4f}, in 8 bits {eight:.4f}; {told['bytes_before']} bytes, then {told['bytes_after']}")
+    assert eight > (1 - LOOSE) * right
+
+
 # ------------------------------------------------ through the drafter worker's own engine
 
 
@@ -117,7 +137,7 @@ def play_engine(engine, documents, rows, num_tokens):
         for i in running:
             first, end = sent[i], anchors[i] + 1
             known = FeatureRows(request_id=str(i), start=max(0, first - 1), num_rows=end - 1 - max(0, first - 1))
-            engine.take_features(known, rows[i][known.start : end - 1])
+            engine.take_features(known, np.array(rows[i][known.start : end - 1]))
             tokens = documents[i]["token_ids"][first:end]
             asked.append(DraftRow(request_id=str(i), start=first, token_ids=tokens, num_tokens=num_tokens))
             engine.take_tokens(asked[-1])
@@ -146,12 +166,14 @@ def shift_slot(drafter):
     if hasattr(drafter, "first_row"):
         drafter.first_row -= 1
         return
-    right = drafter.extend
+    right = drafter.extend_rows
 
-    def extend(states, features, token_ids):
-        right(states, [mx.concatenate([rows[:1], rows[:-1]]) for rows in features], token_ids)
+    def extend_rows(states, features, token_ids):
+        ends = np.cumsum([len(ids) for ids in token_ids])
+        parts = [features[end - len(ids) : end] for ids, end in zip(token_ids, ends.tolist(), strict=True)]
+        right(states, mx.concatenate([mx.concatenate([rows[:1], rows[:-1]]) for rows in parts]), token_ids)
 
-    drafter.extend = extend
+    drafter.extend_rows = extend_rows
 
 
 @pytest.mark.parametrize("name", ["dflash-2l", "eagle3", "mtp"])

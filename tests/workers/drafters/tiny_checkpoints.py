@@ -34,8 +34,8 @@ class Maker:
     def norm(self, name, size, centre=1.0):
         self.arrays[name] = (centre + 0.3 * self.random.standard_normal(size)).astype(np.float32)
 
-    def layer(self, prefix, inputs=H, qk_norm=False, gated=False, centre=1.0):
-        attention = prefix + "self_attn."
+    def layer(self, prefix, inputs=None, qk_norm=False, gated=False, centre=1.0):
+        attention, inputs = prefix + "self_attn.", inputs or H
         self.matrix(attention + "q_proj.weight", HEADS * HEAD_DIM * (2 if gated else 1), inputs)
         self.matrix(attention + "k_proj.weight", KV_HEADS * HEAD_DIM, inputs)
         self.matrix(attention + "v_proj.weight", KV_HEADS * HEAD_DIM, inputs)

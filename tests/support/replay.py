@@ -1,7 +1,7 @@
 """Plays draft/verify rounds over documents that the embedded model wrote greedily.
 
 The target is teacher-forced: one forward pass over a document gives every hidden row, and a draft is accepted where it
-equals the document. `python tests/workers/drafters/replay.py [documents] [drafter ...]` prints the figures.
+equals the document. `python -m tests.support.replay [documents] [drafter ...]` prints the figures.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from workers.drafters.base import Drafter
 from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_drafter, load_fusion, tables
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-FOLDER = Path(os.environ.get("TANDEM_TEST_DRAFTERS", REPOSITORY.parent / "shared" / "drafters-smollm2"))
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER = Path(os.environ.get("DRAFTERS_FOLDER", REPOSITORY.parent / "shared" / "drafters-smollm2"))
 NUM_TOKENS = {"dflash-2l": 7, "dflash-4l": 7, "eagle3": 4, "mtp": 2}
 
 GGUF_NAMES = {
@@ -103,6 +103,19 @@ def _module_name(stem: str) -> str:
 
 def load_documents(count: int) -> list[dict[str, Any]]:
     return json.loads((FOLDER / "held_out.json").read_text())["documents"][:count]
+
+
+def unsafe_positions(target: Target, document: dict[str, Any], margin: float) -> set[int]:
+    """Positions of the answer whose token is not the float32 target's greedy one, or leads by less than `margin` nats.
+
+    The documents were written in bfloat16, where near ties fall differently.
+    """
+    ids, first = document["token_ids"], document["num_prompt_tokens"]
+    _, rows = target.hidden(ids, [])
+    logits = np.array(rows[first - 1 : -1] @ target.embedding.T)
+    own = logits[np.arange(len(logits)), ids[first:]]
+    logits[np.arange(len(logits)), ids[first:]] = -np.inf
+    return {first + int(i) for i in np.nonzero(own - logits.max(axis=1) < margin)[0]}
 
 
 def features_of(name: str, target: Target, documents: Sequence[dict[str, Any]], tap_shift: int = 0) -> list[mx.array]:

@@ -1,0 +1,107 @@
+"""From options, or from an exported folder, to a drafter that can be trained or evaluated."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from bench.training.dflash import DFlash
+from bench.training.eagle3 import Eagle3
+from bench.training.mtp import MTP
+from bench.training.parts import Params, Trained
+from bench.training.target import Target
+from shared.errors import BadModel
+from workers.drafters.checkpoint import detect
+from workers.drafters.tensors import load_arrays
+
+UNROLL = {"eagle3": 4, "mtp": 3}
+
+
+@dataclass(frozen=True)
+class Choice:
+    kind: str
+    num_layers: int = 4
+    block_size: int = 8
+    mask_token_id: int = 16
+    is_causal: bool = True
+    num_steps: int | None = None
+    taps: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Choice:
+        return cls(
+            args.kind, args.layers, args.block_size, args.mask_token, not args.bidirectional, args.unroll, args.taps
+        )
+
+
+def drafter(choice: Choice, target: Target) -> Trained:
+    """Raises ValueError: an unknown kind."""
+    shape, embedding = target.shape, target.embedding
+    n = shape.num_target_layers
+    match choice.kind:
+        case "dflash":
+            return DFlash(
+                shape, embedding, choice.taps or dflash_taps(n), num_layers=choice.num_layers,
+                block_size=choice.block_size, mask_token_id=choice.mask_token_id, is_causal=choice.is_causal,
+            )  # fmt: skip
+        case "eagle3":
+            taps = choice.taps or (1, n // 2 - 1, n - 4)  # EAGLE's usual layers, counted after the block
+            return Eagle3(shape, embedding, taps, num_steps=choice.num_steps or UNROLL["eagle3"])
+        case "mtp":
+            return MTP(shape, embedding, num_steps=choice.num_steps or UNROLL["mtp"])
+        case _:
+            raise ValueError(f"no training for a drafter of kind {choice.kind!r}")
+
+
+def dflash_taps(num_layers: int, num_taps: int = 5) -> tuple[int, ...]:
+    """z-lab's choice: evenly from the second block to the third last."""
+    num_taps = min(num_taps, max(1, num_layers - 3))
+    if num_taps == 1:
+        return (num_layers // 2,)
+    return tuple(round(1 + i * (num_layers - 4) / (num_taps - 1)) for i in range(num_taps))
+
+
+def of_folder(folder: Path, target: Target) -> Trained:
+    """The drafter of a checkpoint, in the forms that training writes.
+
+    Raises:
+        BadModel: it has parts that training does not compute.
+    """
+    config = detect(folder, target.config)
+    extras = (
+        config.markov_rank, config.conv_num_taps, config.selector_rank, config.has_own_head, config.has_own_embedding,
+        config.is_anchor_sampled, config.norm_output, config.norm_before_residual, config.has_zero_centred_norms,
+        any(w is not None for w in config.windows), config.draft_vocab_size != config.vocab_size, config.rope_scaling,
+        config.rope_traditional,
+    )  # fmt: skip
+    if any(extras) or len(set(config.causal_layers)) > 1:
+        raise BadModel(f"{folder}: a drafter of this form cannot be evaluated here")
+    found = drafter(
+        Choice(
+            config.kind, config.num_layers, config.block_size, config.mask_token_id, all(config.causal_layers),
+            taps=config.taps or None,
+        ),
+        target,
+    )  # fmt: skip
+    return found
+
+
+def read(folder: Path, of: Trained) -> Params:
+    """The weights of a checkpoint as parameters, its `fc` for taps that are divided by `of.tap_scale`.
+
+    Raises:
+        BadModel: tensors are missing, or there are others.
+    """
+    arrays = load_arrays(folder, of.kind, mx.float32, None)
+    wanted = {**{n: tuple(s) for n, s in of.matrices().items()}, **{n: (s,) for n, s in of.norms().items()}}
+    if {n: tuple(a.shape) for n, a in arrays.items()} != wanted:
+        different = sorted(set(wanted) ^ set(arrays)) or "shapes"
+        raise BadModel(f"{folder} is no {of.kind} drafter of these sizes: {different}")
+    params = {name: arrays[name] for name in wanted}
+    if of.taps and of.tap_scale is not None:
+        params["fc.weight"] = params["fc.weight"] * of.tap_scale[None]
+    mx.eval(params)
+    return params
