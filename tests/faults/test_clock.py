@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.faults.load import Load, check_nothing_leaked
-from tests.faults.test_kills import MODULES
+from tests.faults.test_kills import IS_LONG, MODULES
 from tests.support.server import REPOSITORY, Server
 from tests.support.stream import BODY
 
@@ -78,6 +78,7 @@ def created(server: Server) -> int:
     return int(answer["created"])
 
 
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_clocks_that_jump_by_days_disturb_nothing(server: Server, clock: Path) -> None:
     processes = {module: server.worker(module) for module in ("frontend", *MODULES)}
     first = created(server)

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.faults.test_kills import MODULES
+from tests.faults.test_kills import IS_LONG, MODULES
 from tests.support.server import Server
 from tests.support.stream import BODY
 
@@ -99,6 +99,7 @@ def respond(server: Server, **options: object) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/responses", json=body, timeout=60)
 
 
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_a_full_disk_takes_no_answer_and_no_process(model: Path, disk: Disk, tmp_path: Path) -> None:
     with Server(
         model, tmp_path, prefix_dir=disk.place / "prefix", responses_file=disk.place / "responses.sqlite3"

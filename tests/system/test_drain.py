@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.faults.test_kills import IS_LONG
 from tests.support.server import REPOSITORY, STOP_S, Server
 from tests.support.stream import BODY, Stream
 
@@ -62,6 +63,7 @@ def test_sigterm_lets_a_stream_finish_and_takes_no_new_request(model: Path, tmp_
         assert not list(server.run_dir.glob("*.pid"))
 
 
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_what_does_not_finish_in_time_ends_with_a_clear_error(model: Path, tmp_path: Path) -> None:
     with Server(model, tmp_path, drain_timeout_s=1) as server:
         stream, _, family = terminate_in_the_middle(server)

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.faults.test_kills import IS_LONG
 from tests.support.server import REPOSITORY, Server
 from tests.support.stream import BODY, Stream
 
@@ -55,6 +56,7 @@ def tree(model: Path, tmp_path: Path) -> Iterator[Tree]:
             process.wait(timeout=20)
 
 
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_streams_take_turns_beyond_the_hard_limit_and_none_changes(tree: Tree) -> None:
     server = tree.server
     prompts = [f"stream number {i}" for i in range(NUM_STREAMS)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.faults.test_kills import IS_LONG
 from tests.support import tiny_model
 from tests.support.server import READY_S, Server
 from tests.support.stream import BODY, Stream
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
 ADMIN = {"authorization": "Bearer admin-key"}
 PROMPT = "the very same prompt, long enough for a cached block of its own"
-IS_LONG = os.environ.get("FAULTS_LONG", "") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +106,7 @@ def _unload(server: Server, http: httpx.Client) -> None:
     assert http.post("/v1/completions", json=BODY).status_code == 503
 
 
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_a_model_that_cannot_be_loaded_is_told_before_anything_stops(
     server: Server, http: httpx.Client, other: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +118,7 @@ def test_a_model_that_cannot_be_loaded_is_told_before_anything_stops(
     config = (unknown / "config.json").read_text()
     (unknown / "config.json").write_text(config.replace('"llama"', '"no_such_architecture"'))
     cases = [(broken, "model.safetensors"), (unknown, "no_such"), (tmp_path / "absent", "no model at")]
-    for folder, why in cases if IS_LONG else cases[:1]:
+    for folder, why in cases:
         refused = change(http, "load", model=str(folder), wait=True)
         assert refused.status_code == 400
         assert why in refused.json()["error"]["message"]
@@ -131,7 +131,7 @@ def test_a_model_that_cannot_be_loaded_is_told_before_anything_stops(
     assert http.post("/v1/models/unload").status_code == 403
 
 
-@pytest.mark.skipif(not IS_LONG, reason="three loads; make soak runs it")
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_a_model_that_fails_after_all_its_checks_is_taken_back(
     server: Server, http: httpx.Client, other: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +148,7 @@ def test_a_model_that_fails_after_all_its_checks_is_taken_back(
     assert ask(http)[0] == expected
 
 
-@pytest.mark.skipif(not IS_LONG, reason="three loads; make soak runs it")
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_a_target_that_dies_while_it_loads_is_followed_by_the_old_one(
     server: Server, http: httpx.Client, other: Path
 ) -> None:
