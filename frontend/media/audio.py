@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -84,7 +85,7 @@ def _by_ffmpeg(content: bytes, max_s: float, param: str) -> tuple[Samples, int]:
 _CONTAINERS = "mov,mp4,m4a,aac,mp3,wav,flac,ogg,matroska,webm"
 
 
-def _mean(samples: NDArray[np.float32], axis: int) -> Samples:
+def _mean(samples: NDArray[Any], axis: int) -> Samples:
     """Infinities and what is no number are found in the result."""
     with np.errstate(all="ignore"):
         mono: Samples = samples.mean(axis=axis, dtype=np.float32)
