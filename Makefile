@@ -29,7 +29,7 @@ ifdef DRAFT
 export TANDEM_DRAFT_MODEL := $(DRAFT)
 endif
 
-.PHONY: run test test-drafters test-policy test-convert soak fuzz fuzz-api check format bench lock clean
+.PHONY: run test test-drafters test-policy test-convert faults soak fuzz fuzz-api check format bench lock clean
 run: $(VENV)/.run-$(BACKEND)
 	@exec $(PYTHON) -m tandem serve
 
@@ -62,10 +62,13 @@ test-policy: $(VENV)/.dev-$(BACKEND)
 test-convert: $(VENV)/.dev-$(BACKEND)
 	CONVERT_LONG=1 $(PYTHON) -m pytest tests/tandem/test_convert.py
 
+# Every injected fault, each stop and each change of the model, through real processes: some minutes.
+faults: $(VENV)/.dev-$(BACKEND)
+	FAULTS_LONG=1 $(PYTHON) -m pytest tests/faults $(addprefix tests/system/test_,$(addsuffix .py,drain memory model_change))
+
 # 200 random kills under 16 streams, then MINUTES of mixed traffic; figures in bench/results.
 MINUTES ?= 60
-soak: $(VENV)/.dev-$(BACKEND)
-	FAULTS_LONG=1 $(PYTHON) -m pytest tests/faults
+soak: faults
 	$(PYTHON) -m tests.faults.soak --kills 200 --out bench/results/faults-kills.json
 	$(PYTHON) -m tests.faults.soak --minutes $(MINUTES) --out bench/results/soak.json
 

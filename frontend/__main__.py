@@ -6,13 +6,12 @@ import asyncio
 import gc
 import sys
 
+from frontend import model_side
 from frontend.engine import EngineClient
-from frontend.media.loader import MediaLoader
-from frontend.media.processors import processor_of
 from frontend.server import Server
 from frontend.service import Service
-from frontend.tokenizer import load
-from shared import config, log, model_files
+from shared import config, log
+from shared import served as served_model
 from shared.errors import BadConfig, BadModel
 from shared.supervise import EXIT_CONFIG
 
@@ -20,12 +19,11 @@ from shared.supervise import EXIT_CONFIG
 def main() -> int:
     try:
         settings = config.load()
+        served = served_model.read(settings)
         logger = log.set_up("frontend", settings.log_level)
         config.prepare_run_folder(settings)
-        files = model_files.resolve(settings.model, settings)
-        processor = processor_of(files.folder) if files.folder is not None else None
-        media = MediaLoader(processor, settings) if processor is not None else None
-        service = Service(settings, files.name, load(files), EngineClient(settings), media)
+        side = model_side.load((served.previous or served.choice).applied(settings))
+        service = Service(settings, side, EngineClient(settings))
     except (BadConfig, BadModel) as error:
         print(f"frontend: {error.message}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
@@ -34,7 +32,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-        logger.info("serving %s on http://%s:%d", files.name, settings.host, settings.port)
+        logger.info("serving %s on http://%s:%d", side.model_name, settings.host, settings.port)
         runner.run(server.serve())
     return 0
 

@@ -10,8 +10,12 @@ from frontend.auth import given_key
 from frontend.errors import response_of
 from shared.errors import Forbidden
 
-ADMIN_ROUTES = frozenset({("DELETE", "/v1/cache")})
+ADMIN_ROUTES = frozenset({("DELETE", "/v1/cache"), ("POST", "/v1/models/load"), ("POST", "/v1/models/unload")})
 ADMIN_TENANT = "admin"
+
+
+def is_admin_route(scope: Scope) -> bool:
+    return (scope["method"], scope["path"].rstrip("/")) in ADMIN_ROUTES
 
 
 class AdminKey:
@@ -31,7 +35,7 @@ class AdminKey:
         if hmac.compare_digest(given_key(scope), self._key):
             scope["tenant"] = ADMIN_TENANT
             return await self._inner(scope, receive, send)
-        if (scope["method"], scope["path"].rstrip("/")) in ADMIN_ROUTES:
+        if is_admin_route(scope):
             refusal = Forbidden("this changes the server for everybody: it takes the admin key")
             return await response_of(refusal, scope)(scope, receive, send)
         return await self._app(scope, receive, send)

@@ -17,16 +17,19 @@ from frontend import (
     health,
     messages_api,
     metrics,
+    model_admin_api,
     models_api,
     tokenize_api,
 )
 from frontend.access import Access
 from frontend.admin import AdminKey
 from frontend.auth import ApiKeys
+from frontend.drain import Entrance
 from frontend.embeddings_api import EmbeddingsBody
 from frontend.limits import Limits
 from frontend.messages_schemas import CountTokensBody, MessagesBody
 from frontend.metrics import HttpMetrics
+from frontend.model_admin_api import LoadModelBody, UnloadModelBody
 from frontend.page.api import page_router
 from frontend.responses import api as responses_api
 from frontend.responses.schemas import CompactBody, InputTokensBody, ResponsesBody
@@ -37,7 +40,7 @@ from shared.errors import TandemError
 
 _BODIES = (
     ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, MessagesBody, CountTokensBody,
-    ResponsesBody, CompactBody, InputTokensBody, EmbeddingsBody,
+    ResponsesBody, CompactBody, InputTokensBody, EmbeddingsBody, LoadModelBody, UnloadModelBody,
 )  # fmt: skip
 
 
@@ -62,6 +65,7 @@ def create_app(service: Service) -> ASGIApp:
         responses_api,
         embeddings_api,
         models_api,
+        model_admin_api,
         tokenize_api,
         health,
         metrics,
@@ -78,7 +82,7 @@ def create_app(service: Service) -> ASGIApp:
         return page
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the page
-    limited = Limits(app, service.settings)
+    limited = Entrance(Limits(app, service.settings), service.door)
     keys = load_keys(service.settings)
     guarded: ASGIApp = ApiKeys(limited, keys) if keys else limited
     if service.settings.admin_key:

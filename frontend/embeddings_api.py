@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from frontend.cache_api import cache_salt
-from frontend.engine import EngineClient
+from frontend.engine_protocol import Engine
 from frontend.errors import json_response
 from frontend.generation import ClientWatcher
 from frontend.prompts import encode_prompts
@@ -116,7 +116,7 @@ def _submit(request: Request, prompt: list[int], pooling: Pooling) -> Submit:
 class PooledPrompts:
     """The pooled sequences of one request, some at a time; what a ClientWatcher watches."""
 
-    def __init__(self, engine: EngineClient, submits: Sequence[Submit]) -> None:
+    def __init__(self, engine: Engine, submits: Sequence[Submit]) -> None:
         self._engine = engine
         self._submits = submits
         self._stream: TokenStream | None = None

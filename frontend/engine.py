@@ -105,9 +105,13 @@ class EngineClient:
     def stop(self) -> None:
         """Cancel every live request; new ones are refused from now on."""
         self._is_stopping = True
+        self.fail_all(Unavailable("the server is shutting down", retry_after_s=RETRY_AFTER_S))
+
+    def fail_all(self, error: TandemError) -> None:
+        """End every live request with this error."""
         for live in list(self._live.values()):
             self._send(Cancel(request_id=live.submit.request_id, reason="shutdown"))
-            self._fail(live, Unavailable("the server is shutting down", retry_after_s=RETRY_AFTER_S))
+            self._fail(live, error)
 
     async def close(self) -> None:
         self.stop()

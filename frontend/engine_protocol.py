@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from frontend.streams import CancelReason, TokenStream
+from shared.errors import TandemError
 from shared.messages import CacheReply, EngineStatus, RequestId, Submit, WorkerInfo
 
 
@@ -48,6 +49,9 @@ class Engine(Protocol):
 
     def forget(self, request_id: RequestId, reason: CancelReason = "client_gone") -> None:
         """Stop this request and drop whatever still comes for it. A request that has ended is left alone."""
+
+    def fail_all(self, error: TandemError) -> None:
+        """End every live request with this error."""
 
     async def metrics_page(self, timeout_s: float = 1.0) -> bytes | None:
         """The engine's Prometheus page; None: it does not answer in time."""

@@ -26,14 +26,15 @@ def _attention(status: EngineStatus | None) -> list[str]:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """The states of the engine's processes. 503 with Retry-After whenever the target is not ready."""
+    """The states of the engine's processes. 503 with Retry-After whenever a new request would not be served."""
     service = service_of(request)
     engine = service.engine
     status = engine.status
     is_known = status is not None and not engine.is_silent
     info = status.target_info if status is not None else None
+    is_ready = engine.is_ready and not service.door.reason
     answer = {
-        "status": "ok" if engine.is_ready else "unavailable",
+        "status": service.door.reason or ("ok" if is_ready else "unavailable"),
         "model": service.model_name,
         "input_modalities": service.modalities,
         "scheduler": "ready" if is_known else "silent",
@@ -44,8 +45,9 @@ async def health(request: Request) -> Response:
         "num_open_requests": engine.num_live,
         "num_slots": info.num_slots if info is not None else None,
         "device": info.device if info is not None else None,
+        "model_change": service.model_change.described(),
         "exactness": _exactness(status),
         "attention": _attention(status),
     }
     content = msgspec.json.encode(answer)
-    return json_response(content) if engine.is_ready else json_response(content, 503, {"retry-after": "2"})
+    return json_response(content) if is_ready else json_response(content, 503, {"retry-after": "2"})

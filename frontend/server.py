@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import socket
+import threading
 from types import FrameType
 
 import uvicorn
@@ -35,16 +38,30 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
         )
         super().__init__(config)
+        self._service = service
         self._engine = service.engine
         self._responses = service.responses
+        self._drain: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Unlike uvicorn's, does not raise the signal again afterwards: a stop that was asked for ends with code 0."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
+    def drain(self) -> None:
+        """End once all requests have, or after a while; new ones are refused from now on."""
+        if self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._drain_and_exit(), name="drain")
+
+    async def _drain_and_exit(self) -> None:
+        await self._service.door.drain(self._service.settings.drain_timeout_s)
+        self.should_exit = True
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         await self._engine.start()
+        if threading.current_thread() is threading.main_thread():  # only there signals can be handled
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.drain)
+        self._service.model_change.resume()
         try:
             await super().serve(sockets)
         finally:

@@ -1,4 +1,4 @@
-"""What every endpoint needs: the model's text side, the engine, settings. Made once per process."""
+"""What every endpoint needs: the model's side, the engine, settings. Made once per process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import time
 
 from starlette.requests import ClientDisconnect, Request
 
-from frontend import output_parser, tokenizer
-from frontend.chat_template import ChatTemplate
+from frontend import tokenizer
 from frontend.detokenize import Detokenizer
+from frontend.drain import Door
 from frontend.engine_protocol import Engine
-from frontend.grammar import GrammarChecker
-from frontend.media.loader import MediaLoader
-from frontend.pieces import Pieces
+from frontend.model_change import ModelChange
+from frontend.model_side import ModelSide
 from frontend.responses.state import Responses
 from frontend.streams import ClientGone
-from frontend.tokenizer import ModelText
 from shared.config import Settings
 from shared.errors import ContextLength, InvalidRequest, NotFound, TooLarge, TooSlow
 
@@ -27,33 +25,28 @@ MAX_CHARS_PER_TOKEN = 256
 
 
 class Service:
-    """Shared by all requests; immutable but for the engine's state and the stored responses.
-
-    Raises:
-        BadConfig: a setting names a parser that does not exist.
-        BadModel: the chat template does not parse.
-    """
+    """Shared by all requests; immutable but for the engine's state, the stored responses and a change of the model."""
 
     def __init__(
         self,
         settings: Settings,
-        model_name: str,
-        text: ModelText,
+        side: ModelSide,
         engine: Engine,
-        media: MediaLoader | None = None,
     ) -> None:
-        self.settings = settings
-        self.media = media  # None: the model takes text only
-        self.model_name = model_name
-        self.text = text
+        self.first_settings = settings  # as they were at the start, before any change of the model
         self.engine = engine
-        self.pieces = Pieces(text.tokenizer)
-        self.template = ChatTemplate(text.chat_template, text.special_texts) if text.chat_template else None
         self.started_at = int(time.time())
-        self.responses = Responses(settings)
-        self.output_format = output_parser.choose(settings, text.chat_template, text.tokenizer)
-        self.grammars = GrammarChecker(text)
-        self._model_ids = {"", "default", model_name, settings.model, settings.model_name}
+        self.adopt(side)
+        self.door = Door()
+        self.responses = Responses(settings, self.door)
+        self.model_change = ModelChange(self)
+
+    def adopt(self, side: ModelSide) -> None:
+        """This is the model from now on. No request may be between its prompt and its answer."""
+        self.settings = side.settings
+        self.model_name, self._model_ids = side.model_name, side.names
+        self.text, self.pieces, self.template = side.text, side.pieces, side.template
+        self.media, self.grammars, self.output_format = side.media, side.grammars, side.output_format
 
     @property
     def vocab_size(self) -> int:

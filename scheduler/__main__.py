@@ -14,7 +14,7 @@ import zmq
 from scheduler.core import Core
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
-from shared import config, log
+from shared import config, log, served
 from shared.api_keys import load_keys
 from shared.beat import Beat
 from shared.errors import BadConfig, BadMessage
@@ -140,7 +140,7 @@ class Process:
 
 def main() -> int:
     try:
-        settings = config.load()
+        settings, _ = served.load()
         log.set_up("scheduler", settings.log_level)
         check_addresses(settings)
         process = Process(settings)

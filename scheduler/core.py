@@ -81,8 +81,9 @@ class Core:
         self._step_timeout = StepTimeout(settings.step_timeout_s)
         self._timed = ""  # the target process whose steps it knows: a new epoch of the same one changes nothing
         self._last_process: dict[Role, str] = {}  # role -> instance id of its newest process
+        self._fingerprint = ""  # of the last target's weights
         self.suspects = Suspects()
-        self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize)
+        self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize, settings.memory_hard_limit_bytes)
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
         self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
         self.speculator.forced_k = settings.draft_tokens or None
@@ -102,7 +103,7 @@ class Core:
             case Heartbeat():
                 self._heartbeat(sender, message, now)
             case Ready():
-                self._ready(sender, message)
+                self._ready(sender, message, now)
             case Submit():
                 self._submit(sender, message, now)
             case Cancel():
@@ -133,6 +134,7 @@ class Core:
         self.speculator.expire(now)
         for sequence in [s for s in self._requests.values() if _is_overdue(s, now)]:
             self._end(sequence, "error", now, error="the request's time limit passed", code=DeadlineExceeded.code)
+        self._relieve_memory(now)
         for peer in self.peers.all():
             self._outbox.send(peer.instance_id, Heartbeat(instance_id=self.scheduler_id))
         self._broadcast_status()
@@ -198,7 +200,7 @@ class Core:
             if peer.has_lost(message, step, now):
                 self._resynchronise(peer, now)
 
-    def _ready(self, sender: str, message: Ready) -> None:
+    def _ready(self, sender: str, message: Ready, now: float) -> None:
         peer = self.peers.get(sender)
         if peer is None or peer.epoch != message.epoch or peer.role not in ("target", "drafter"):
             self.metrics.dropped["old_epoch"].inc()
@@ -214,6 +216,7 @@ class Core:
         self.metrics.set_worker(peer.role, True)
         if peer.role == "target":
             info = message.info
+            self._check_weights(info, now)
             if sender != self._timed:
                 self._step_timeout, self._timed = StepTimeout(self.settings.step_timeout_s), sender
             self.session = Session(
@@ -227,6 +230,13 @@ class Core:
                 sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens, info.step_costs
             )
         self._broadcast_status()
+
+    def _check_weights(self, info: WorkerInfo, now: float) -> None:
+        """Requests that other weights have begun are not continued by these: the text would be neither's."""
+        if self._fingerprint not in ("", info.fingerprint):
+            for sequence in list(self._requests.values()):
+                self._end(sequence, "error", now, error="the model was changed while the request was running")
+        self._fingerprint = info.fingerprint
 
     def _worker_failed(self, sender: str, now: float) -> None:
         peer = self.peers.get(sender)
@@ -246,6 +256,19 @@ class Core:
             for sequence in [s for s in self._requests.values() if s.frontend == peer.instance_id]:
                 self._end(sequence, "abort", now)
         self._broadcast_status()
+
+    def _relieve_memory(self, now: float) -> None:
+        """Beyond the soft limit caches shrink and nobody gets a slot. Beyond the hard one the newest loses its slot.
+
+        One at a time, so that what it gave back is seen before the next one goes.
+        """
+        session = self.session
+        if session is None:
+            return
+        session.planner.is_short = self.memory.is_full
+        if self.memory.is_full and self.memory.take_news(session.target_id):
+            is_preempted = self.memory.is_overfull and session.preempt_newest()
+            session.shrink(now, at_once=is_preempted)
 
     def _check_step_time(self, now: float) -> None:
         """A target whose step takes far longer than steps do hangs: it is replaced."""

@@ -63,6 +63,7 @@ class Planner:
         self.max_step_tokens = max_step_tokens
         self.max_prefill_tokens = max_prefill_tokens
         self.suspect: Sequence | None = None  # the one suspect that may be worked on (suspects.py)
+        self.is_short = False  # of memory: sequences get slots one after the other only
         self.prefix = prefix
         self.whole_media = whole_media
         self._keeps_states = prefix is not None and prefix.info.is_recurrent
@@ -223,7 +224,7 @@ class Planner:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give the head of the queue a slot if there is one and its capacity fits."""
-        if self.slots.num_free_slots == 0:
+        if self.slots.num_free_slots == 0 or (self.is_short and self.running):
             return False
         wanted = min(sequence.submit.max_tokens, INITIAL_OUTPUT_TOKENS) + len(sequence.token_ids)
         capacity = self.slots.class_for(min(wanted, self.slots.capacity_classes[-1]))

@@ -32,6 +32,7 @@ from shared.messages import (
     FinishReason,
     Release,
     RowResult,
+    Shrink,
     Step,
     StepResult,
     TokenLogprob,
@@ -40,6 +41,7 @@ from shared.messages import (
 )
 
 LOAD_TIMEOUT_S = 20.0  # for blocks from the archive; then a message was lost
+SHRINK_INTERVAL_S = 10.0  # while memory stays short: what is cached meanwhile may be worth its place
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
 
 
@@ -122,6 +124,8 @@ class Session:
         self._num_releases = 0
         self._freed: list[int] = []
         self._kept: list[BlockStore] = []  # of the freed slots
+        self._shrink: Shrink | None = None  # to go with the next Release
+        self._last_shrink = float("-inf")
         self._last_result = 0.0
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._timeout = step_timeout
@@ -175,7 +179,7 @@ class Session:
             self._freed.append(sequence.slot)
 
     def release_freed(self) -> None:
-        if self._freed:
+        if self._freed or self._shrink is not None:
             self._num_releases += 1
             release = Release(
                 epoch=self.epoch,
@@ -183,9 +187,10 @@ class Session:
                 stores=self._kept,
                 release_id=self._num_releases,
                 after_step=self._num_steps,
+                shrink=self._shrink,
             )
             self._outbox.send(self.target_id, release)
-        self._freed, self._kept = [], []
+        self._freed, self._kept, self._shrink = [], [], None
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's slot; it waits to be computed again."""
@@ -194,6 +199,21 @@ class Session:
         sequence.num_preemptions += 1
         self.waiting.push(sequence)
         self.metrics.preemptions.inc()
+
+    def preempt_newest(self) -> bool:
+        """False: there is at most one, which goes on whatever happens."""
+        if len(self.running) < 2:
+            return False
+        self.preempt(max(self.running, key=lambda s: s.order))
+        return True
+
+    def shrink(self, now: float, at_once: bool) -> None:
+        """Have the target give back memory that no sequence needs, cached blocks included; not all the time."""
+        if not at_once and now - self._last_shrink < SHRINK_INTERVAL_S:
+            return
+        self._last_shrink = now
+        kept_blocks, free_states = self.prefix.shrink() if self.prefix is not None else ([], [])
+        self._shrink = Shrink(kept_blocks=kept_blocks, free_states=free_states)
 
     # ------------------------------------------------ steps
 

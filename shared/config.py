@@ -92,6 +92,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_check_rate: Annotated[float, "share of hits that an idle target computes again and compares"] = 0.01
     max_queue: Annotated[int, "waiting requests before a 429"] = 256
     memory_limit_bytes: Annotated[int, "of all processes, no new requests beyond; 0: nine tenths of the machine's"] = 0
+    memory_hard_limit_bytes: Annotated[
+        int, "running sequences are preempted beyond it; 0: 5 % above memory_limit_bytes"
+    ] = 0
     priority_ageing_s: Annotated[float, "a request gains one priority level for each such wait"] = 10.0
     ttft_bound_s: Annotated[float, "prefill gets the whole step when a request waits longer; 0: never"] = 0.0
 
@@ -107,6 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     step_timeout_s: Annotated[float, "of one step, at most; once steps are measured, a large multiple of theirs"] = (
         300.0
     )
+    drain_timeout_s: Annotated[float, "after SIGTERM live requests may take so long to finish"] = 20.0
     max_early_deaths: Annotated[int, "of one process in a row, each within 20 s of its start; then all ends"] = 5
 
     # machine

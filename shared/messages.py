@@ -86,6 +86,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text
     whole_media: list[MediaKind] = field(default_factory=list)  # kinds of which one prefill chunk must hold all tokens
+    load_id: int = 0  # of the choice of a model that it was started with (shared/served.py)
     attention: list[str] = field(default_factory=list)  # target only: which kernels attend, and why; empty: stock
     embedding_size: int = 0  # target only: numbers of a pooled hidden row; 0: its hidden rows cannot be seen
 
@@ -435,6 +436,13 @@ class Step(Message, frozen=True, kw_only=True):
     encodes: list[EncodeRow] = field(default_factory=list)
 
 
+class Shrink(Part, frozen=True, kw_only=True):
+    """Memory is short: give back what no sequence needs. The device pool's other blocks were forgotten."""
+
+    kept_blocks: list[int]  # ids
+    free_states: list[int]  # ids of kept recurrent states that nobody has
+
+
 class Release(Message, frozen=True, kw_only=True):
     """These slots are free, once their `stores` are made; steps sent before still use them."""
 
@@ -443,6 +451,7 @@ class Release(Message, frozen=True, kw_only=True):
     release_id: int = 0  # counts from 1 in each epoch
     after_step: int = 0  # id of the last Step sent before it
     stores: list[BlockStore] = field(default_factory=list)
+    shrink: Shrink | None = None  # done last
 
 
 class LoadBlocks(Message, frozen=True, kw_only=True):

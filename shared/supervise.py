@@ -4,8 +4,11 @@ honcho stops everything when one line of the Procfile ends, so each line runs un
 with growing back-off and gives up, with a non-zero exit, after `max_early_deaths` deaths in a row within
 `EARLY_DEATH_S` of their start. Exit code 78 (a bad setting or model) is final at once: another try cannot help.
 
-SIGHUP restarts the child in order (`tandem restart`). A child that no longer touches its beat file (`shared/beat.py`)
-hangs, and is killed. A child finds the exit code of the one before it in the environment variable LAST_EXIT.
+SIGHUP restarts the child in order (`tandem restart`). SIGUSR2 ends the child and starts
+none until SIGHUP. SIGUSR1 is passed on and says that the child will end by itself
+once its work is done (`frontend/drain.py`): whatever ends it then, it is not started again. A child that no longer
+touches its beat file (`shared/beat.py`) hangs, and is killed. A child finds the exit code of the one before it in the
+environment variable LAST_EXIT.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ EARLY_DEATH_S = 20.0
 BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 4.0)
 STOP_GRACE_S = 4.0
 LOOK_S = 1.0
+PAUSED_S = 0.1  # between two looks whether the child is to be started again
 LAST_EXIT = "SUPERVISE_LAST_EXIT"
 
 
@@ -68,6 +72,8 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
         self._restarting = False
+        self._draining = False
+        self._paused = False
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """Pass SIGTERM on; a child that has not ended STOP_GRACE_S later is killed."""
@@ -76,8 +82,19 @@ class Supervisor:
 
     def restart(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """Have the child end and start a new one at once. It gets SIGHUP, so that it can tell this from a stop."""
-        self._restarting = True
+        self._restarting, self._paused = True, False
         self._end_child(signal.SIGHUP)
+
+    def pause(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """Have the child end, and start no other one until `restart`."""
+        self._paused = True
+        self._end_child(signal.SIGTERM)
+
+    def drain(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """Pass SIGUSR1 on and wait for the child to end, however long it takes."""
+        self._draining = True
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGUSR1)
 
     def _end_child(self, number: signal.Signals) -> None:
         if self._child is not None and self._child.poll() is None:
@@ -90,10 +107,13 @@ class Supervisor:
             self._child.kill()
 
     def run(self) -> int:
-        """The exit code for our own process: 0 only if we were told to stop or the child ended with 0."""
+        """The exit code for our own process: 0 only if we were told to stop or drain, or the child ended with 0."""
         environment = dict(os.environ)
         environment.pop(LAST_EXIT, None)
-        while not self._stopping:
+        while not self._stopping and not self._draining:
+            if self._paused:
+                time.sleep(PAUSED_S)
+                continue
             started = time.monotonic()
             if self._watch is not None:
                 self._watch.begin()
@@ -101,9 +121,12 @@ class Supervisor:
             self._child = subprocess.Popen(self.command, preexec_fn=_die_with_parent, env=environment)
             code = self._wait(self._child)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            if self._stopping or (code == 0 and not self._restarting):
+            if self._stopping or self._draining or (code == 0 and not (self._restarting or self._paused)):
                 return 0
-            environment[LAST_EXIT] = "0" if self._restarting else str(code)
+            environment[LAST_EXIT] = "0" if self._restarting or self._paused else str(code)
+            if self._paused:
+                self._say(f"{self.name} ended, as it was told")
+                continue
             if self._restarting:
                 self._say(f"{self.name} is started again, as it was told")
                 continue
@@ -154,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, supervisor.stop)
     signal.signal(signal.SIGINT, supervisor.stop)
     signal.signal(signal.SIGHUP, supervisor.restart)
+    signal.signal(signal.SIGUSR1, supervisor.drain)
+    signal.signal(signal.SIGUSR2, supervisor.pause)
     pid_file = folder / f"{name}.pid"
     pid_file.write_text(str(os.getpid()))
     try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import signal
 
-import psutil
-
 from shared.config import Settings
-from shared.errors import Unavailable
+from shared.supervisors import tell
 
 ROLES = ("target", "drafter", "scheduler")
 
@@ -18,13 +16,4 @@ def restart(role: str, settings: Settings) -> int:
     Raises:
         Unavailable: no server runs with these settings (the run folder goes by the port).
     """
-    file = settings.run_folder / f"{role}.pid"
-    try:
-        supervisor = psutil.Process(int(file.read_text()))
-        command = supervisor.cmdline()
-        if "shared.supervise" not in command or role not in command:
-            raise Unavailable(f"{file} is a leftover of a server that is gone")
-        supervisor.send_signal(signal.SIGHUP)
-    except (OSError, ValueError, psutil.Error) as error:
-        raise Unavailable(f"no server runs with the run folder {settings.run_folder}") from error
-    return supervisor.pid
+    return tell(role, signal.SIGHUP, settings)

@@ -59,6 +59,7 @@ class Archiver:
         self._jobs: queue.Queue[tuple[bytes, Copy] | LoadBlocks | None] = queue.Queue()
         self._written: queue.SimpleQueue[tuple[ArchivedBlock | None, list[bytes]]] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[tuple[LoadBlocks, list[Copy | None]]] = queue.SimpleQueue()
+        self._dropped: list[bytes] = []  # from host memory, not told yet
         self._num_writing = 0
         self._num_loading = 0
         self._last_copy = 0.0
@@ -83,6 +84,11 @@ class Archiver:
         """The pool was emptied."""
         self._waiting.clear()
         self._copying = None
+
+    def shrink(self) -> None:
+        """Memory is short: give back the copies in host memory. Files stay."""
+        self._waiting.clear()
+        self._dropped += self._archive.drop_copies()
 
     def clear(self) -> None:
         self.reset()
@@ -168,7 +174,7 @@ class Archiver:
     def news(self, epoch: int) -> BlocksArchived | None:
         """Blocks written and dropped since the last call."""
         added: list[ArchivedBlock] = []
-        removed: list[bytes] = []
+        removed, self._dropped = self._dropped, []
         while True:
             try:
                 block, gone = self._written.get_nowait()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import msgspec
 import numpy as np
 
@@ -18,6 +19,7 @@ from shared.model_files import resolve
 from shared.shipped_drafters import resolve_drafter
 from workers.cache.spec import AttentionSpec
 from workers.draft_engine import DraftEngine
+from workers.drafters.attending_cache import AttendingCache
 from workers.drafters.base import FeatureDrafter
 from workers.drafters.causal_lm import CausalLMDrafter
 from workers.drafters.checkpoint import detect
@@ -27,6 +29,8 @@ from workers.kernels.select import select
 from workers.load import LoadedModel, load
 from workers.load.fingerprint import fingerprint
 from workers.machine import DTYPES, device_name, is_cpu
+from workers.models.base import TextModel
+from workers.models.own import is_own
 from workers.runner import ModelRunner
 
 GPU_BATCHES, CPU_BATCHES = (1, 2, 4, 8, 16, 32), (1,)  # whose drafts are measured at start
@@ -84,7 +88,7 @@ def build_drafter(settings: Settings, target: LoadedModel | None = None) -> tupl
     if config.kind == "model":
         model = load(resolve_drafter(settings), settings.dtype)
         _check_same_vocabulary(target, model)
-        engine = DraftEngine(CausalLMDrafter(model.model, target.vocab_size), needs_features=False)
+        engine = DraftEngine(_causal_lm(model.model, target.vocab_size), needs_features=False)
     else:
         embed, head = _tables(target, config)
         engine = DraftEngine(load_drafter(config, dtype, embed, head), config.feature != "none", dtype)
@@ -161,6 +165,14 @@ def _tables(target: LoadedModel, config: DrafterConfig) -> tuple[Any, Any]:
     if not (hasattr(model, "embed") and hasattr(model, "logits")):
         raise BadModel(f"{target.architecture} does not share its embedding and head; this drafter needs them")
     return model.embed, model.logits
+
+
+def _causal_lm(model: TextModel, target_vocab_size: int) -> CausalLMDrafter:
+    """A model of our own attends through caches with `attend`, those of mlx-lm through mlx-lm's."""
+    specs = [spec for spec in model.layer_specs() if isinstance(spec, AttentionSpec)]
+    is_ours = isinstance(model, nn.Module) and is_own(model)
+    make_cache = (lambda: [AttendingCache(spec) for spec in specs]) if is_ours else None
+    return CausalLMDrafter(model, target_vocab_size, make_cache)
 
 
 def _check_same_vocabulary(target: LoadedModel, drafter: LoadedModel) -> None:

@@ -13,7 +13,9 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from shared import config, log
+import msgspec
+
+from shared import config, log, served
 from shared.errors import BadConfig, BadModel
 from shared.messages import DraftReply, DraftRequest, Drain, Ready, ToDrafter, Welcome, WorkerInfo
 from shared.supervise import EXIT_CONFIG
@@ -48,7 +50,7 @@ FEATURE_WAIT_S = 0.02  # the rows of a step leave the target right after its res
 class DrafterProcess:
     """Answers draft requests; takes features in while it waits for them."""
 
-    def __init__(self, settings: config.Settings) -> None:
+    def __init__(self, settings: config.Settings, load_id: int = 0) -> None:
         self.engine: DraftEngine | None = None
         self.info: WorkerInfo | None = None
         self.features: FeatureReceiver | None = None
@@ -66,7 +68,8 @@ class DrafterProcess:
         self.link = Link(settings, "drafter", ToDrafter, memory)
         self.link.start()
         started = time.perf_counter()
-        self.engine, self.info = build_drafter(settings)
+        self.engine, info = build_drafter(settings)
+        self.info = msgspec.structs.replace(info, load_id=load_id)
         if self.engine.needs_features:
             self.features = FeatureReceiver(settings)
         logger.info("%s (%s) ready after %.1f s", self.info.model, self.info.draft_kind, time.perf_counter() - started)
@@ -126,13 +129,15 @@ class DrafterProcess:
 
 def main() -> int:
     try:
-        settings = config.load()
+        settings, choice = served.load_for("drafter")
         log.set_up("drafter", settings.log_level)
         config.prepare_run_folder(settings)
         if settings.draft_checkpoint:
             logger.info("%s", blas.prepare(settings))
-        drafter = DrafterProcess(settings)
-    except (BadConfig, BadModel) as error:
+        drafter = DrafterProcess(settings, choice.load_id)
+    except BadModel as error:
+        return served.refused("drafter", settings, choice, error)
+    except BadConfig as error:
         print(f"drafter: {error}", file=sys.stderr)
         return EXIT_CONFIG
     signal.signal(signal.SIGTERM, drafter.stop)

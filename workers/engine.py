@@ -7,7 +7,7 @@ waiting, `finish` waits and reads; calling `begin` for step n+1 before `finish` 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -123,6 +123,13 @@ class Engine:
                         self.store.clear(slot)
                     self.store.release(slot)
                 self._failed.discard(slot)
+
+    def shrink(self, kept_blocks: Collection[int], free_states: Iterable[int]) -> None:
+        """Memory is short: give back what no slot and no kept block needs. Steps that were begun keep their arrays."""
+        if self.blocks is not None:
+            self.blocks.shrink(kept_blocks, free_states)
+        self.store.trim()
+        mx.clear_cache()
 
     # ------------------------------------------------ begin
 

@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
-from shared import config, log
+from shared import config, log, served
 from shared.errors import BadConfig, BadModel, TandemError
 from shared.messages import (
     ClearArchive,
@@ -21,6 +23,7 @@ from shared.messages import (
     LoadBlocks,
     Ready,
     Release,
+    Shrink,
     Step,
     StepResult,
     ToTarget,
@@ -45,7 +48,7 @@ MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 class Target:
     """Owns the engine. On a GPU one step runs while the next is being queued."""
 
-    def __init__(self, settings: config.Settings) -> None:
+    def __init__(self, settings: config.Settings, load_id: int = 0) -> None:
         from workers.build import build_archiver, build_engine
         from workers.features import FeatureSender
         from workers.link import Link
@@ -55,7 +58,8 @@ class Target:
         self.link = Link(settings, "target", ToTarget, memory)
         self.link.start()  # heartbeats begin before the weights are read
         started = time.perf_counter()
-        self.engine, self.info = build_engine(resolve(settings.model, settings), settings)
+        self.engine, info = build_engine(resolve(settings.model, settings), settings)
+        self.info = msgspec.structs.replace(info, load_id=load_id)
         logger.info(
             "%s ready on %s in %s after %.1f s: %d slots, %d tokens of KV",
             self.info.model, self.info.device, self.info.dtype, time.perf_counter() - started, self.info.num_slots,
@@ -99,6 +103,7 @@ class Target:
                             continue  # look for more before waiting for the device
                     case LoadBlocks() if message.epoch == self.epoch and self.archiver is not None:
                         if self._is_next(message):
+                            _keep_loading(message, waiting)
                             self.archiver.load(message)
                     case ClearArchive() if message.epoch == self.epoch and self.archiver is not None:
                         self.archiver.clear()
@@ -171,10 +176,17 @@ class Target:
     def _begin(self, message: Step | Release, running: deque[PendingStep]) -> None:
         if isinstance(message, Release):
             self.engine.release(message.slots, message.stores)
+            if message.shrink is not None:
+                self._shrink(message.shrink)
         else:
             running.append(self.engine.begin(message))
         if self.archiver is not None and message.stores:
             self.archiver.stored(message.stores)
+
+    def _shrink(self, shrink: Shrink) -> None:
+        if self.archiver is not None:
+            self.archiver.shrink()
+        self.engine.shrink(shrink.kept_blocks, shrink.free_states)
 
     def _archive(self, archiver: Archiver, is_idle: bool) -> None:
         """A little of the work between the device pool and the archive."""
@@ -212,14 +224,25 @@ class Target:
                 self.link.send(message)
 
 
+def _keep_loading(message: LoadBlocks, waiting: Iterable[Step | Release]) -> None:
+    """Blocks are loaded as soon as they can be, so a Shrink that was sent before may be done after that."""
+    for earlier in waiting:
+        if isinstance(earlier, Release) and earlier.shrink is not None:
+            earlier.shrink.kept_blocks.extend(message.block_ids)
+            taken = set(message.states.values())
+            earlier.shrink.free_states[:] = [i for i in earlier.shrink.free_states if i not in taken]
+
+
 def main() -> int:
     try:
-        settings = config.load()
+        settings, choice = served.load_for("target")
         log.set_up("target", settings.log_level)
         config.prepare_run_folder(settings)
         logger.info("%s", blas.prepare(settings))
-        target = Target(settings)
-    except (BadConfig, BadModel) as error:
+        target = Target(settings, choice.load_id)
+    except BadModel as error:
+        return served.refused("target", settings, choice, error)
+    except BadConfig as error:
         print(f"target: {error}", file=sys.stderr)
         return EXIT_CONFIG
     except TandemError as error:

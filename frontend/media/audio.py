@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -55,7 +56,7 @@ def _by_sndfile(content: bytes, max_s: float, param: str) -> tuple[Samples, int]
     with soundfile.SoundFile(io.BytesIO(content)) as file:
         _check_stream(file.samplerate, file.channels, param)
         blocks = file.blocks(BLOCK, dtype="float32", always_2d=True)
-        mono = (block.mean(axis=1, dtype=np.float32) for block in blocks)
+        mono = (_mean(block, axis=1) for block in blocks)
         return _joined(mono, file.samplerate, max_s, param), file.samplerate
 
 
@@ -70,20 +71,25 @@ def _by_ffmpeg(content: bytes, max_s: float, param: str) -> tuple[Samples, int]:
             if not box.streams.audio:
                 raise InvalidRequest("the file holds no audio", param=param)
             stream = box.streams.audio[0]
+            if stream.codec_context is None:  # a codec that these libraries lack: PyAV gives such a stream no rate
+                raise ValueError("no decoder")
             own_rate = int(stream.rate or 0)
             _check_stream(own_rate, stream.channels, param)
             planar = av.AudioResampler(format="fltp", rate=own_rate)
-            mono = (
-                part.to_ndarray().mean(axis=0, dtype=np.float32)
-                for frame in box.decode(stream)
-                for part in planar.resample(frame)
-            )
+            mono = (_mean(part.to_ndarray(), axis=0) for frame in box.decode(stream) for part in planar.resample(frame))
             return _joined(mono, own_rate, max_s, param), own_rate
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise InvalidRequest(f"the audio cannot be read as any of {', '.join(AUDIO_FORMATS)}", param=param) from error
 
 
 _CONTAINERS = "mov,mp4,m4a,aac,mp3,wav,flac,ogg,matroska,webm"
+
+
+def _mean(samples: NDArray[Any], axis: int) -> Samples:
+    """Infinities and what is no number are found in the result."""
+    with np.errstate(all="ignore"):
+        mono: Samples = samples.mean(axis=axis, dtype=np.float32)
+    return mono
 
 
 def _check_stream(rate: int, channels: int, param: str) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict
 from typing import Protocol
 
+from frontend.drain import Door
 from frontend.responses.event_log import EventLog
 from frontend.responses.store import Store, Stored
 from shared.config import Settings
@@ -38,8 +39,9 @@ class Run(Protocol):
 
 
 class Responses:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, door: Door) -> None:
         self.store = Store(settings)
+        self._door = door
         self._running: dict[str, Run] = {}
         self._logs: OrderedDict[str, tuple[str, EventLog]] = OrderedDict()  # id -> (tenant, events)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,9 +60,14 @@ class Responses:
         self._logs[run.response_id] = (run.tenant, events)
         task = asyncio.create_task(run.work(events), name=f"background {run.response_id}")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._door.num_inside += 1
+        task.add_done_callback(self._ended)
         self._drop_old_logs()
         return events
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._door.num_inside -= 1
 
     def _drop_old_logs(self) -> None:
         ended = [name for name, (_, events) in self._logs.items() if events.is_closed]

@@ -396,6 +396,16 @@ class PrefixCache:
         self.to_check = []
         return self.index.clear()
 
+    def shrink(self) -> tuple[list[int], list[int]]:
+        """Take all blocks that nobody reads at the moment out of the device pool.
+
+        Returns:
+            ids of the blocks that stay, and of the recurrent states that nobody has.
+        """
+        self.to_check = []
+        self.index.evict_all()
+        return self.index.resident_ids(), self.index.free_state_ids()
+
     def measure(self) -> None:
         """Bring the figures of the device tier up to date."""
         resident, info = self.index.num_resident, self.info

@@ -150,6 +150,19 @@ class PrefixIndex:
         if not entry.is_archived and entry.num_pins == 0:
             del self._entries[entry.block_hash]
 
+    def evict_all(self) -> None:
+        """Take every block that nobody reads or writes at the moment out of the device pool; copies of it stay."""
+        for entry in list(self._resident.values()):
+            if entry.num_pins == 0 and not entry.is_awaited:
+                self.evict(entry)
+                self.num_evicted += 1
+
+    def resident_ids(self) -> list[int]:
+        return [e.block_id for e in self._resident.values() if e.block_id is not None]
+
+    def free_state_ids(self) -> list[int]:
+        return list(self._free_states)
+
     def clear(self) -> int:
         """Forget every block that nobody reads at the moment; how many blocks were resident."""
         before = len(self._resident)

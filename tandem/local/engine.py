@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from frontend.streams import CancelReason, TokenStream
-from shared.errors import EngineFailure, Unavailable, from_code
+from shared.errors import EngineFailure, TandemError, Unavailable, from_code
 from shared.messages import (
     CacheReply,
     CacheRequest,
@@ -94,7 +94,7 @@ class LocalEngine:
             self._failure = EngineFailure(f"a step failed: {error}; load the model again")
             self._fail(self._failure)
 
-    def _fail(self, error: Unavailable | EngineFailure) -> None:
+    def _fail(self, error: TandemError) -> None:
         for stream, _ in self._live.values():
             stream.fail(error)
         self._live.clear()
@@ -152,6 +152,12 @@ class LocalEngine:
         if self._live.pop(request_id, None) is not None:
             self.processes.send(FRONTEND, Cancel(request_id=request_id, reason=reason))
             self._wake.set()
+
+    def fail_all(self, error: TandemError) -> None:
+        for request_id in self._live:
+            self.processes.send(FRONTEND, Cancel(request_id=request_id, reason="shutdown"))
+        self._fail(error)
+        self._wake.set()
 
     @property
     def peak_memory_bytes(self) -> int:

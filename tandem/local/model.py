@@ -8,11 +8,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-from frontend import tokenizer
+from frontend import model_side, tokenizer
 from frontend.cache_api import described
 from frontend.generation import Generation
-from frontend.media.loader import MediaLoader
-from frontend.media.processors import processor_of
 from frontend.service import Service
 from shared import model_files
 from shared.config import Settings
@@ -53,10 +51,9 @@ class LocalModel:
         _prepare_machine(settings)
         files = model_files.resolve(settings.model, settings)
         engine = LocalEngine(lambda on_message: _build(files, settings, on_message))
-        processor = processor_of(files.folder) if files.folder is not None else None
-        media = MediaLoader(processor, settings) if processor is not None else None
+        side = model_side.load(settings)
         await engine.start()
-        return Service(settings, files.name, tokenizer.load(files), engine, media), engine
+        return Service(settings, side, engine), engine
 
     # ------------------------------------------------ what it is
 

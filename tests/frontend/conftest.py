@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from frontend.engine import EngineClient
 from frontend.media.loader import MediaLoader
+from frontend.model_side import ModelSide
 from frontend.server import Server
 from frontend.service import Service
 from frontend.tokenizer import ModelText, load
@@ -76,13 +77,15 @@ class RunningServer:
         self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.engine_client = EngineClient(settings, lost_limit_s=lost_limit_s)
-        self.server = Server(Service(settings, "Fake-1B", text, self.engine_client, media))
+        self.service = Service(settings, ModelSide(settings, "Fake-1B", text, media), self.engine_client)
+        self.server = Server(self.service)
         self.thread = threading.Thread(target=self._serve, name="frontend server", daemon=True)
         self.http = httpx.Client(base_url=self.url, timeout=20)
         self.thread.start()
 
     def _serve(self) -> None:
         with asyncio.Runner(loop_factory=self.server.config.get_loop_factory()) as runner:
+            self.loop = runner.get_loop()
             runner.run(self.server.serve(sockets=[self.listener]))
 
     def openai(self, **options: object) -> openai.OpenAI:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -405,3 +406,19 @@ def test_the_cost_of_a_step_is_the_time_from_the_result_before_it_to_its_own() -
         rig.now += 0.049  # and 0.001 with each message
         rig.work()
     assert rig.core.speculator.costs.estimate(1, 1) == pytest.approx(0.05)
+
+
+def test_requests_that_other_weights_have_begun_are_not_continued() -> None:
+    rig = Rig()
+    rig.start_target()
+    rig.submit("a", [1, 2], 10)
+    rig.work()
+    rig.start_target()
+    assert not rig.finish_reasons("a"), "the same weights go on"
+    rig.info = msgspec.structs.replace(rig.info, fingerprint="another")
+    rig.start_target()
+    (last,) = [o for o in rig.outputs["a"] if o.finish_reason is not None]
+    assert (last.finish_reason, last.error) == ("error", "the model was changed while the request was running")
+    rig.submit("b", [1, 2], 10)
+    rig.assert_idle()
+    assert rig.tokens("b") == greedy([1, 2], 10)

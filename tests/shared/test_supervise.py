@@ -145,3 +145,28 @@ def test_a_child_whose_beats_stop_is_replaced(
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert supervise.main(["child", "command"]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_sigusr1_reaches_the_child_which_is_not_started_again() -> None:
+    handler = "signal.signal(signal.SIGUSR1, lambda *_: (print('told', flush=True), sys.exit(7)))"
+    process = start(WAITS.format(handler=handler))
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "told\n", "")
+
+
+def test_sigusr2_ends_the_child_until_sighup() -> None:
+    handler = "signal.signal(signal.SIGTERM, lambda *_: (print('told', flush=True), sys.exit(0)))"
+    process = start(WAITS.format(handler=handler))
+    assert process.stdout is not None
+    process.send_signal(signal.SIGUSR2)
+    assert process.stdout.readline() == "told\n"
+    psutil.wait_procs(psutil.Process(process.pid).children(), timeout=20)
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGUSR2)
+    assert process.stdout.readline() == "told\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert err.count("child ended, as it was told") >= 1

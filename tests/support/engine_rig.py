@@ -31,6 +31,7 @@ from shared.messages import (
     DraftRequest,
     DraftRow,
     FeatureRows,
+    Heartbeat,
     Hello,
     LoadBlocks,
     Message,
@@ -269,6 +270,8 @@ class EngineRig:
         message = self.queue.popleft()
         if isinstance(message, Release):
             self.engine.release(message.slots, message.stores)
+            if message.shrink is not None:
+                self.engine.shrink(message.shrink.kept_blocks, message.shrink.free_states)
             return True
         assert isinstance(message, Step), "a rig without an archive is asked for its blocks"
         self.num_steps += 1
@@ -292,6 +295,12 @@ class EngineRig:
                 assert not len(self.core.waiting), "requests wait and nothing is to do"
                 return
         raise AssertionError("the schedule does not end")
+
+    def tell_memory(self, used_bytes: int) -> None:
+        """The target's heartbeat, then the scheduler's own look at the budget."""
+        self.send("target", Heartbeat(instance_id="target", memory_bytes={"resident": used_bytes}))
+        self._deliver(self.core.tick(self.now))
+        self.core.check_integrity()
 
     def submit(
         self, name: str, prompt: list[int], max_tokens: int, sampling: SamplingParams = GREEDY, **more: object

@@ -94,6 +94,10 @@ class FakeTarget:
             self._store(store)
         for slot in message.slots:
             del self.slots[slot]
+        if message.shrink is not None:
+            self.blocks = {i: block for i, block in self.blocks.items() if i in message.shrink.kept_blocks}
+            for state_id in message.shrink.free_states:
+                self.states.pop(state_id, None)
 
     def load(self, message: LoadBlocks) -> BlocksLoaded:
         """Blocks that the archive holds; the others are reported as gone."""

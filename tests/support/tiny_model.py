@@ -26,14 +26,15 @@ VISION_TEMPLATE = (
 )
 
 
-def write(folder: Path, seed: int = 0, sliding_window: int | None = None) -> Path:
+def write(folder: Path, seed: int = 0, sliding_window: int | None = None, more: tuple[str, ...] = ()) -> Path:
     """Write the model and return its folder.
 
     Args:
         sliding_window: two of the three layers see only so many positions.
+        more: special tokens beside its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(more)
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = tokenizer.get_vocab_size()
     config = {

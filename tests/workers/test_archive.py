@@ -245,3 +245,16 @@ def test_news_tells_sizes(tmp_path: Path) -> None:
     assert counts.blocks["ssd"] == 5
     assert counts.tier_bytes["ssd"] == sum(p.stat().st_size for p in tmp_path.glob("*/*.kv"))
     rig.archiver.close()
+
+
+def test_host_copies_are_given_back_where_memory_is_short_and_files_stay(tmp_path: Path) -> None:
+    both = archive(tmp_path, host_bytes=1 << 20)
+    both.put(name(1), Copy(content(1), None, True))
+    assert both.drop_copies() == [], "its file is still there"
+    assert both.sizes()[1]["host"] == 0
+    assert both.get(name(1)) is not None
+    host = archive(tmp_path / "host", ssd_bytes=0, host_bytes=1 << 20)
+    host.put(name(2), Copy(content(2), None, True))
+    assert host.drop_copies() == [name(2)]
+    assert host.get(name(2)) is None
+    assert host.blocks() == {}

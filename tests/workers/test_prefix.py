@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import pytest
 
+from scheduler import session
 from shared.messages import BlockStore, Cancel, RequestId
 from tests.support.engine_rig import (
     VOCAB,
@@ -17,6 +18,7 @@ from tests.support.engine_rig import (
     make_engine,
     mlx_lm_target,
 )
+from workers.cache import blocks
 from workers.engine import Engine
 from workers.models.base import TextModel
 
@@ -159,3 +161,41 @@ def test_a_hit_beyond_the_ring_of_a_sliding_layer_restores_its_window_where_the_
     timings = rig.outputs["warm"][-1].timings
     assert timings is not None
     assert timings.num_cached_tokens == 108
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_memory_that_is_short_now_and_then_changes_no_token(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools shrink between any two steps, sequences are preempted, and blocks come back into segments given back."""
+    monkeypatch.setattr(blocks, "SEGMENT_BLOCKS", 8)
+    monkeypatch.setattr(session, "SHRINK_INTERVAL_S", 0.0)
+    engine = make_engine(MODELS[kind](), num_slots=6, block_size=BLOCK)
+    rng = random.Random(7)
+    vocab = min(VOCAB, engine.vocab_size)
+    start = [rng.randrange(vocab) for _ in range(24)]
+    rig = EngineRig(engine, num_blocks=40, memory_limit_bytes=1000, memory_hard_limit_bytes=1200)
+    asked: dict[str, tuple[list[int], int]] = {}
+    largest = 0
+    for i in range(10):
+        asked[f"r{i}"] = ([*start, *(rng.randrange(vocab) for _ in range(rng.randrange(1, 30)))], rng.randrange(2, 12))
+        used = rng.choice((1100, 1300))
+        rig.tell_memory(0)
+        rig.submit(f"r{i}", *asked[f"r{i}"])
+        for _ in range(rng.randrange(2, 8)):
+            rig.work()
+            largest = max(largest, engine.store.nbytes())
+        rig.tell_memory(used)
+    rig.drain()
+    assert rig.core.metrics.preemptions._value.get() > 0
+    rig.tell_memory(1100)
+    rig.drain()
+    assert engine.blocks is not None
+    assert not sum(a.nbytes for layer in engine.blocks._keys for a in layer), "segments that hold nothing"
+    assert not engine.store.kv_layers or engine.store.nbytes() < largest
+    rig.tell_memory(0)
+    asked["last"] = asked["r0"]
+    rig.submit("last", *asked["r0"])
+    rig.drain()
+    seen: dict[tuple[int, ...], list[int]] = {}
+    assert {name: rig.tokens(name) for name in asked} == {
+        name: plain_tokens(engine, *case, seen) for name, case in asked.items()
+    }

@@ -187,6 +187,14 @@ class Archive:
                 removed += self._forget_file(oldest, delete=True)
         return True
 
+    def drop_copies(self) -> list[bytes]:
+        """Give back the host tier's memory; the blocks that no tier holds any more."""
+        with self._lock:
+            gone = [h for h in self._host if h not in self._flags]
+            self._host.clear()
+            self._copy_bytes = 0
+            return gone
+
     def clear(self) -> None:
         """Delete every copy of this model's blocks."""
         with self._lock:

@@ -7,7 +7,7 @@ A sliding layer restores only its window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +45,18 @@ class BlockPool:
         """Forget every block and state; the pool's memory stays."""
         self._states.clear()
         self._holders.clear()
+
+    def shrink(self, kept_blocks: Collection[int], free_states: Iterable[int]) -> None:
+        """Give back the memory of states that nobody has, and of segments without a block that is kept."""
+        for state_id in free_states:
+            self._states.pop(state_id, None)
+        kept = set(kept_blocks)
+        self._holders = {block_id: h for block_id, h in self._holders.items() if block_id in kept}
+        used = {block_id // SEGMENT_BLOCKS for block_id in kept}
+        for segments in (*self._keys, *self._values):
+            for i, segment in enumerate(segments):
+                if i not in used and segment.shape[0]:
+                    segments[i] = mx.zeros((0, *segment.shape[1:]), segment.dtype)
 
     def _layers(self) -> list[tuple[KVLayer, list[mx.array], list[mx.array]]]:
         """(layer, its segments of keys, of values). A layer for features may have come since the last call."""
@@ -89,7 +101,9 @@ class BlockPool:
         """Put blocks (n, H, block_size, D) at their places."""
         for segment, within, chosen in places:
             while len(segments) <= segment:
-                segments.append(mx.zeros((SEGMENT_BLOCKS, *rows.shape[1:]), rows.dtype))
+                segments.append(mx.zeros((0, *rows.shape[1:]), rows.dtype))
+            if not segments[segment].shape[0]:
+                segments[segment] = mx.zeros((SEGMENT_BLOCKS, *rows.shape[1:]), rows.dtype)
             target = segments[segment]
             target[within] = rows if chosen is None else rows[chosen]
             segments[segment] = target

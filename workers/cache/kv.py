@@ -140,6 +140,20 @@ class KVLayer:
             fresh = mx.zeros((rows - have, self.spec.num_kv_heads, capacity, dim), self.dtype)
             pools[capacity_class] = fresh if pool is None else mx.concatenate([pool, fresh])
 
+    def trim(self, capacity_class: int, num_rows: int) -> None:
+        """Keep the first `num_rows` rows of a class and give back the others' memory."""
+        self.settle(capacity_class)
+        for pools in (self.keys, self.values):
+            pool = pools[capacity_class]
+            if pool is None or pool.shape[0] <= num_rows:
+                continue
+            if num_rows:
+                pools[capacity_class] = pool = mx.contiguous(pool[:num_rows])
+                mx.eval(pool)  # one layer at a time: both copies of all would be the opposite of what is wanted
+            else:
+                pools[capacity_class] = None
+        self._pools[capacity_class] = None
+
     def move(self, move: Move, length: int) -> None:
         """Carry a row's content over; `length` is the number of positions in use by the longer row."""
         self.settle(move.from_class)

@@ -79,6 +79,13 @@ class Placement:
         capacity_class, row = self._where.pop(slot)
         self._rows[capacity_class][row] = None
 
+    def trim(self, capacity_class: int) -> int:
+        """Forget the rows behind the last one in use; how many are left."""
+        rows = self._rows[capacity_class]
+        while rows and rows[-1] is None:
+            rows.pop()
+        return len(rows)
+
     def gather(self, slots: list[int]) -> tuple[list[int], list[Run], list[Move]]:
         """Make the rows of `slots` adjacent within each class.
 

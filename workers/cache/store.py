@@ -128,6 +128,13 @@ class CacheStore:
         for layer in self.recurrent_layers:
             layer.release(slot)
 
+    def trim(self) -> None:
+        """Give back the memory of rows that no slot has, as far as they lie behind all others."""
+        for capacity_class in range(len(self.placement.capacities)):
+            num_rows = self.placement.trim(capacity_class)
+            for layer in self.kv_layers:
+                layer.trim(capacity_class, num_rows)
+
     def set_length(self, slot: int, length: int) -> None:
         """Positions 0 .. length-1 of a slot were filled from elsewhere."""
         self._lengths[slot] = length

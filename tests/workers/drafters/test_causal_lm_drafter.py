@@ -11,6 +11,8 @@ from mlx_lm.models import llama  # noqa: E402 - needs MLX
 from mlx_lm.models.cache import ArraysCache  # noqa: E402 - needs MLX
 
 from shared.errors import BadModel  # noqa: E402 - after the check for MLX
+from tests.support.engine_rig import EngineRig, decoder_target, make_engine  # noqa: E402 - needs MLX
+from workers.build_drafter import _causal_lm  # noqa: E402 - needs MLX
 from workers.drafters import causal_lm  # noqa: E402 - needs MLX
 
 pytestmark = pytest.mark.mlx
@@ -128,3 +130,18 @@ def test_sampler_sees_logits_of_the_targets_width(model):
 def test_recurrent_draft_model_is_refused(model):
     with pytest.raises(BadModel, match="rolled back"):
         causal_lm.CausalLMDrafter(model, V, make_cache=lambda: [ArraysCache(2)])
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_model_of_our_own_drafts_its_own_greedy_tokens(window):
+    """With a sliding window too, over prompts and rolled-back drafts that are longer than it."""
+    own = decoder_target(window=window)
+    drafter = _causal_lm(own, own.vocab_size)
+    reference = EngineRig(make_engine(own))
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 3]
+    wanted = reference.run({"a": prompt}, 12)["a"]
+    state = drafter.new_state()
+    drafter.extend([state], [], [prompt[:-1]])
+    assert drafter.draft([state], [prompt[-1]], 5).token_ids.tolist() == [wanted[:5]]
+    drafter.extend([state], [], [[prompt[-1], *wanted[:3]]])  # of the five, three were accepted
+    assert drafter.draft([state], [wanted[3]], 6).token_ids.tolist() == [wanted[4:10]]
