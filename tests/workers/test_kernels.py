@@ -19,7 +19,7 @@ from workers.kernels.base import Variant
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.cuda import max_rows, num_parts, shared_bytes, supports
 from workers.kernels.metal import combine
-from workers.kernels.pages import Pages, Pool, slot_pages
+from workers.kernels.pages import Pages, Pool, slot_pages, tiles
 from workers.kernels.prove import largest_error, prove, seconds
 from workers.kernels.reference import ReferenceAttention
 from workers.models.rope import Rope, RopeParameters, Rotation
@@ -225,3 +225,15 @@ def test_kernels_that_exist_fit_their_shared_memory() -> None:
                 assert num_parts(group * rows, dim, itemsize) * 32 >= group * rows
     assert not supports(8, 2, 64, 2, 17)
     assert not supports(8, 2, 72, 2, 1)
+
+
+@pytest.mark.parametrize("rows", [[3], [3, 0]])
+def test_the_tables_of_tiles_lie_contiguous(rows: list[int]) -> None:
+    """A kernel reads them by their pointer, and MLX repeats one row as a view without memory of its own."""
+    cut = tiles(slot_pages(rows, [40] * len(rows)), 16, 4)
+    mx.eval(cut.table, cut.starts)
+    for array in (cut.table, cut.starts):
+        assert memoryview(array).c_contiguous  # type: ignore[arg-type] # an array offers the buffer protocol
+    assert np.array(cut.table)[:, 0].tolist() == [r for r in rows for _ in range(4)]
+    assert np.array(cut.starts).tolist() == [40, 56, 72, 88] * len(rows)
+    assert cut.host_starts == (40, 56, 72, 88) * len(rows)
