@@ -197,7 +197,7 @@ class Core:
             self.metrics.feature_bytes.inc(max(0, message.num_feature_bytes - peer.num_feature_bytes))
             peer.num_feature_bytes = message.num_feature_bytes
             step = self.session.oldest_step if self.session is not None and peer.role == "target" else 0
-            if peer.has_lost(message, step, now):
+            if peer.role != "frontend" and peer.has_lost(message, step, now):
                 self._resynchronise(peer, now)
 
     def _ready(self, sender: str, message: Ready, now: float) -> None:

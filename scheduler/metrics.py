@@ -49,6 +49,9 @@ class WeightedHistogram(Collector):
         return [family]
 
 
+WORKERS = ("target", "drafter", "image")
+
+
 class Metrics:
     """Every series exists from the start: tools that look for a counter before the first request must find it.
 
@@ -109,10 +112,10 @@ class Metrics:
             names.REQUEST_SUCCESS, "Finished requests.", "finished_reason", ("stop", "length", "abort", "error")
         )
         self.worker_restarts = counters(
-            names.WORKER_RESTARTS, "New processes of this role after the first.", "role", ("target", "drafter", "image")
+            names.WORKER_RESTARTS, "New processes of this role after the first.", "role", WORKERS
         )
         self.resynchronisations = counters(
-            names.RESYNCHRONISATIONS, "New epochs of a worker after a lost message.", "role", ("target", "drafter")
+            names.RESYNCHRONISATIONS, "New epochs of a worker after a lost message.", "role", WORKERS
         )
         self.cancelled = counters(
             names.CANCELLED, "Cancelled requests.", "state", ("waiting", "prefilling", "decoding")

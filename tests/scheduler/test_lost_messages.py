@@ -246,3 +246,15 @@ def test_a_drafter_whose_ready_was_lost_says_hello_again() -> None:
         heartbeat = Heartbeat(instance_id="drafter", epoch=epoch, is_idle=True)
         envelopes = rig.core.handle("drafter", heartbeat, rig.now)
         assert (("drafter", SayHello()) in envelopes) == is_noticed
+
+
+def test_a_frontend_is_never_taken_for_a_worker_that_lost_a_message() -> None:
+    rig = Rig(worker_info())
+    rig.start_target()
+    for _ in range(3):
+        rig.now += LOST_AFTER_S + 0.1
+        envelopes = rig.core.handle("front", Heartbeat(instance_id="front", epoch=9, is_idle=True), rig.now)
+        assert ("front", SayHello()) not in envelopes
+    rig.send("front", submit([1, 2], []))
+    rig.assert_idle()
+    assert rig.finish_reasons("a") == ["length"]

@@ -151,7 +151,7 @@ def test_options_are_the_apis_fields() -> None:
     """A field that the API gains must be offered here, or listed as one that makes no sense here."""
     without_sense = {
         "model", "stream", "stream_options", "n", "user", "metadata", "messages", "max_completion_tokens", "modalities",
-        "service_tier", "store",
+        "service_tier", "store", "return_token_origins",
     }  # fmt: skip
     own = {"json_schema", "regex", "choice", "grammar", "images", "videos", "audio"}
     assert set(Options.__annotations__) - own == set(ChatBody.__struct_fields__) - without_sense
