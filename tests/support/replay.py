@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from shared import config
 from workers import blas
@@ -31,6 +32,18 @@ from workers.drafters.registry import load_drafter, load_fusion, tables
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("DRAFTERS_FOLDER", REPOSITORY.parent / "shared" / "drafters-smollm2"))
 NUM_TOKENS = {"dflash-2l": 7, "dflash-4l": 7, "eagle3": 4, "mtp": 2}
+NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "4"))
+TOLERANCE = 0.015 if NUM_DOCUMENTS >= 20 else 0.03  # of a mean over so many documents
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_FILE = config.load().cache_folder / "models" / GGUF
+
+NEEDS_REFERENCES = [
+    pytest.mark.embedded,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif("DRAFTERS_DOCUMENTS" not in os.environ, reason="takes minutes: make test-drafters"),
+    pytest.mark.skipif(not (FOLDER / "held_out.json").exists(), reason="no reference drafters"),
+    pytest.mark.skipif(not MODEL_FILE.exists(), reason="the embedded model was not fetched yet"),
+]
 
 GGUF_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -185,7 +198,7 @@ def num_equal_documents(rounds: Sequence[list[int]], documents: Sequence[dict[st
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-    target = Target(Path(os.environ.get("TANDEM_GGUF", Path.home() / ".cache/tandem/models" / GGUF)))
+    target = Target(MODEL_FILE)
     documents = load_documents(count)
     for name in sys.argv[2:] or NUM_TOKENS:
         rounds = play(load(name, target), documents, features_of(name, target, documents), NUM_TOKENS[name])
@@ -196,8 +209,6 @@ def main() -> None:
             flush=True,
         )
 
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 if __name__ == "__main__":
     main()

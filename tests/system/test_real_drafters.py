@@ -72,7 +72,7 @@ def documents() -> list[tuple[dict[str, Any], set[int]]]:
     """Each with its unsafe positions."""
     from tests.support import replay  # imports MLX
 
-    target = replay.Target(config.load().cache_folder / "models" / replay.GGUF)
+    target = replay.Target(replay.MODEL_FILE)
     return [(d, replay.unsafe_positions(target, d, MARGIN)) for d in replay.load_documents(NUM_DOCUMENTS)]
 
 

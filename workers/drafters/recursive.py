@@ -2,7 +2,7 @@
 
 The pair of position i is (feature of position i, token at position i+1) and its key sits at rope position i. With a
 single layer a pair's key and value depend on nothing but the pair, so context rows are made without attention. The
-feature of the last position waits in `state.pending` for its token: the anchor, at draft time.
+feature of the last position waits (`Contexts.keep_pending`) for its token: the anchor, at draft time.
 """
 
 from __future__ import annotations

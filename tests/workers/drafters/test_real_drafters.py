@@ -7,16 +7,12 @@ the file's own anchor once, and means over the documents are compared.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.support import replay  # isort: skip # loads a BLAS, so it goes before anything that imports MLX
 
 from bench.quantize_drafter import quantize
-from shared import config as settings
 from shared.messages import DraftRow, FeatureRows
 from workers.draft_engine import DraftEngine
 from workers.drafters.checkpoint import detect
@@ -24,28 +20,20 @@ from workers.drafters.registry import load_drafter, load_fusion
 
 mx = replay.mx  # imported by it, after the BLAS
 
-NUM_DOCUMENTS = int(os.environ.get("DRAFTERS_DOCUMENTS", "4"))
 ROPE_THETA = 100_000.0  # of all reference drafters
-LOOSE = 0.03  # of the mean over few documents; 1.5 % from 20 documents on
-GGUF = settings.load().cache_folder / "models" / replay.GGUF
+LOOSE = 0.03  # of a mean over few documents
 
-pytestmark = [
-    pytest.mark.embedded,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif("DRAFTERS_DOCUMENTS" not in os.environ, reason="takes minutes: make test-drafters"),
-    pytest.mark.skipif(not (replay.FOLDER / "held_out.json").exists(), reason="no reference drafters"),
-    pytest.mark.skipif(not Path(GGUF).exists(), reason="the embedded model was not fetched yet"),
-]
+pytestmark = replay.NEEDS_REFERENCES
 
 
 @pytest.fixture(scope="module")
 def documents():
-    return replay.load_documents(NUM_DOCUMENTS)
+    return replay.load_documents(replay.NUM_DOCUMENTS)
 
 
 @pytest.fixture(scope="module")
 def target():
-    return replay.Target(GGUF)
+    return replay.Target(replay.MODEL_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +61,7 @@ def test_mean_acceptance_length_is_the_expected_one(name, target, documents, hid
     expected = [d["committed_per_round"][name] for d in documents]
     assert [sum(r) for r in rounds] == [sum(r) for r in expected], "the same tokens, in other portions"
     mean, wanted = replay.mean_acceptance_length(rounds), replay.mean_acceptance_length(expected)
-    assert mean == pytest.approx(wanted, rel=0.015 if NUM_DOCUMENTS >= 20 else LOOSE)
+    assert mean == pytest.approx(wanted, rel=replay.TOLERANCE)
 
 
 @pytest.mark.parametrize("name", replay.NUM_TOKENS)
