@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-import msgspec
 from msgspec import Struct, field
+
+
+def _whole_number(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python reads
+        return float(digits)
 
 
 class Stats(Struct, frozen=True, kw_only=True):
@@ -55,8 +62,8 @@ class ToolCall(Struct, frozen=True, kw_only=True):
     arguments: str
 
     def parsed(self) -> dict[str, Any]:
-        """The arguments as a dict."""
-        found: dict[str, Any] = msgspec.json.decode(self.arguments)
+        """The arguments as a dict. Models write what they like: numbers beyond a float's range are infinite."""
+        found: dict[str, Any] = json.loads(self.arguments, parse_int=_whole_number)
         return found
 
 
