@@ -92,6 +92,12 @@ class Planner:
             self.prefix.end_plan()
         return plan
 
+    def has_prefills(self) -> bool:
+        """Is there a prompt to compute that has a slot or would get one?"""
+        if len(self.waiting) and self.slots.num_free_slots:
+            return True
+        return any(s.num_remaining > 1 and not s.is_held for s in self.running)
+
     def _is_late(self, now: float, bound_s: float) -> bool:
         if bound_s <= 0:
             return False

@@ -27,6 +27,7 @@ NGRAM_CERTAIN = 5  # a match of so many tokens goes before the neural drafter
 MIN_MATCH = 2  # shorter matches are noise
 MIN_CONFIDENCE = 0.25
 AVAILABLE_WEIGHT = 0.05
+HARDLY_MORE = 1.3  # than a plain step: a launch-bound GPU's verify step, never a CPU's
 SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
 
 
@@ -175,15 +176,21 @@ class Speculator:
             self._waiting, self._late = None, self._waiting
             self.metrics.count_fallthrough("timeout")
 
-    def choose_k(self, batch: int) -> int:
-        """How many tokens to draft for `batch` decode rows; 0 for a plain, pipelined step. Changes nothing."""
+    def choose_k(self, batch: int, has_prefills: bool = False) -> int:
+        """How many tokens to draft for `batch` decode rows; 0 for a plain, pipelined step. Changes nothing.
+
+        Beside prefills drafts are verified only where that costs hardly anything: prompts come before speed-up.
+        """
         if not self.is_on or batch == 0:
             return 0
         if self.max_batch and batch > self.max_batch:
             return 0
         if self.forced_k is not None:
             return self.forced_k
-        return self.policy.choose(batch, self._candidates())
+        k = self.policy.choose(batch, self._candidates())
+        if k and has_prefills and self.costs.estimate(batch, k + 1) > HARDLY_MORE * self.costs.estimate(batch, 1):
+            return 0
+        return k
 
     def _candidates(self) -> list[int]:
         """One less than powers of two, which fill a padded verify row, and the longest draft."""

@@ -310,6 +310,35 @@ def test_expensive_verify_expensive_draft_or_bad_drafts_park_the_drafter(
     assert speculator(wide_s, draft_s, rate).choose_k(1) == 0
 
 
+@pytest.mark.parametrize(
+    ("wide_s", "is_drafted"), [(0.0125, True), (0.03, False)], ids=["launch-bound", "compute-bound"]
+)
+def test_beside_prefills_only_drafts_that_cost_hardly_anything_are_verified(wide_s: float, is_drafted: bool) -> None:
+    made = speculator(wide_s, 0.001, 0.95)
+    assert made.choose_k(1) > 0
+    assert (made.choose_k(1, has_prefills=True) > 0) is is_drafted
+
+
+def test_the_choice_of_k_is_told_of_prompts_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = started()
+    told: list[bool] = []
+    monkeypatch.setattr(rig.core.speculator, "choose_k", lambda batch, has_prefills: told.append(has_prefills) or 0)
+    rig.submit("a", [1, 2], 40)
+    assert told[0] is True
+    rig.work()
+    rig.work()
+    del told[:]
+    rig.work()
+    assert told[0] is False
+    del told[:]
+    rig.submit("b", [1, 2, 3], 4)
+    rig.work()
+    assert told[0] is True
+    rig.drain()
+    assert told[-1] is False
+    assert rig.tokens("a") == greedy([1, 2], 40)
+
+
 def test_k_grows_with_acceptance() -> None:
     chosen = [speculator(0.016, 0.001, rate).choose_k(1) for rate in (0.05, 0.3, 0.6, 0.8, 0.95)]
     assert chosen == sorted(chosen)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from workers.cache import cpu_attention
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
 from workers.kernels.base import MAX_ROWS, MAX_VERIFY_WIDTH, PagedAttention, Variant
@@ -38,6 +39,7 @@ class BatchShape:
     is_exact: bool  # lengths as they are (CPU) or rounded up to buckets (GPU: few shapes)
     offset: int | mx.array = 0
     masks: dict[tuple[int, int, int, int | None], mx.array | None] = field(default_factory=dict)
+    biases: dict[tuple[int | None, ...], mx.array] = field(default_factory=dict)
     indices: dict[tuple[int, int], tuple[mx.array, ...]] = field(default_factory=dict)
     spans: Spans | None = None  # per row, where its images lie
     tables: dict[tuple[int, int], Pages] = field(default_factory=dict)
@@ -381,14 +383,25 @@ class KVView:
         capacity = self._layer.capacities[run.capacity_class]
         length = self._shape.key_length(piece, capacity)
         rows = slice(piece.row, piece.row + size)
-        return mx.fast.scaled_dot_product_attention(
+        q, k, v = (
             queries if size == run.size else queries[row : row + size],
             keys[rows, :, :length],
             values[rows, :, :length],
-            scale=scale,
-            mask=self._mask(piece, length, capacity, window, spans),
-            sinks=sinks,
         )
+        if self._shape.is_exact and cpu_attention.is_suited(q, k, v):
+            bias = self._bias(piece, length, capacity, window, spans)
+            return cpu_attention.attend(q, k, v, scale, bias, sinks)
+        mask = self._mask(piece, length, capacity, window, spans)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+    def _bias(self, run: Run, length: int, capacity: int, window: int | None, spans: Spans | None) -> mx.array:
+        """The mask of several query rows as a number that is added to the scores."""
+        key = (run.first, run.size, length, capacity, window, spans is None)
+        biases = self._shape.biases
+        if key not in biases:
+            mask = position_mask(self._shape, run, length, capacity, window, spans)
+            biases[key] = mx.where(mask, 0.0, cpu_attention.MASKED)
+        return biases[key]
 
     def _pools(self, run: Run) -> tuple[mx.array, mx.array]:
         keys, values = self._layer.keys[run.capacity_class], self._layer.values[run.capacity_class]

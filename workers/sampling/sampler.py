@@ -15,7 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from shared.messages import SamplingParams, TokenLogprob, TopLogprob
+from workers import cpu_math
 from workers.arrays import to_list
+from workers.machine import is_cpu
 from workers.sampling.constraint import Constraint, Mask
 from workers.sampling.rejection import Proposal, tried
 from workers.sampling.uniform import ACCEPT, DRAW, RESIDUAL, uniform
@@ -226,7 +228,11 @@ def probabilities(adjusted: mx.array, rows: Sequence[SampledRow]) -> mx.array:
     if any(p.min_p > 0 for p in params):
         floor = mx.max(x, axis=-1, keepdims=True) + mx.log(mx.array([p.min_p for p in params]))[:, None]
         x = mx.where(x >= floor, x, -mx.inf)
-    return mx.softmax(x, axis=-1, precise=True)
+    return _softmax(x)
+
+
+def _softmax(x: mx.array) -> mx.array:
+    return cpu_math.softmax(x) if is_cpu() else mx.softmax(x, axis=-1, precise=True)
 
 
 def distribution(logits: mx.array, rows: Sequence[SampledRow]) -> mx.array:
@@ -240,7 +246,7 @@ def _keep_top(x: mx.array, params: Sequence[SamplingParams]) -> mx.array:
     ordered = -mx.sort(-x, axis=-1)
     k = mx.array([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params])[:, None]
     ordered = mx.where(mx.arange(vocab_size)[None] < k, ordered, -mx.inf)
-    p_sorted = mx.softmax(ordered, axis=-1, precise=True)
+    p_sorted = _softmax(ordered)
     mass_before = mx.cumsum(p_sorted, axis=-1) - p_sorted
     top_p = mx.array([p.top_p for p in params])[:, None]
     keep = (mass_before < top_p) & (ordered > -mx.inf)
