@@ -23,7 +23,7 @@ def bias_of(mask):
 
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "num_keys"), [
-    (1, 9, 3, 2, 2), (1, 4, 4, 5, 40), (3, 6, 2, 4, 33), (2, 8, 1, 128, 200), (1, 9, 3, 128, 700),
+    (1, 9, 3, 1, 1200), (4, 4, 4, 1, 700), (1, 9, 3, 2, 2), (1, 4, 4, 5, 40), (3, 6, 2, 4, 33), (2, 8, 1, 128, 200), (1, 9, 3, 128, 700),
 ])  # fmt: skip
 def test_equals_the_stock_operation(batch, heads, kv_heads, length, num_keys, has_sinks):
     q, k, v = arrays(batch, heads, kv_heads, length, num_keys, value_dim=24)
@@ -42,6 +42,11 @@ def test_pieces_are_no_approximation(monkeypatch):
     pieces = cpu_attention.attend(q, k, v, 0.25, None, None)
     assert pieces.shape == whole.shape == (1, 6, 37, 16)
     np.testing.assert_allclose(np.array(pieces), np.array(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_short_single_rows_are_left_to_the_stock_operation():
+    assert not cpu_attention.is_suited(*arrays(1, 9, 3, 1, 300))
+    assert not cpu_attention.is_suited(*(x.astype(mx.bfloat16) for x in arrays(1, 9, 3, 8, 300)))
 
 
 def test_nan_is_not_hidden():

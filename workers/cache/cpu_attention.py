@@ -1,13 +1,12 @@
-"""Attention of several query rows on the CPU, where MLX's own operation has scalar code for the softmax.
+"""Attention on the CPU, where MLX's own operation has scalar code for the softmax.
 
-It also joins the query heads of a key-value head into one product and keeps its temporary arrays in the processor's
-cache. Milliseconds for 30 layers of 9 query and 3 key-value heads of 64, float32, AMD EPYC, 2 cores:
+For several query rows it also joins the query heads of a key-value head into one product, and it keeps its temporary
+arrays in the processor's cache. Milliseconds for 30 layers of 9 query and 3 key-value heads of 64, float32, on an AMD
+EPYC with 2 cores:
 
-    rows x queries x keys    1 x 128 x 128   1 x 128 x 768   8 x 4 x 300   8 x 8 x 900
-    MLX's operation                    145             790           196           567
-    here                                57             280            88           220
-
-One query row a sequence stays with MLX's operation, whose matrix-vector products are faster.
+    rows x queries x keys    1 x 128 x 128   1 x 128 x 768   8 x 4 x 300   8 x 8 x 900   8 x 1 x 750
+    MLX's operation                    145             790           196           567            51
+    here                                57             280            88           220            36
 """
 
 from __future__ import annotations
@@ -18,11 +17,14 @@ from workers.cpu_math import LOG2_E, exp2
 
 MASKED = -1e30
 PIECE = 300_000  # scores at once: 1.2 MB
+MIN_SCORES = 10_000  # of single query rows; with fewer, MLX's one operation is faster than several
 
 
 def is_suited(q: mx.array, k: mx.array, v: mx.array) -> bool:
     """Whether `attend` takes these arrays and is the faster way."""
-    return q.shape[2] > 1 and q.dtype == k.dtype == v.dtype == mx.float32
+    batch, heads, length, _ = q.shape
+    is_large = length > 1 or batch * heads * k.shape[2] >= MIN_SCORES
+    return is_large and q.dtype == k.dtype == v.dtype == mx.float32
 
 
 def attend(
@@ -50,17 +52,21 @@ def _piece(
 ) -> mx.array:
     batch, heads, length, dim = q.shape
     kv_heads, num_keys = k.shape[1], k.shape[2]
-    joined = (q * (scale * LOG2_E)).reshape(batch, kv_heads, heads // kv_heads * length, dim)
-    scores = joined @ k.swapaxes(-1, -2)
+    q = q * (scale * LOG2_E)
+    if length == 1:  # products of a matrix and a vector, for each head: they need no copy of the keys
+        q, k, v = q.reshape(batch, kv_heads, -1, 1, dim), k[:, :, None], v[:, :, None]
+    else:
+        q = q.reshape(batch, kv_heads, heads // kv_heads * length, dim)
+    scores = (q @ k.swapaxes(-1, -2)).reshape(batch, kv_heads, -1, length, num_keys)
     if bias is not None:
-        scores = scores.reshape(batch, kv_heads, -1, length, num_keys) + bias[:, :, None]
-        scores = scores.reshape(batch, kv_heads, -1, num_keys)
+        scores = scores + bias[:, :, None]
     largest = mx.max(scores, axis=-1, keepdims=True)
     if sinks is not None:
-        sink = mx.repeat(sinks.astype(mx.float32) * LOG2_E, length).reshape(1, kv_heads, -1, 1)
+        sink = (sinks.astype(mx.float32) * LOG2_E).reshape(1, kv_heads, -1, 1, 1)
         largest = mx.maximum(largest, sink)
     mass = exp2(scores - largest)
     total = mx.sum(mass, axis=-1, keepdims=True)
     if sinks is not None:
         total = total + exp2(sink - largest)
-    return ((mass @ v) / total).reshape(batch, heads, length, -1)
+    out = mass.reshape(*q.shape[:-1], num_keys) @ v
+    return (out.reshape(*total.shape[:-1], -1) / total).reshape(batch, heads, length, -1)

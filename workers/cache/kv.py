@@ -394,8 +394,10 @@ class KVView:
         mask = self._mask(piece, length, capacity, window, spans)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
-    def _bias(self, run: Run, length: int, capacity: int, window: int | None, spans: Spans | None) -> mx.array:
-        """The mask of several query rows as a number that is added to the scores."""
+    def _bias(self, run: Run, length: int, capacity: int, window: int | None, spans: Spans | None) -> mx.array | None:
+        """The mask as a number that is added to the scores; None where all is seen."""
+        if self._shape.width == 1 and self._mask(run, length, capacity, window, spans) is None:
+            return None
         key = (run.first, run.size, length, capacity, window, spans is None)
         biases = self._shape.biases
         if key not in biases:
