@@ -454,7 +454,7 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
         for row, sequence in zip((*plan.decodes, *plan.prefills), plan.sequences, strict=True)
         if row.is_sampled
     }
-    width = max((row.num_drafts + 1 for row in plan.decodes), default=0)
+    width = 1 + max((row.num_drafts for row in plan.decodes), default=0) if k else 1
     return InFlight(
         step.step_id,
         rows,

@@ -299,7 +299,7 @@ class Verified(Part, frozen=True, kw_only=True):
     num_accepted: int  # more than the Output's tokens where a stop token ended the output inside the draft
 
 
-class Output(Part, frozen=True, kw_only=True):
+class Output(Part, frozen=True, kw_only=True, gc=False):
     """New tokens of one request and, in its last one, how it ended."""
 
     request_id: RequestId
@@ -383,7 +383,7 @@ class DraftDistribution(Part, frozen=True, kw_only=True):
     probabilities: bytes  # float32; each row sums to 1
 
 
-class StepRow(Part, frozen=True, kw_only=True):
+class StepRow(Part, frozen=True, kw_only=True, gc=False):
     """One sequence's share of a step: input tokens at positions start .. start+n-1.
 
     `token_ids` None means one token: the last one sampled in this slot, still on the device (pipelined decode).
@@ -496,7 +496,7 @@ class ClearArchive(Message, frozen=True, kw_only=True):
     epoch: int
 
 
-class RowResult(Part, frozen=True, kw_only=True):
+class RowResult(Part, frozen=True, kw_only=True, gc=False):
     """Tokens of one sampled row: accepted drafts, then the bonus token or correction. Empty with `error` and where the
     sequence is pooled: then `embedding` is its vector."""
 

@@ -23,7 +23,8 @@ def bias_of(mask):
 
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "num_keys"), [
-    (1, 9, 3, 1, 1200), (4, 4, 4, 1, 700), (1, 9, 3, 2, 2), (1, 4, 4, 5, 40), (3, 6, 2, 4, 33), (2, 8, 1, 128, 200), (1, 9, 3, 128, 700),
+    (1, 9, 3, 1, 1200), (4, 4, 4, 1, 700),
+    (1, 9, 3, 2, 2), (1, 4, 4, 5, 40), (3, 6, 2, 4, 33), (2, 8, 1, 128, 200), (1, 9, 3, 128, 700),
 ])  # fmt: skip
 def test_equals_the_stock_operation(batch, heads, kv_heads, length, num_keys, has_sinks):
     q, k, v = arrays(batch, heads, kv_heads, length, num_keys, value_dim=24)
