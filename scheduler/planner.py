@@ -18,6 +18,7 @@ from shared.messages import BlockStore, EncodeRow, MediaKind, SequenceStart, Ste
 
 DraftsFor = Callable[[Sequence], list[int] | None]
 
+OVERDRAFT = 4  # a prompt's end may take this part of the budget more: a forward for a few tokens costs like many
 INITIAL_OUTPUT_TOKENS = 256  # a new slot has room for the prompt and so many output tokens: it seldom has to grow
 
 
@@ -41,7 +42,7 @@ class Plan:
 class Planner:
     """Args:
     slots: slots and KV budget of the target.
-    max_step_tokens: token budget of a step.
+    max_step_tokens: token budget of a step; the end of a prompt may exceed it by a quarter.
     max_prefill_tokens: widest chunk that the target's caches take.
     prefix: cached prefixes; None: every prompt is computed.
     whole_media: kinds of which one prefill chunk must hold all tokens of an item.
@@ -175,7 +176,10 @@ class Planner:
             if self.prefix is not None and not self._restore(sequence, self.prefix):
                 continue
             first = sequence.num_scheduled
-            end = first + min(sequence.num_remaining, budget, self.max_prefill_tokens)
+            n = sequence.num_remaining
+            if n > min(budget + self.max_step_tokens // OVERDRAFT, self.max_prefill_tokens):
+                n = min(budget, self.max_prefill_tokens)
+            end = first + n
             if sequence.submit.media and (media := sequence.next_media()) is not None:
                 index, item = media
                 if item.start <= first:

@@ -205,6 +205,24 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
     assert rig.tokens("long") == greedy([0] * 30, 2)
 
 
+def test_the_end_of_a_prompt_is_not_cut_off_for_a_few_tokens() -> None:
+    rig = Rig(worker_info(max_step_tokens=16, kv_capacity_tokens=200))
+    rig.start_target()
+    rig.submit("short", [1], 20)
+    rig.work()
+    rig.submit("whole", [0] * 16, 2)
+    rig.submit("two steps", [0] * 17, 2)
+    widths = []
+    while rig.queue:
+        head = rig.queue[0]
+        if isinstance(head, Step) and head.prefills:
+            widths.append([len(row.token_ids or []) for row in head.prefills])
+        rig.work()
+    assert widths == [[16], [14], [3]]
+    assert rig.tokens("whole") == greedy([0] * 16, 2)
+    assert rig.tokens("two steps") == greedy([0] * 17, 2)
+
+
 def test_priority_runs_first_and_ageing_lets_nobody_starve() -> None:
     rig = Rig(worker_info(num_slots=1), priority_ageing_s=1.0)
     rig.start_target()

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from scheduler.planner import OVERDRAFT
 from shared.messages import (
     BlocksLoaded,
     BlockStore,
@@ -159,7 +160,10 @@ class FakeTarget:
         assert step.decodes or step.prefills, "an empty step"
         rows = (*step.decodes, *step.prefills)
         assert len({r.slot for r in rows}) == len(rows), "a slot twice in one step"
-        assert sum(len(r.token_ids or [0]) for r in rows) <= self.info.max_step_tokens, "over the token budget"
+        budget = self.info.max_step_tokens
+        num_tokens = sum(len(r.token_ids or [0]) for r in rows)
+        assert num_tokens <= budget + budget // OVERDRAFT, "over the token budget, the end of a prompt considered"
+        assert all(len(r.token_ids or [0]) <= budget for r in rows), "a row wider than the caches take"
         for start in step.starts:
             self._bind(start)
         assert sum(s.capacity for s in self.slots.values()) <= self.info.kv_capacity_tokens, "over the KV budget"

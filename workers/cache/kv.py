@@ -22,7 +22,8 @@ from workers.models.rope import Rotate, Rotation, rotated
 
 RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
 ROUND_TOKENS = 512
-GROW_ROWS = 4  # pools grow by this many rows, then by half
+GROW_TOKENS = 8192  # pools grow by so many positions, or by half: a user who is alone reserves one row
+MAX_GROW_ROWS = 8
 
 
 Spans = list[list[tuple[int, int]]]
@@ -138,9 +139,12 @@ class KVLayer:
             if num_rows <= have:
                 continue
             self.settle(capacity_class)
-            rows = max(num_rows, min(have + GROW_ROWS, 4 * GROW_ROWS), have + have // 2) if have else num_rows
-            fresh = mx.zeros((rows - have, self.spec.num_kv_heads, capacity, dim), self.dtype)
-            pools[capacity_class] = fresh if pool is None else mx.concatenate([pool, fresh])
+            more = min(max(GROW_TOKENS // capacity, 1), MAX_GROW_ROWS)
+            rows = max(num_rows, have + more, have + have // 2) if have else num_rows
+            fresh = mx.zeros((rows, self.spec.num_kv_heads, capacity, dim), self.dtype)
+            if pool is not None:
+                fresh[:have] = pool  # on a CPU half the time of joining two arrays: less fresh memory is touched
+            pools[capacity_class] = fresh
 
     def trim(self, capacity_class: int, num_rows: int) -> None:
         """Keep the first `num_rows` rows of a class and give back the others' memory."""
