@@ -130,6 +130,7 @@ class Corrected(ForcedDrafts):
     [
         *(("lfm2", kind, batch) for kind in ("eagle3", "dflash") for batch in (1, 4, 16)),
         ("qwen3_next", "eagle3", 3),
+        ("qwen3_5", "dflash", 3),
         *(("qwen3_5", "mtp", batch) for batch in (1, 4, 16)),
     ],
 )
