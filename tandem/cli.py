@@ -46,6 +46,7 @@ COMMANDS = MappingProxyType(
             "models": ("tandem.commands.models", "List the models on this machine and which can be served."),
             "pull": ("tandem.commands.pull", "Download a model."),
             "convert": ("tandem.convert_command", "Convert and quantise a model."),
+            "split-mtp": ("tandem.commands.split_mtp", "Write a model's MTP head as a drafter."),
         },
         "A running server": {
             "status": ("tandem.commands.status", "Show processes, slots, throughput, acceptance and cache hits."),

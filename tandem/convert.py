@@ -9,9 +9,10 @@ docs/convert.md has the table of modes.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -78,20 +79,47 @@ def convert(
     files = model_files.resolve(model, config.load())
     if files.folder is None:
         raise BadModel(f"{model}: a GGUF file is served as it is; convert takes folders of safetensors")
+    with _appearing(target) as place:
+        done = write(files.folder, place, how, dtype=dtype, dequantize=dequantize, on_shard=on_progress)
+        what = "Packed weights" if is_packed else "Plain weights" if dequantize else "Weights"
+        (place / "README.md").write_text(_card(target.name, model, f"{what} of {done.bits_per_weight:.2f} bits"))
+    return done
+
+
+def split_mtp(model: str, output: str | Path) -> int:
+    """Write a checkpoint's MTP head, its `mtp.*` tensors, as a drafter; the bytes of its weights.
+
+    Args:
+        model: a folder or a Hugging Face id.
+        output: a folder that does not exist yet, or is empty. It appears when it is complete, and not before.
+    Raises:
+        BadConfig: the output cannot be written.
+        BadModel: the source cannot be found or read, has no head, or one that is not supported.
+    """
+    from workers.convert import split_mtp as write
+
+    target = _free_place(Path(output).expanduser())
+    files = model_files.resolve(model, config.load())
+    if files.folder is None:
+        raise BadModel(f"{model}: a GGUF file; an MTP head is split from folders of safetensors")
+    with _appearing(target) as place:
+        return write(files.folder, place)
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `target` at the end. Raises BadConfig: the disk refuses."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             place = Path(folder) / target.name
             place.mkdir()
-            done = write(files.folder, place, how, dtype=dtype, dequantize=dequantize, on_shard=on_progress)
-            what = "Packed weights" if is_packed else "Plain weights" if dequantize else "Weights"
-            (place / "README.md").write_text(_card(target.name, model, f"{what} of {done.bits_per_weight:.2f} bits"))
+            yield place
             if target.exists():
                 target.rmdir()
             place.replace(target)
     except OSError as error:
         raise BadConfig(f"{target} cannot be written: {error.strerror or error}") from error
-    return done
 
 
 def _free_place(target: Path) -> Path:

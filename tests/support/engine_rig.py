@@ -59,7 +59,7 @@ from workers.features import Bits
 from workers.load.folder import mlx_lm_classes
 from workers.models import decoder
 from workers.models.base import TextModel
-from workers.models.mlxlm import MlxLmModel
+from workers.models.mlxlm import adapted
 from workers.runner import ModelRunner
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -101,7 +101,7 @@ def mlx_lm_target(architecture: str, seed: int = 0, **changes: object) -> TextMo
     ]
     model.update(tree_unflatten(weights))
     mx.eval(model.parameters())
-    return MlxLmModel(model, architecture)
+    return adapted(model, architecture)
 
 
 def shuffle_weights(model: object, scale: float = 0.4) -> None:

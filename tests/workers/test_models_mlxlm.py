@@ -16,7 +16,7 @@ from shared.errors import BadModel
 from tests.workers.tiny_architectures import REFUSED, RUNS, VOCAB, config_of
 from workers.cache.store import CacheStore
 from workers.load.folder import mlx_lm_classes
-from workers.models.mlxlm import MlxLmModel
+from workers.models.mlxlm import MlxLmModel, adapted
 
 pytestmark = pytest.mark.mlx
 
@@ -94,7 +94,7 @@ def batched(adapter, rows):
 @pytest.mark.parametrize("name", RUNS)
 def test_chunked_prefill_and_batched_decode_equal_single_sequences(name):
     model = make(name, RUNS[name])
-    adapter = MlxLmModel(model, name)
+    adapter = adapted(model, name)
     assert adapter.vocab_size == VOCAB
     ours = batched(adapter, prompts())
     for prompt, rows in zip(prompts(), ours, strict=True):

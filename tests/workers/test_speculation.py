@@ -25,6 +25,7 @@ from tests.support.engine_rig import (
     mlx_lm_target,
 )
 from tests.workers.drafters import tiny_checkpoints as tiny
+from tests.workers.tiny_architectures import RUNS
 from workers.cache.spec import AttentionSpec
 from workers.draft_engine import DraftEngine
 from workers.drafters.causal_lm import CausalLMDrafter
@@ -105,6 +106,7 @@ def test_feature_drafters_leave_the_greedy_text_as_it_is(plain, tmp_path, target
 DEEP = {"hidden_size": tiny.H, "vocab_size": VOCAB, "num_hidden_layers": 6}  # as the tiny checkpoints want it
 DEEP_HYBRIDS = {
     "qwen3_next": {},
+    "qwen3_5": {"text_config": RUNS["qwen3_5"]["text_config"] | DEEP},
     "lfm2": {"block_dim": tiny.H, "layer_types": ["conv", "full_attention", "conv"] * 2},
 }
 
@@ -125,7 +127,12 @@ class Corrected(ForcedDrafts):
 
 @pytest.mark.parametrize(
     ("target", "kind", "batch"),
-    [*(("lfm2", kind, batch) for kind in ("eagle3", "dflash") for batch in (1, 4, 16)), ("qwen3_next", "eagle3", 3)],
+    [
+        *(("lfm2", kind, batch) for kind in ("eagle3", "dflash") for batch in (1, 4, 16)),
+        ("qwen3_next", "eagle3", 3),
+        ("qwen3_5", "dflash", 3),
+        *(("qwen3_5", "mtp", batch) for batch in (1, 4, 16)),
+    ],
 )
 def test_feature_drafters_on_hybrid_targets_with_acceptances_that_differ_by_row(tmp_path, target, kind, batch):
     """The features of a recurrent target are those of committed tokens too, when accepted tokens are fed again."""

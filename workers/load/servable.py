@@ -11,7 +11,7 @@ from shared.model_files import ModelFiles
 from workers.drafters.checkpoint import detect
 from workers.load import folder as folders
 from workers.load.gguf import read_config as read_gguf_config
-from workers.models.mlxlm import MlxLmModel
+from workers.models.mlxlm import adapted
 from workers.models.own import OWN
 
 
@@ -70,7 +70,7 @@ def _check(files: ModelFiles) -> None:
                 OWN[name].read_config(config, 0)
             else:
                 model, arguments = folders.mlx_lm_classes(config)
-                MlxLmModel(model(arguments.from_dict(config)), name)
+                adapted(model(arguments.from_dict(config)), name)
         except BadModel:
             raise
         except Exception as error:  # a hostile or odd configuration can fail anywhere in a model's constructor

@@ -30,6 +30,9 @@ REFUSED = {
     "phi3small": "its block-sparse attention assumes that all rows of a batch have one length",
 }
 
+# Whose decoder, embedding and head are known to be all there is: no scale or cap lies between them.
+SPLIT = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_next"})
+
 
 class MlxLmModel:
     """A `TextModel` around a model of mlx-lm."""
@@ -76,6 +79,35 @@ class MlxLmModel:
             self(inputs, cache)
         except Exception as error:  # any fault of a model that we did not write
             raise BadModel(f"{architecture}: cannot run rows of different lengths together: {error}") from error
+
+
+class SplitMlxLmModel(MlxLmModel):
+    """One of `SPLIT`: also a `SplitModel`, so that drafters see its final rows and share its embedding and head."""
+
+    def embed(self, inputs: mx.array) -> mx.array:
+        rows: mx.array = self.model.model.embed_tokens(inputs)
+        return rows
+
+    def hidden(
+        self, inputs: mx.array, cache: Sequence[object] | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
+        rows: mx.array = self.model.model(inputs, cache=cache, **extra)
+        return rows
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        language_model = getattr(self.model, "language_model", self.model)
+        is_tied = language_model.args.tie_word_embeddings
+        head = language_model.model.embed_tokens.as_linear if is_tied else language_model.lm_head
+        logits: mx.array = head(hidden)
+        return logits
+
+
+def adapted(model: nn.Module, architecture: str) -> MlxLmModel:
+    """Raises:
+    BadModel: as `MlxLmModel`.
+    """
+    return (SplitMlxLmModel if architecture in SPLIT else MlxLmModel)(model, architecture)
 
 
 class GroupedMask:

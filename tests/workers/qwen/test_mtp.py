@@ -1,0 +1,219 @@
+"""The MTP head of a Qwen3.5 checkpoint, in the files of the model itself or split off: what it drafts, and that the
+text stays that of plain decoding.
+
+transformers leaves the head out. Its hidden rows are fed to tests/workers/drafters/torch_reference.py instead.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from shared.config import Settings
+from shared.errors import BadModel
+from shared.model_files import ModelFiles
+from tandem.cli import main
+from tandem.convert import convert, split_mtp
+from tests.support.engine_rig import EngineRig, make_engine
+from tests.workers.drafters import torch_reference as reference
+from tests.workers.test_prefix_drafters import Recorder
+from workers.build_drafter import build_drafter, draft_config, install_fusion
+from workers.draft_engine import DraftEngine
+from workers.drafters.checkpoint import detect
+from workers.drafters.registry import load_drafter
+from workers.drafters.tensors import load_arrays
+from workers.load import load
+
+pytestmark = pytest.mark.mlx
+
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 67, 64, 4, 2, 16, 64
+THETA, ROPE_DIMS, EPS = 10_000.0, 4, 1e-6
+TEXT = {
+    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 4,
+    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rms_norm_eps": EPS,
+    "max_position_embeddings": 256, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "eos_token_id": 1, "pad_token_id": 0, "rope_parameters": {
+        "rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": ROPE_DIMS / HEAD_DIM,
+        "mrope_section": [1, 1, 0], "mrope_interleaved": True,
+    },
+}  # fmt: skip
+NUM_TOKENS = 20
+TOLERANCE = 1e-4
+
+
+def head_arrays(is_moe=False):
+    """Names and shapes of Qwen3.5's head; its norms are stored as factor less 1."""
+    make = np.random.default_rng(3)
+    shapes = {
+        "fc": (HIDDEN, 2 * HIDDEN), "layers.0.self_attn.q_proj": (2 * HEADS * HEAD_DIM, HIDDEN),
+        "layers.0.self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "layers.0.self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "layers.0.self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+        "layers.0.self_attn.q_norm": (HEAD_DIM,), "layers.0.self_attn.k_norm": (HEAD_DIM,),
+        **{f"layers.0.mlp.{n}_proj": (INNER, HIDDEN) for n in ("gate", "up")},
+        "layers.0.mlp.down_proj": (HIDDEN, INNER),
+        **dict.fromkeys(("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"), (HIDDEN,)),
+        **{f"layers.0.{n}_layernorm": (HIDDEN,) for n in ("input", "post_attention")},
+    }  # fmt: skip
+    arrays = {f"mtp.{n}.weight": (make.standard_normal(s) * 0.2).astype(np.float32) for n, s in shapes.items()}
+    if is_moe:
+        arrays = {n: a for n, a in arrays.items() if ".mlp." not in n}
+        arrays["mtp.layers.0.mlp.experts.up_proj"] = np.zeros((4, INNER, HIDDEN), np.float32)
+    return arrays
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def original(transformers, tmp_path_factory, request):
+    """(folder as the hub has it, transformers' model): images' tensors aside, the head in a second file."""
+    import torch
+
+    torch.manual_seed(0)
+    tied = {"tie_word_embeddings": request.param}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN}
+    config = transformers.Qwen3_5Config(
+        text_config=TEXT | tied, vision_config=vision, image_token_id=60, video_token_id=61, **tied
+    )
+    model = transformers.Qwen3_5ForConditionalGeneration(config).eval().float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "visual" not in name:
+                # Larger than an initialisation: a text that is not one token, norms that are not all 1.
+                scale = 0.2 if weight.dim() > 1 else 0.3
+                weight.add_(torch.randn_like(weight) * scale)
+    folder = tmp_path_factory.mktemp("qwen3_5")
+    model.save_pretrained(folder)
+    save_file(head_arrays(), folder / "model-mtp.safetensors", metadata={"format": "pt"})
+    return folder, model
+
+
+def prompts(n, seed=1):
+    make = random.Random(seed)
+    return {f"r{i}": [make.randrange(2, 60) for _ in range(make.randrange(5, 30))] for i in range(n)}
+
+
+def loaded(folder):
+    return load(ModelFiles(name="m", folder=folder), "float32")
+
+
+def drafting_engine(target, drafter, **options):
+    """The target with the head of the folder `drafter`, as the two processes make them."""
+    engine = make_engine(target.model, **options)
+    settings = Settings(draft_model=str(drafter), dtype="float32")
+    config = draft_config(settings, target.config)
+    assert config.kind == "mtp"
+    install_fusion(engine.model, config, mx.float32)
+    return engine, DraftEngine(load_drafter(config, mx.float32, target.model.embed, target.model.logits), True)
+
+
+def test_logits_of_the_head_agree_with_pytorch_from_transformers_hidden_rows(original):
+    import torch
+
+    folder, model = original
+    target, tokens = loaded(folder), prompts(1, seed=4)["r0"]
+    *known, _anchor = tokens
+    with torch.no_grad():
+        theirs = model.model(input_ids=torch.tensor([known])).last_hidden_state[0]
+    ours = target.model.hidden(mx.array([known]))[0]
+    np.testing.assert_allclose(np.array(ours), theirs.numpy(), atol=TOLERANCE, rtol=TOLERANCE)
+    drafter = load_drafter(detect(folder, target.config), mx.float32, target.model.embed, target.model.logits)
+    state, logits = drafter.new_state(), []
+    drafter.extend([state], [ours], [known])
+    drafter.draft([state], [tokens[-1]], 4, lambda rows, _step: logits.append(rows) or mx.argmax(rows, axis=-1))
+    weights = {n.removeprefix("mtp."): torch.from_numpy(a).double() for n, a in head_arrays().items()}
+    dims = reference.Dims(HEADS, KV_HEADS, HEAD_DIM, EPS, THETA, ROPE_DIMS, zero_centred=True, gated=True)
+    embed = model.get_input_embeddings().weight.detach().double()
+    head = model.get_output_embeddings().weight.detach().double()
+    want = reference.mtp(weights, dims, embed, head, theirs.double(), tokens, 4, lambda row: int(row.argmax()))
+    np.testing.assert_allclose(np.concatenate([np.array(r) for r in logits]), want, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_text_is_that_of_plain_decoding_with_requests_that_come_and_go(original, batch):
+    folder, _ = original
+    target, asked = loaded(folder), prompts(batch)
+    expected = EngineRig(make_engine(target.model)).run(asked, NUM_TOKENS)
+    assert len({t for tokens in expected.values() for t in tokens}) > 5, "a text that tells nothing"
+    engine, drafts = drafting_engine(target, folder)
+    rig = EngineRig(engine, drafts, k=3)
+    assert rig.run(asked, NUM_TOKENS, schedule=random.Random(2)) == expected
+    assert rig.counts(list(asked))[0] >= batch * NUM_TOKENS / 4, "hardly anything was drafted"
+
+
+def test_a_prefix_hit_changes_neither_text_nor_drafts(original):
+    folder, _ = original
+    make = random.Random(6)
+    shared = [make.randrange(2, 60) for _ in range(22)]
+    prompt = [*shared, *(make.randrange(2, 60) for _ in range(9))]
+    engine, drafts = drafting_engine(loaded(folder), folder, num_slots=4, block_size=4)
+    cold = Recorder(drafts)
+    expected = EngineRig(engine, cold, k=3, num_blocks=40).run({"cold": prompt}, 8)["cold"]
+    drafts.reset()
+    rig = EngineRig(engine, (warm := Recorder(drafts)), k=3, num_blocks=40)
+    rig.run({"first": prompt}, 8)
+    warm.proposed.clear()
+    assert rig.run({"warm": prompt}, 8)["warm"] == expected
+    assert rig.outputs["warm"][-1].timings.num_cached_tokens > 0
+    assert warm.proposed == cold.proposed
+    assert len(warm.proposed) >= 2
+
+
+def test_a_head_that_was_split_off_drafts_for_a_conversion_that_lost_it(original, tmp_path, capsys):
+    folder, _ = original
+    convert(str(folder), tmp_path / "m8", bits=8)
+    with pytest.raises(BadModel, match=r"m8 has no `mtp.\*` tensors: name the original"):
+        split_mtp(str(tmp_path / "m8"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert main(["split-mtp", str(folder), str(tmp_path / "head")]) == 0
+    assert str(tmp_path / "head") in capsys.readouterr().out
+    stored = load_file(tmp_path / "head" / "model.safetensors")
+    assert stored.keys() == head_arrays().keys()
+    assert all(np.array_equal(stored[name], array) for name, array in head_arrays().items())
+    target = loaded(tmp_path / "m8")
+    whole, split = detect(folder, target.config), detect(tmp_path / "head", target.config)
+    same = ("rope_dims", "rope_theta", "rms_norm_eps", "has_zero_centred_norms", "head_dim", "vocab_size", "feature")
+    assert [getattr(whole, n) for n in same] == [getattr(split, n) for n in same]
+    assert split.has_zero_centred_norms and split.rope_dims == ROPE_DIMS
+    asked = prompts(3)
+    expected = EngineRig(make_engine(target.model)).run(asked, NUM_TOKENS)
+    engine, drafts = drafting_engine(target, tmp_path / "head")
+    rig = EngineRig(engine, drafts, k=2)
+    assert rig.run(asked, NUM_TOKENS) == expected
+    assert rig.counts(list(asked))[0] > 0
+    _, info = build_drafter(Settings(draft_model=str(tmp_path / "head"), dtype="float32"), target)
+    assert info.draft_kind == "mtp"
+
+
+def test_a_packed_head_keeps_its_packing(original, tmp_path):
+    folder, _ = original
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    arrays = {n: mx.array(a) for n, a in head_arrays().items()}
+    name = "mtp.fc"
+    arrays[name + ".weight"], arrays[name + ".scales"], arrays[name + ".biases"] = mx.quantize(
+        arrays[name + ".weight"], 32, 8
+    )
+    mx.save_safetensors(str(packed / "model.safetensors"), arrays, {"format": "pt"})
+    how = {"group_size": 32, "bits": 8}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": how}
+    (packed / "config.json").write_text(json.dumps(config))
+    split_mtp(str(packed), tmp_path / "head")
+    made = json.loads((tmp_path / "head" / "config.json").read_text())
+    assert made["quantization"] == how
+    fc = load_arrays(tmp_path / "head", "mtp", mx.float32, how)["fc.weight"]
+    np.testing.assert_allclose(np.array(fc), head_arrays()["mtp.fc.weight"], atol=0.01)
+
+
+def test_a_head_of_experts_is_refused_before_anything_is_written(original, tmp_path):
+    folder, _ = original
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text((folder / "config.json").read_text())
+    save_file(head_arrays(is_moe=True), source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadModel, match=r"lacks layers\.0\.mlp\.up_proj"):
+        split_mtp(str(source), tmp_path / "head")
+    assert not (tmp_path / "head").exists()
