@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -133,6 +134,16 @@ def test_values_that_cannot_be_read_fail_like_any_other(name: str, text: str) ->
     parsed = Parsed(name, [text])
     assert parsed.blocks == [("text", text)]
     assert parsed.num_failed == 1
+
+
+@pytest.mark.parametrize("number", ["1e999", "1" * 5000])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_call_with_a_number_that_parsers_refuse_is_a_call_or_text(name: str, number: str) -> None:
+    text = re.sub(r"(?<!\w)5(?!\w)", number, OUTPUTS[name], count=1)
+    parsed = Parsed(name, [text])
+    is_call = any(block[:2] == ("call", "read") for block in parsed.blocks)
+    assert parsed.num_failed == (0 if is_call else 1)
+    assert any(number in block[-1] for block in parsed.blocks), "the number is lost"
 
 
 @pytest.mark.parametrize(
