@@ -19,6 +19,7 @@ from tests.support.engine_rig import (
     mlx_lm_target,
 )
 from workers.cache import blocks
+from workers.cache.layouts import LAYOUTS
 from workers.engine import Engine
 from workers.models.base import TextModel
 
@@ -33,9 +34,10 @@ MODELS: dict[str, Callable[[], TextModel]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=[(kind, layout) for kind in MODELS for layout in LAYOUTS], ids="-".join)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    return make_engine(MODELS[request.param](), num_slots=6, block_size=BLOCK)
+    kind, layout = request.param
+    return make_engine(MODELS[kind](), num_slots=6, block_size=BLOCK, layout=layout)
 
 
 def plain_tokens(
