@@ -45,6 +45,8 @@ class PagedBlockPool(BlockPool):
         for window, tables in self._paged.tables.items():
             chosen = [j for j in range(len(stored.indices)) if window is None or stored.has_window[j]]
             tables.keep(stored.slot, [stored.indices[j] for j in chosen], [stored.block_ids[j] for j in chosen])
+            for j in set(range(len(stored.indices))) - set(chosen):
+                tables.forget(stored.block_ids[j])  # the name stood for another block, which had its window
 
     def _share(self, slot: int, block_ids: Sequence[int]) -> None:
         """Give a slot the blocks of a prefix; of a sliding layer those of the window."""
@@ -86,6 +88,9 @@ class PagedBlockPool(BlockPool):
             if window is None or has_window:
                 targets[window] = mx.array([tables.name_new(block_id) for block_id in block_ids])
                 self._paged.change(window, Change())
+            else:
+                for block_id in block_ids:
+                    tables.forget(block_id)
         data, at = mx.array(np.stack(contents)), 0
         for layer in self._paged.kv_layers:
             if layer.spec.window not in targets:
