@@ -121,7 +121,7 @@ def make_engine(
 ) -> Engine:
     """With a `block_size` the engine has a prefix cache."""
     specs: list[LayerSpec] = model.layer_specs()
-    store = make_store(layout, specs, list(classes), max_width, mx.float32, is_exact, block_size=block_size or 4)
+    store = make_store(layout, specs, list(classes), max_width, mx.float32, is_exact, block_size=block_size or 16)
     blocks = make_block_pool(store, block_size) if block_size is not None else None
     return Engine(ModelRunner(model), store, num_slots, model.vocab_size, blocks)
 
