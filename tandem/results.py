@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from msgspec import Struct, field
 
-
-def _whole_number(digits: str) -> int | float:
-    try:
-        return int(digits)
-    except ValueError:  # more digits than Python reads
-        return float(digits)
+from shared import model_json
 
 
 class Stats(Struct, frozen=True, kw_only=True):
@@ -63,7 +57,7 @@ class ToolCall(Struct, frozen=True, kw_only=True):
 
     def parsed(self) -> dict[str, Any]:
         """The arguments as a dict. Models write what they like: numbers beyond a float's range are infinite."""
-        found: dict[str, Any] = json.loads(self.arguments, parse_int=_whole_number)
+        found: dict[str, Any] = model_json.decode(self.arguments)
         return found
 
 

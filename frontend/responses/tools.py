@@ -6,7 +6,6 @@ with the single parameter `input`, shells and patches as functions with the para
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from frontend.responses.schemas import (
     ToolChoice,
 )
 from frontend.schemas import Function, Tool
+from shared import model_json
 from shared.errors import InvalidRequest
 
 Kind = Literal["function", "custom", "local_shell", "shell", "apply_patch"]
@@ -201,14 +201,14 @@ def _described(tool: FunctionTool | CustomTool, group: NamespaceTool | None) -> 
 
 def custom_input(arguments: str) -> str:
     """The text that a freeform tool gets; arguments of another shape are passed on as they were written."""
-    content = json.loads(arguments, strict=False)
+    content = model_json.decode(arguments)
     text = content.get(INPUT) if isinstance(content, dict) else None
     return sendable(text) if isinstance(text, str) else arguments
 
 
 def shell_fields(kind: Kind, arguments: str) -> dict[str, Any] | None:
     """The fields of a shell's or a patch's item; None where the arguments do not fit, so that it is no such call."""
-    content = json.loads(sendable(arguments), strict=False)
+    content = model_json.decode(sendable(arguments))
     if not isinstance(content, dict):
         return None
     try:
