@@ -82,6 +82,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     attention: Annotated[Literal["auto", "stock", "kernel"], "`auto`: a kernel where it is right and faster here"] = (
         "auto"
     )
+    kv_layout: Annotated[
+        Literal["slots", "paged"], "`paged`: prefixes share blocks and nothing is copied; no attention kernel yet"
+    ] = "slots"
     prefix_cache: Annotated[bool, "compute a prefix that requests share only once"] = True
     prefix_cache_bytes: Annotated[int, "device memory for cached prefixes; 0: a share of the KV memory"] = 0
     prefix_host_bytes: Annotated[

@@ -10,14 +10,14 @@ import psutil
 
 from shared import tokenizer
 from shared.config import Settings
-from shared.errors import BadModel, InvalidRequest
+from shared.errors import BadConfig, BadModel, InvalidRequest
 from shared.grammar import Compiler
 from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
 from workers.archiver import Archiver
 from workers.build_drafter import draft_config, drafter_fingerprint, install_fusion
 from workers.cache.archive import Archive
-from workers.cache.blocks import BlockPool
+from workers.cache.layouts import make_block_pool, make_store
 from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
@@ -119,13 +119,14 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     classes = capacity_classes(max_model_len)
     if isinstance(loaded.model, MediaModel):
         step_tokens = max(step_tokens, loaded.model.max_whole_tokens)
-    store = CacheStore(specs, classes, max(step_tokens, MAX_DRAFT_WIDTH), dtype, is_cpu(), SLACK)
+    width = max(step_tokens, MAX_DRAFT_WIDTH)
+    store = make_store(settings.kv_layout, specs, classes, width, dtype, is_cpu(), SLACK, BLOCK_SIZE)
     spare = budget - max_model_len * per_token  # one full context comes first
     prefix_bytes = min(settings.prefix_cache_bytes or int(budget * PREFIX_SHARE), spare)
     prefix = prefix_cache_info(specs, store, prefix_bytes, per_token) if settings.prefix_cache else None
     if prefix is not None:
         budget -= prefix.num_blocks * prefix.block_bytes
-    blocks = BlockPool(store, BLOCK_SIZE) if prefix is not None else None
+    blocks = make_block_pool(store, BLOCK_SIZE) if prefix is not None else None
     engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size, blocks)
     info = WorkerInfo(
         model=loaded.name,
@@ -155,6 +156,12 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
     Raises:
         BadConfig: a kernel was asked for that this machine or model cannot have.
     """
+    if settings.kv_layout == "paged":
+        if settings.attention == "kernel":
+            raise BadConfig(
+                "the paged layout has no attention kernel yet: TANDEM_KV_LAYOUT=slots, or another attention"
+            )
+        return info
     specs = [s for s in leaves(engine.store.specs) if isinstance(s, AttentionSpec)]
     query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
     layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []

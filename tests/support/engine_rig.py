@@ -51,9 +51,8 @@ from shared.messages import (
 from tests.support.fake_target import worker_info
 from tests.workers.tiny_architectures import RUNS, config_of
 from workers.build import prefix_cache_info
-from workers.cache.blocks import BlockPool
+from workers.cache.layouts import make_block_pool, make_store
 from workers.cache.spec import LayerSpec
-from workers.cache.store import CacheStore
 from workers.engine import Engine
 from workers.features import Bits
 from workers.load.folder import mlx_lm_classes
@@ -118,11 +117,12 @@ def make_engine(
     classes: Sequence[int] = CLASSES,
     max_width: int = 32,
     block_size: int | None = None,
+    layout: str = "slots",
 ) -> Engine:
     """With a `block_size` the engine has a prefix cache."""
     specs: list[LayerSpec] = model.layer_specs()
-    store = CacheStore(specs, list(classes), max_width, mx.float32, is_exact)
-    blocks = BlockPool(store, block_size) if block_size is not None else None
+    store = make_store(layout, specs, list(classes), max_width, mx.float32, is_exact, block_size=block_size or 16)
+    blocks = make_block_pool(store, block_size) if block_size is not None else None
     return Engine(ModelRunner(model), store, num_slots, model.vocab_size, blocks)
 
 

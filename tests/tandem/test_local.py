@@ -72,6 +72,18 @@ def test_threads_share_the_model(model: LocalModel) -> None:
         assert list(pool.map(lambda prompt: generate(model, prompt, **GREEDY).token_ids, prompts)) == alone
 
 
+def test_the_paged_layout_gives_the_same_tokens_with_and_without_a_hit(model: LocalModel, folder: Path) -> None:
+    prompts = ["a prefix that is longer than one block of the cache, which is thirty-two tokens" + end for end in "xyz"]
+    expected = [generate(model, prompt, **GREEDY).token_ids for prompt in prompts]
+    with load(str(folder), "none", dtype="float32", max_num_seqs=4, blas_threads=1, kv_layout="paged") as paged:
+        assert [result.token_ids for result in generate(paged, prompts, **GREEDY)] == expected
+        again = generate(paged, prompts[0], **GREEDY)
+    assert again.token_ids == expected[0]
+    assert again.stats.num_cached_tokens >= 32
+    with pytest.raises(BadConfig, match="no attention kernel"):
+        load(str(folder), "none", dtype="float32", blas_threads=1, kv_layout="paged", attention="kernel")
+
+
 def test_it_works_where_an_event_loop_runs(model: LocalModel) -> None:
     async def notebook() -> str:
         return generate(model, "cell", **GREEDY).text

@@ -205,10 +205,15 @@ class ArchivedRig(EngineRig):
         self.settle(lambda: not self.archiver.has_work and self.archiver._num_writing == 0)
 
 
-@pytest.mark.parametrize("kind", ["full", "sliding", "qwen3_next", "lfm2"])
-def test_a_new_process_goes_on_from_the_files_of_the_old_one(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(kind, "slots") for kind in ("full", "sliding", "qwen3_next", "lfm2")]
+    + [(kind, "paged") for kind in ("full", "sliding", "qwen3_next")],
+)
+def test_a_new_process_goes_on_from_the_files_of_the_old_one(kind: str, layout: str, tmp_path: Path) -> None:
     models = {"full": decoder_target, "sliding": lambda: decoder_target(window=8)}
-    engine = make_engine((models.get(kind) or (lambda: mlx_lm_target(kind)))(), num_slots=4, block_size=4)
+    model = (models.get(kind) or (lambda: mlx_lm_target(kind)))()
+    engine = make_engine(model, num_slots=4, block_size=4, layout=layout)
     rng = random.Random(2)
     prompt = [rng.randrange(40) for _ in range(60)]
     first = ArchivedRig(engine, tmp_path)

@@ -14,6 +14,8 @@ import pytest
 
 from shared.messages import SamplingParams, SequenceStart, Step, StepRow
 from tests.support.engine_rig import VOCAB, WINDOW, EngineRig, decoder_target, make_engine, make_prompts, mlx_lm_target
+from workers.cache.layouts import LAYOUTS
+from workers.cache.paged import PagedStore
 from workers.sampling.sampler import SampledRow, SlotSampling, sample
 
 pytestmark = pytest.mark.mlx
@@ -123,10 +125,10 @@ class Play:
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_random_schedules_give_what_a_forward_over_the_whole_text_gives(reference, is_exact, seed):
+@pytest.mark.parametrize(("seed", "layout"), [(1, "slots"), (2, "slots"), (3, "slots"), (1, "paged")])
+def test_random_schedules_give_what_a_forward_over_the_whole_text_gives(reference, is_exact, seed, layout):
     model, chosen, truths = reference
-    engine = make_engine(model, 8, is_exact, classes=[16, 48, 128], max_width=16)
+    engine = make_engine(model, 8, is_exact, classes=[16, 48, 128], max_width=16, layout=layout)
     play = Play(engine, chosen, truths, seed)
     for _ in range(5000):
         if not play.waiting and not play.owner:
@@ -136,17 +138,20 @@ def test_random_schedules_give_what_a_forward_over_the_whole_text_gives(referenc
     assert not play.owner, "the schedule does not end"
     assert play.classes_seen == {0, 1, 2}, "no sequence moved up"
     assert not engine.store._lengths, "a slot is still held"
+    if isinstance(engine.store, PagedStore):
+        assert not any(tables.num_used for tables in engine.store.tables.values()), "a block is still held"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("is_exact", [True, False])
-def test_a_request_that_ends_in_nan_fails_alone_and_leaves_nothing_to_the_next_owner_of_its_slot(is_exact):
+def test_a_request_that_ends_in_nan_fails_alone_and_leaves_nothing_to_the_next_owner_of_its_slot(is_exact, layout):
     model = decoder_target(num_layers=2)
     prompts = {f"r{i}": [1 + i, 2, 3] for i in range(3)}
-    expected = EngineRig(make_engine(model, 4, is_exact)).run(prompts, 6)
+    expected = EngineRig(make_engine(model, 4, is_exact, layout=layout)).run(prompts, 6)
     weight = model.model.embed_tokens.weight
     weight[49] = float("nan")
     assert all(49 not in tokens for tokens in expected.values())
-    engine = make_engine(model, 4, is_exact)
+    engine = make_engine(model, 4, is_exact, layout=layout)
     rig = EngineRig(engine)
     rig.submit("bad", [49] * 8, 6)
     assert rig.run({"good": prompts["r0"]}, 6) == {"good": expected["r0"]}

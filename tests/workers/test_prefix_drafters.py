@@ -14,6 +14,7 @@ from tests.support import tiny_model
 from tests.support.engine_rig import VOCAB, EngineRig, decoder_target, make_engine
 from tests.workers.drafters import tiny_checkpoints as tiny
 from workers.build_drafter import drafter_fingerprint
+from workers.cache.layouts import LAYOUTS
 from workers.draft_engine import DraftEngine
 from workers.drafters.checkpoint import detect
 from workers.drafters.registry import load_drafter, load_fusion
@@ -45,8 +46,8 @@ class Recorder:
         return drafts
 
 
-def drafted_engine(kind: str, folder: Path) -> tuple[Engine, DraftEngine]:
-    engine = make_engine(decoder_target(), num_slots=4, block_size=4)
+def drafted_engine(kind: str, folder: Path, layout: str = "slots") -> tuple[Engine, DraftEngine]:
+    engine = make_engine(decoder_target(), num_slots=4, block_size=4, layout=layout)
     checkpoint, _ = getattr(tiny, kind)(folder / kind)
     config = detect(checkpoint)
     engine.model.capture(config.taps, load_fusion(config, mx.float32))
@@ -54,9 +55,10 @@ def drafted_engine(kind: str, folder: Path) -> tuple[Engine, DraftEngine]:
     return engine, DraftEngine(load_drafter(config, mx.float32, model.embed, model.logits), needs_features=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["eagle3", "dflash", "mtp"])
-def test_drafts_after_a_hit_are_those_without_one(kind: str, tmp_path: Path) -> None:
-    engine, drafts = drafted_engine(kind, tmp_path)
+def test_drafts_after_a_hit_are_those_without_one(kind: str, layout: str, tmp_path: Path) -> None:
+    engine, drafts = drafted_engine(kind, tmp_path, layout)
     rng = random.Random(3)
     shared = [rng.randrange(VOCAB) for _ in range(22)]
     prompt = [*shared, *(rng.randrange(VOCAB) for _ in range(9))]

@@ -46,15 +46,23 @@ PROMPTS = make_prompts(16)
 
 @pytest.fixture(scope="module")
 def plain():
-    """Target name -> (engine, greedy tokens of PROMPTS without speculation), computed on first use."""
+    """Target name -> (engine, greedy tokens of PROMPTS without speculation), computed on first use.
+
+    The tokens are those of the slots layout, whatever the engine's is.
+    """
     made = {}
 
-    def get(name):
-        if name not in made:
+    def get(name, layout="slots"):
+        if (name, "slots") not in made:
             engine = make_engine(TARGETS[name]())
-            made[name] = engine, EngineRig(engine).run(PROMPTS, NUM_TOKENS)
-            assert len({t for tokens in made[name][1].values() for t in tokens}) > 5, "a text that tells nothing"
-        return made[name]
+            made[name, "slots"] = engine, EngineRig(engine).run(PROMPTS, NUM_TOKENS)
+            assert len({t for tokens in made[name, "slots"][1].values() for t in tokens}) > 5, (
+                "a text that tells nothing"
+            )
+        if (name, layout) not in made:
+            model = made[name, "slots"][0].model.model
+            made[name, layout] = make_engine(model, layout=layout), made[name, "slots"][1]
+        return made[name, layout]
 
     return get
 
@@ -65,10 +73,10 @@ def truth(tokens):
     return known | {f"stranger{i}": PROMPTS[f"r{i}"][::-1] + tokens[f"r{i}"] for i in range(len(tokens))}
 
 
-@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize(("batch", "layout"), [(1, "slots"), (4, "slots"), (16, "slots"), (4, "paged")])
 @pytest.mark.parametrize("target", TARGETS)
-def test_forced_acceptances_that_differ_by_row_leave_the_greedy_text_as_it_is(plain, target, batch):
-    engine, expected = plain(target)
+def test_forced_acceptances_that_differ_by_row_leave_the_greedy_text_as_it_is(plain, target, batch, layout):
+    engine, expected = plain(target, layout)
     prompts = dict(list(PROMPTS.items())[:batch])
     chances = {name: (0.0, 0.4, 0.8, 1.0)[i % 4] for i, name in enumerate(prompts)}
     chances |= {f"stranger{i}": 0.5 for i in range(batch)}

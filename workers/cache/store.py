@@ -69,15 +69,25 @@ class CacheStore:
         self.max_width = max_width
         self.placement = Placement(capacity_classes)
         self.is_exact = is_exact
+        self._slack = slack
         self._layers = [
-            KVLayer(s, capacity_classes, max_width, slack, dtype) if isinstance(s, AttentionSpec) else RecurrentLayer(s)
+            self._attention_layer(s, dtype) if isinstance(s, AttentionSpec) else RecurrentLayer(s)
             for s in leaves(specs)
         ]
         self.kv_layers = [layer for layer in self._layers if isinstance(layer, KVLayer)]
         self.recurrent_layers = [layer for layer in self._layers if isinstance(layer, RecurrentLayer)]
         self.feature_layer: KVLayer | None = None
-        self._slack = slack
         self._lengths: dict[int, int] = {}  # slot -> positions ever written
+
+    def _attention_layer(self, spec: AttentionSpec, dtype: mx.Dtype) -> KVLayer:
+        """An attention layer's cache, as large as the slots that are placed already."""
+        layer = KVLayer(spec, self.placement.capacities, self.max_width, self._slack, dtype)
+        for capacity_class in range(len(self.placement.capacities)):
+            layer.reserve(capacity_class, self.placement.num_rows(capacity_class))
+        return layer
+
+    def _view(self, layer: KVLayer, shape: BatchShape) -> KVView:
+        return KVView(layer, shape)
 
     def use_attention(self, choice: AttentionChoice | None) -> None:
         """From now on attend by kernels where `choice` has one; None: stock operations."""
@@ -97,13 +107,10 @@ class CacheStore:
         size = features.shape[-1]
         if self.feature_layer is None:
             spec = AttentionSpec(1, size // 2, size - size // 2)
-            layer = KVLayer(spec, self.placement.capacities, self.max_width, self._slack, features.dtype)
-            for capacity_class in range(len(self.placement.capacities)):
-                layer.reserve(capacity_class, self.placement.num_rows(capacity_class))
-            self.feature_layer = layer
-            self.kv_layers.append(layer)
+            self.feature_layer = self._attention_layer(spec, features.dtype)
+            self.kv_layers.append(self.feature_layer)
         rows = features[:, None]
-        KVView(self.feature_layer, batch.shape).write(rows[..., : size // 2], rows[..., size // 2 :])
+        self._view(self.feature_layer, batch.shape).write(rows[..., : size // 2], rows[..., size // 2 :])
 
     def read_features(self, slot: int, length: int) -> mx.array | None:
         """Fused hidden rows (length, H) of a slot's first positions; None where none are kept."""
@@ -167,14 +174,8 @@ class CacheStore:
             spans: per row, positions of the images that this step holds, for models whose images see themselves whole.
         """
         assert width <= self.max_width, f"step of width {width}, caches made for {self.max_width}"
-        order_slots, runs, moves = self.placement.gather(list(slots))
-        for move in moves:
-            longest = max(self._lengths.values(), default=0)
-            for layer in self.kv_layers:
-                layer.move(move, min(longest, layer.capacities[move.from_class]))
-        index = {slot: i for i, slot in enumerate(slots)}
-        order = [index[slot] for slot in order_slots]
-        shape = BatchShape(runs, [starts[i] for i in order], width, self.is_exact)
+        order, shape = self._arrange(slots, starts, width)
+        order_slots = [slots[i] for i in order]
         shape.spans = None if spans is None else [spans[i] for i in order]
         for i in order:
             self._lengths[slots[i]] = max(self._lengths.get(slots[i], 0), starts[i] + width)
@@ -183,12 +184,23 @@ class CacheStore:
         flat: list[View] = []
         for each in self._layers:
             if isinstance(each, KVLayer):
-                flat.append(KVView(each, shape))
+                flat.append(self._view(each, shape))
             else:
                 view = RecurrentView(each, order_slots, real, shape.offset)
                 recurrent.append(view)
                 flat.append(view)
         return Batch(order, shape, self._nest(flat), recurrent)
+
+    def _arrange(self, slots: Sequence[int], starts: Sequence[int], width: int) -> tuple[list[int], BatchShape]:
+        """Make the caches ready for the rows of a forward; the rows' order, and what its layers share."""
+        order_slots, runs, moves = self.placement.gather(list(slots))
+        for move in moves:
+            longest = max(self._lengths.values(), default=0)
+            for layer in self.kv_layers:
+                layer.move(move, min(longest, layer.capacities[move.from_class]))
+        index = {slot: i for i, slot in enumerate(slots)}
+        order = [index[slot] for slot in order_slots]
+        return order, BatchShape(runs, [starts[i] for i in order], width, self.is_exact)
 
     def _nest(self, flat: list[View]) -> list[View | ListView]:
         nested: list[View | ListView] = []
