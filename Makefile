@@ -78,7 +78,7 @@ fuzz: $(VENV)/.dev-$(BACKEND)
 
 # 5,000 requests generated from /openapi.json: none may end in a 500.
 fuzz-api: $(VENV)/.dev-$(BACKEND)
-	FUZZ_API_CASES=5300 $(PYTHON) -m pytest -s tests/frontend/test_fuzz_api.py
+	FUZZ_API_CASES=5450 $(PYTHON) -m pytest -s tests/frontend/test_fuzz_api.py
 
 check: $(VENV)/.dev-$(BACKEND)
 	$(PYTHON) -m ruff format --check .
