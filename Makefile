@@ -45,8 +45,10 @@ $(VENV)/.dev-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".$(DEV_EXTRAS)"
 	@touch $@ $(VENV)/.run-$(BACKEND)
 
+# Side by side in WORKERS processes, whole files each; a test that fails names the worker it ran in.
+WORKERS ?= 2
 test: $(VENV)/.dev-$(BACKEND)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --durations 20
 
 # The reference drafters (DRAFTERS_FOLDER) against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
 test-drafters: $(VENV)/.dev-$(BACKEND)
