@@ -29,7 +29,7 @@ ifdef DRAFT
 export TANDEM_DRAFT_MODEL := $(DRAFT)
 endif
 
-.PHONY: run test test-drafters test-policy test-convert faults soak fuzz fuzz-api check format bench lock clean
+.PHONY: run environment test test-drafters test-policy test-convert faults soak fuzz fuzz-api check format bench lock clean
 run: $(VENV)/.run-$(BACKEND)
 	@exec $(PYTHON) -m tandem serve
 
@@ -44,6 +44,9 @@ $(VENV)/.run-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
 $(VENV)/.dev-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".$(DEV_EXTRAS)"
 	@touch $@ $(VENV)/.run-$(BACKEND)
+
+# All that developing takes, in .venv.
+environment: $(VENV)/.dev-$(BACKEND)
 
 # Side by side in WORKERS processes, whole files each; a test that fails names the worker it ran in.
 WORKERS ?= 2

@@ -1,4 +1,4 @@
-"""Shared by all tests: MLX on the CPU computes in float32 without run-time compilation, nothing with threads of its own.
+"""Shared by all tests: MLX on the CPU computes in float32 without run-time compilation, and nothing uses threads.
 
 Models as small as here gain nothing from threads, and `make test` fills the cores with processes: threads that wait for
 each other on busy cores are slow. PyTorch, NumPy and SciPy read the variable when they are loaded.
