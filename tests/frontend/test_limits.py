@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 
-from frontend import connection
+from frontend import connection, streams
 from frontend.json_depth import MAX_DEPTH
 from frontend.limits import Limits
 from shared.api_keys import load_keys
@@ -219,8 +219,12 @@ def test_the_timeout_header_reaches_the_scheduler_and_its_error_is_504(start: St
         assert error(response)["param"] == "x-request-timeout"
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_its_request_cancelled(start: Start, engine: FakeEngine) -> None:
+def test_a_client_that_does_not_read_is_cut_off_and_its_request_cancelled(
+    start: Start, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_UNREAD", 256)
     server = start()
+    server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections hold little too
     engine.on_submit = None
     body = msgspec.json.encode(BODY | {"stream": True, "max_tokens": 2000, "logprobs": 5, "ignore_eos": True})
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
