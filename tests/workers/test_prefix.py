@@ -42,6 +42,12 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return make_engine(MODELS[kind](), num_slots=6, block_size=BLOCK, layout=layout)
 
 
+@pytest.fixture(scope="module")
+def seen(engine: Engine) -> dict[tuple[int, ...], list[int]]:
+    """What `plain_tokens` found with this engine: schedules of one seed ask for much the same."""
+    return {}
+
+
 def plain_tokens(
     engine: Engine, prompt: list[int], num_tokens: int, cache: dict[tuple[int, ...], list[int]]
 ) -> list[int]:
@@ -58,7 +64,9 @@ def plain_tokens(
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ngram", [False, True])
-def test_random_chats_give_the_tokens_of_single_runs_without_a_cache(engine: Engine, seed: int, ngram: bool) -> None:
+def test_random_chats_give_the_tokens_of_single_runs_without_a_cache(
+    engine: Engine, seen: dict[tuple[int, ...], list[int]], seed: int, ngram: bool
+) -> None:
     rng = random.Random(seed)
     vocab = min(VOCAB, engine.vocab_size)
     k = 3 if ngram else None
@@ -85,7 +93,6 @@ def test_random_chats_give_the_tokens_of_single_runs_without_a_cache(engine: Eng
     counts = chats.core.metrics.prefix
     assert counts.hit_tokens > 0, "nothing was ever restored"
     assert counts.checks["different"] == 0
-    seen: dict[tuple[int, ...], list[int]] = {}
     assert got == {name: plain_tokens(engine, *case, seen) for name, case in asked.items()}
 
 
