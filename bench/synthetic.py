@@ -43,7 +43,7 @@ from shared.messages import (
     Welcome,
     WorkerInfo,
 )
-from workers.build import make_engine
+from workers.build import make_engine, select_attention, warm_up
 from workers.calibrate import measure
 from workers.engine import Engine, PendingStep
 from workers.load import LoadedModel
@@ -55,6 +55,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
+    "1b": {
+        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True,
     },
     "tiny": {
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
@@ -78,6 +83,15 @@ def random_model(shape: str, dtype: str) -> LoadedModel:
         eos_token_ids=[], max_model_len=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"]),
         dtype=dtype,
     )  # fmt: skip
+
+
+def speculating_engine(loaded: LoadedModel) -> tuple[Engine, WorkerInfo]:
+    """With the attention kernels that a server with a drafter would have on this machine."""
+    settings = Settings(max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=1024, draft_model="ngram")
+    engine, info = make_engine(loaded, settings)
+    info = select_attention(loaded, engine, info, settings)
+    warm_up(engine, info)
+    return engine, info
 
 
 class Loop:
@@ -209,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     loaded = random_model(options.shape, options.dtype)
-    engine, info = make_engine(loaded, Settings(max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=1024))
+    engine, info = speculating_engine(loaded)
     engine.count_accepted = Coin(options.acceptance).count
     costs = measure(engine, info)
     info = WorkerInfo(**{**_struct(info), "step_costs": costs})
