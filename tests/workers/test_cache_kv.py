@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from workers.cache.layouts import LAYOUTS, make_store
+from tests.support.layouts import ALL_LAYOUTS, store_of
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
 from workers.models.rope import Rope, RopeParameters
@@ -44,14 +44,14 @@ def through_mlx_lm(view, q, k, v):
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=DIM**-0.5, mask=mask)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 @pytest.mark.parametrize("protocol", ["attend", "mlx-lm"])
 @pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize("window", [None, 9])
 def test_every_row_attends_to_its_own_committed_positions(window, is_exact, protocol, layout):
     rng, choose = np.random.default_rng(0), random.Random(window or 0)
     specs = [AttentionSpec(KV_HEADS, DIM, VALUE_DIM, window)]
-    store = make_store(layout, specs, [16, 64, 160], MAX_WIDTH, mx.float32, is_exact, block_size=4)
+    store = store_of(layout, specs, [16, 64, 160], MAX_WIDTH, is_exact, block_size=4)
     texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     num_rows, num_wrapped = 0, 0
     for _ in range(160):
