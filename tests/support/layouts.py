@@ -1,4 +1,4 @@
-"""The cache layouts that one suite of tests runs over: those of the settings, and blocks attended as a kernel does it."""
+"""The cache layouts that one suite of tests runs over: those of the settings, and blocks attended as kernels do it."""
 
 from __future__ import annotations
 
