@@ -118,7 +118,7 @@ def test_a_step_gathers_nothing_and_makes_one_table_for_each_window(
         assert made[0][1].table.dtype == mx.int32
         assert made[0][1].shift == 2
         ring = made[1][1].table.shape[1]
-        assert ring * BLOCK == store.kv_layers[1].capacities[0], "positions wrap at a ring's whole width"
+        assert ring * BLOCK == store.kv_layers[1].capacities[0], "a ring's table is whole"
         widths.add(made[0][1].table.shape[1])
     assert widths == {64 // BLOCK}, "a table as wide as each length has as many shapes"
 

@@ -77,7 +77,7 @@ class PagedShape(BatchShape):
     def block_pages(self, window: int | None) -> Pages:
         """The rows' block tables as kernels take them, made once for all layers of a window.
 
-        A ring's table is whole, since positions wrap in it; others are as wide as the longest row needs, in few widths.
+        As wide as the longest row needs, in few widths; a ring's is short and always whole.
         """
         if window not in self.paged:
             size = self.block_size
