@@ -10,7 +10,7 @@ import psutil
 
 from shared import tokenizer
 from shared.config import Settings
-from shared.errors import BadConfig, BadModel, InvalidRequest
+from shared.errors import BadModel, InvalidRequest
 from shared.grammar import Compiler
 from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
@@ -156,12 +156,6 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
     Raises:
         BadConfig: a kernel was asked for that this machine or model cannot have.
     """
-    if settings.kv_layout == "paged":
-        if settings.attention == "kernel":
-            raise BadConfig(
-                "the paged layout has no attention kernel yet: TANDEM_KV_LAYOUT=slots, or another attention"
-            )
-        return info
     specs = [s for s in leaves(engine.store.specs) if isinstance(s, AttentionSpec)]
     query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
     layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []
@@ -172,6 +166,7 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
         settings.attention,
         is_speculative=is_speculative,
         cache_folder=settings.cache_folder,
+        is_paged=settings.kv_layout == "paged",
     )
     engine.store.use_attention(choice)
     if choice is None:

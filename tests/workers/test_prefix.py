@@ -18,8 +18,8 @@ from tests.support.engine_rig import (
     make_engine,
     mlx_lm_target,
 )
+from tests.support.layouts import ALL_LAYOUTS
 from workers.cache import blocks
-from workers.cache.layouts import LAYOUTS
 from workers.engine import Engine
 from workers.models.base import TextModel
 
@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[[], TextModel]] = {
     "latent": lambda: mlx_lm_target("deepseek_v3"),
 }
 UNPAGED = ("state-space", "short-convolution")  # without keys and values, or a second hybrid: nothing new when paged
-CASES = [(kind, layout) for kind in MODELS for layout in LAYOUTS if layout == "slots" or kind not in UNPAGED]
+CASES = [(kind, layout) for kind in MODELS for layout in ALL_LAYOUTS if layout == "slots" or kind not in UNPAGED]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -146,7 +146,7 @@ def test_a_block_that_changed_is_found_by_the_check_and_dropped() -> None:
     assert counts.checks["different"] == 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_a_failed_row_leaves_nothing_in_the_cache(layout: str) -> None:
     engine = make_engine(decoder_target(), num_slots=4, block_size=BLOCK, layout=layout)
     rig = EngineRig(engine, num_blocks=40)
@@ -161,7 +161,7 @@ def test_a_failed_row_leaves_nothing_in_the_cache(layout: str) -> None:
     assert rig.session.prefix.index.num_resident == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_a_hit_beyond_the_ring_of_a_sliding_layer_restores_its_window_where_the_ring_has_it(layout: str) -> None:
     engine = make_engine(decoder_target(window=WINDOW), num_slots=4, block_size=BLOCK, layout=layout)
     ring = min(layer.capacities[-1] for layer in engine.store.kv_layers)
