@@ -1,8 +1,8 @@
 """What kind of drafter a folder holds, told from its architecture, its config's sections and its tensors.
 
-Never from `model_type`, but for Gemma 4's assistant: a DFlash drafter calls itself "qwen3", an EAGLE-3 drafter "llama". Tap ids come in two
-conventions. z-lab's `target_layer_ids` name the block after which the feature is taken; EAGLE's and Speculators'
-`*_hidden_state_layer_ids` name the block before which it is taken and are one larger.
+Never from `model_type`: a DFlash drafter calls itself "qwen3", an EAGLE-3 drafter "llama"; only Gemma 4's assistant has
+one of its own. Tap ids come in two conventions. z-lab's `target_layer_ids` name the block after which the feature is
+taken; EAGLE's and Speculators' `*_hidden_state_layer_ids` name the block before which it is taken and are one larger.
 """
 
 from __future__ import annotations

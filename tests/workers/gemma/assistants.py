@@ -15,13 +15,13 @@ CASES = {
 }
 
 
-def save(transformers, folder, backbone, overrides):
+def save(transformers, folder, backbone, overrides, scale=0.1):
     """The reference, written to `folder`."""
     import torch
 
     config = transformers.Gemma4AssistantConfig(text_config=TEXT, backbone_hidden_size=backbone, **overrides)
     config._attn_implementation = "eager"
-    reference = hf.randomise(transformers.Gemma4AssistantForCausalLM(config))
+    reference = hf.randomise(transformers.Gemma4AssistantForCausalLM(config), scale)
     if reference.masked_embedding is not None:
         with torch.no_grad():
             reference.masked_embedding.token_ordering.copy_(torch.randperm(hf.VOCAB))
