@@ -72,7 +72,7 @@ def install_fusion(runner: ModelRunner, config: DrafterConfig | None, dtype: mx.
         return
     fusion = load_fusion(config, dtype)
     if fusion is not None:
-        runner.capture(config.taps, fusion)
+        runner.capture(config.taps, fusion, config.kv_layers)
 
 
 def build_drafter(settings: Settings, target: LoadedModel | None = None) -> tuple[DraftEngine, WorkerInfo]:
@@ -95,7 +95,7 @@ def build_drafter(settings: Settings, target: LoadedModel | None = None) -> tupl
     if not is_cpu():
         select_attention(engine, dtype, settings)
     limit = min(settings.draft_block_size or engine.drafter.max_draft_tokens, engine.drafter.max_draft_tokens)
-    costs = draft_costs(engine, max(1, config.hidden_size), limit)
+    costs = draft_costs(engine, max(1, config.feature_size), limit)
     info = WorkerInfo(
         model=Path(settings.draft_model).name,
         architecture=config.kind,
@@ -132,13 +132,13 @@ def select_attention(engine: DraftEngine, dtype: mx.Dtype, settings: Settings) -
     )
 
 
-def draft_costs(engine: DraftEngine, hidden_size: int, max_draft_tokens: int) -> list[StepCost]:
+def draft_costs(engine: DraftEngine, feature_size: int, max_draft_tokens: int) -> list[StepCost]:
     """Seconds of a draft by batch and number of tokens, the best of a few. Kernels are compiled on the way."""
     costs: list[StepCost] = []
     lengths = sorted({min(max_draft_tokens, (1 << bits) - 1) for bits in range(1, max_draft_tokens.bit_length() + 1)})
     for batch in CPU_BATCHES if is_cpu() else GPU_BATCHES:
         names = [RequestId(f"calibration-{i}") for i in range(batch)]
-        rows = np.zeros((WARM_UP_TOKENS, hidden_size), np.float32 if engine.dtype == mx.float32 else np.uint16)
+        rows = np.zeros((WARM_UP_TOKENS, feature_size), np.float32 if engine.dtype == mx.float32 else np.uint16)
         for name in names if engine.needs_features else ():
             engine.take_features(FeatureRows(request_id=name, start=0, num_rows=WARM_UP_TOKENS), rows)
         asked = [
@@ -164,7 +164,8 @@ def _tables(target: LoadedModel, config: DrafterConfig) -> tuple[Any, Any]:
     model = target.model
     if not (hasattr(model, "embed") and hasattr(model, "logits")):
         raise BadModel(f"{target.architecture} does not share its embedding and head; this drafter needs them")
-    return model.embed, model.logits
+    # Gemma's own scale and softcap are the drafter's to apply, as its checkpoint says.
+    return getattr(model, "embedding_rows", model.embed), getattr(model, "uncapped_logits", model.logits)
 
 
 def _causal_lm(model: TextModel, target_vocab_size: int) -> CausalLMDrafter:

@@ -53,7 +53,7 @@ def install_taps(model: Any, taps: Sequence[int]) -> dict[int, mx.array]:  # noq
     Raises:
         BadModel: the model's blocks are not where mlx-lm's convention has them, or there are too few.
     """
-    layers = _layers(model)
+    layers = block_list(model)
     if layers is None:
         raise BadModel(f"cannot capture hidden states of {type(model).__module__}: it has no list of layers")
     if max(taps) >= len(layers):
@@ -64,7 +64,7 @@ def install_taps(model: Any, taps: Sequence[int]) -> dict[int, mx.array]:  # noq
     return sink
 
 
-def _layers(model: Any) -> list[Any] | None:  # noqa: ANN401 - any architecture
+def block_list(model: Any) -> list[Any] | None:  # noqa: ANN401 - any architecture
     """The list that the forward walks through: an attribute of the model or of the modules inside it."""
     owner = model
     while owner is not None:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from shared.errors import BadModel
 from workers.features import install_taps
+from workers.kv_taps import KeysValues, as_rows, install_kv_taps
 
 
 class ModelRunner:
@@ -26,14 +27,22 @@ class ModelRunner:
         self._fusion: Callable[[Sequence[mx.array]], mx.array] | None = None
         self._taps: Sequence[int] = ()
         self._captured: dict[int, mx.array] = {}
+        self._kv_layers: Sequence[int] = ()
+        self._keys_values: dict[int, KeysValues] = {}
         self._final: mx.array | None = None
 
-    def capture(self, taps: Sequence[int], fusion: Callable[[Sequence[mx.array]], mx.array]) -> None:
+    def capture(
+        self,
+        taps: Sequence[int],
+        fusion: Callable[[Sequence[mx.array]], mx.array],
+        kv_layers: Sequence[int] = (),
+    ) -> None:
         """From now on keep each forward's hidden states for `features`.
 
         Args:
             taps: zero-based blocks whose output is wanted; none means the rows after the final norm.
             fusion: captured arrays (N, H) each -> rows (N, H_drafter).
+            kv_layers: blocks whose keys and values are wanted too, behind the hidden rows.
         Raises:
             BadModel: this architecture does not let them be seen.
         """
@@ -43,6 +52,9 @@ class ModelRunner:
             )
         if taps:
             self._captured = install_taps(self.model, taps)
+        if kv_layers:
+            self._keys_values = install_kv_taps(self.model, kv_layers)
+        self._kv_layers = kv_layers
         self._taps, self._fusion = taps, fusion
 
     @property
@@ -56,7 +68,9 @@ class ModelRunner:
         captured = [self._captured[t] for t in self._taps] if self._taps else [self._final]
         first = captured[0]
         assert first is not None, "features before a forward"
-        fused = self._fusion([c.reshape(-1, c.shape[-1]) for c in captured if c is not None])
+        rows = [c.reshape(-1, c.shape[-1]) for c in captured if c is not None]
+        rows += [as_rows(states) for layer in self._kv_layers for states in self._keys_values[layer]]
+        fused = self._fusion(rows)
         return fused.reshape(first.shape[0], first.shape[1], -1)
 
     def hidden_rows(

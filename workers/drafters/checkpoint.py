@@ -1,8 +1,8 @@
 """What kind of drafter a folder holds, told from its architecture, its config's sections and its tensors.
 
-Never from `model_type`: a DFlash drafter calls itself "qwen3", an EAGLE-3 drafter "llama". Tap ids come in two
-conventions. z-lab's `target_layer_ids` name the block after which the feature is taken; EAGLE's and Speculators'
-`*_hidden_state_layer_ids` name the block before which it is taken and are one larger.
+Never from `model_type`: a DFlash drafter calls itself "qwen3", an EAGLE-3 drafter "llama"; only Gemma 4's assistant has
+one of its own. Tap ids come in two conventions. z-lab's `target_layer_ids` name the block after which the feature is
+taken; EAGLE's and Speculators' `*_hidden_state_layer_ids` name the block before which it is taken and are one larger.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import BadModel
+from workers.drafters import assistant
 from workers.drafters.config import KINDS, DrafterConfig, Kind
 from workers.drafters.tensors import TensorIndex
 
@@ -41,6 +42,8 @@ def detect(folder: Path, target: Config | None = None, kind: str | None = None) 
     config = _read_config(folder)
     index = TensorIndex(folder)
     found = _kind(config, index, target, folder) if kind is None else kind
+    if found == "mtp" and "assistant" in str(config.get("model_type", "")):
+        found = "assistant"  # under the name that other servers know it by
     match found:
         case "dflash":
             return _dflash(folder, config, index, target)
@@ -48,12 +51,16 @@ def detect(folder: Path, target: Config | None = None, kind: str | None = None) 
             return _eagle3(folder, config, index, target)
         case "mtp":
             return _mtp(folder, config, index)
+        case "assistant":
+            return assistant.describe(folder, config, target, MAX_RECURSIVE_TOKENS)
         case _:
             return DrafterConfig(kind="model", path=folder, max_draft_tokens=MAX_MODEL_TOKENS)
 
 
 def _kind(config: Config, index: TensorIndex, target: Config | None, folder: Path) -> Kind:
     architectures = " ".join(config.get("architectures") or [])
+    if "assistant" in str(config.get("model_type", "")):
+        return "assistant"
     speculators = config.get("speculators_model_type")
     if speculators is not None:
         if speculators in ("dflash", "dspark"):
@@ -67,9 +74,6 @@ def _kind(config: Config, index: TensorIndex, target: Config | None, folder: Pat
         return "dflash"
     if "Eagle3" in architectures or any(name.startswith(("midlayer.", "model.midlayer.")) for name in index.shapes):
         return "eagle3"
-    model_type = str(config.get("model_type", ""))
-    if "assistant" in model_type:
-        raise BadModel(f"{folder}: Gemma 4 assistant drafters ({model_type}) are not supported")
     if index.has_mtp():
         is_beside_model = index.has_base_model()
         if not is_beside_model or (target is not None and _section(target).get("hidden_size") == _hidden_size(config)):

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 from msgspec import Struct
 
-Kind = Literal["dflash", "eagle3", "mtp", "model"]
+Kind = Literal["dflash", "eagle3", "mtp", "assistant", "model"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-Feature = Literal["taps", "final_hidden", "none"]
+Feature = Literal["taps", "final_hidden", "hidden_and_kv", "none"]
 
 
 class DrafterConfig(Struct, frozen=True, kw_only=True):
@@ -27,6 +27,8 @@ class DrafterConfig(Struct, frozen=True, kw_only=True):
     # what the target captures and sends
     feature: Feature = "none"  # "final_hidden": the target's hidden rows after its final norm
     taps: tuple[int, ...] = ()
+    kv_layers: tuple[int, ...] = ()  # "hidden_and_kv": the blocks whose keys and values travel behind the hidden row
+    kv_shapes: tuple[tuple[int, int], ...] = ()  # (num_kv_heads, head_dim) of each
 
     # the drafter's own transformer
     hidden_size: int = 0
@@ -66,3 +68,8 @@ class DrafterConfig(Struct, frozen=True, kw_only=True):
     conv_group_size: int = 0
     selector_rank: int = 0  # DFlash 2: transition scores between candidates of neighbouring rows
     selector_top_k: int = 0
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers of a row that the target sends."""
+        return self.hidden_size + sum(2 * heads * dim for heads, dim in self.kv_shapes)

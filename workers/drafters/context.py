@@ -30,6 +30,7 @@ class ContextState:
         self.start = start
         self.length = start
         self.num_rows = 0
+        self.num_written = 0  # rows ever in use: those beyond num_rows were truncated, and may lie over older ones
         self.slot = slot
         self.has_pending = False  # recursive heads: the feature of position length-1 waits for its token
 
@@ -73,8 +74,11 @@ class Contexts:
 
     # ------------------------------------------------ committed rows
 
-    def places(self, states: Sequence[ContextState], counts: Sequence[int]) -> Places:
-        """Room for counts[b] more rows of each state; `advance` counts them once every layer wrote them."""
+    def places(self, states: Sequence[ContextState], counts: Sequence[int], layer: int = 0) -> Places:
+        """Room for counts[b] more rows of each state; `advance` counts them once every layer wrote them.
+
+        Layers of one capacity have the same places. A sliding layer's is that of its ring, which the last rows fill.
+        """
         by_class: dict[int, tuple[list[int], list[int], list[int]]] = {}
         for state, n in zip(states, counts, strict=True):
             self._ensure(state, n)
@@ -83,9 +87,11 @@ class Contexts:
             if n:
                 capacity_class, row = self.store.placement.where(state.slot)
                 chosen, rows, indices = by_class.setdefault(capacity_class, ([], [], []))
-                chosen += range(first, first + n)
-                rows += [row] * n
-                indices += range(state.num_rows, state.num_rows + n)
+                capacity = self.store.kv_layers[layer].capacities[capacity_class]
+                skipped = max(0, n - capacity)
+                chosen += range(first + skipped, first + n)
+                rows += [row] * (n - skipped)
+                indices += (i % capacity for i in range(state.num_rows + skipped, state.num_rows + n))
             first += n
         return Places([
             (c, None if len(chosen) == first else mx.array(chosen), mx.array(rows), mx.array(indices))
@@ -103,6 +109,7 @@ class Contexts:
     def advance(self, states: Sequence[ContextState], counts: Sequence[int]) -> None:
         for state, n in zip(states, counts, strict=True):
             state.num_rows += n
+            state.num_written = max(state.num_written, state.num_rows)
             if n:
                 self.store.set_length(state.slot, state.num_rows)
 

@@ -16,7 +16,8 @@ from workers.drafters.layers import Weights
 Fusion = Callable[[Sequence[mx.array]], mx.array]
 """Captured arrays, one per tap in the order of `config.taps`, each (N, H) -> rows (N, H_drafter).
 
-For a "final_hidden" feature there is one captured array: the rows after the target's final norm.
+For a "final_hidden" feature there is one captured array: the rows after the target's final norm. For "hidden_and_kv"
+that one comes first, then keys and values of each of `config.kv_layers`.
 """
 
 FUSION_PREFIXES = ("fc.", "hidden_norm.", "input_norm.")
@@ -44,3 +45,8 @@ def final_hidden(captured: Sequence[mx.array]) -> mx.array:
     """MTP: the rows after the target's final norm are sent as they are."""
     (rows,) = captured
     return rows
+
+
+def joined(captured: Sequence[mx.array]) -> mx.array:
+    """Gemma 4's assistant: the final hidden row, then keys and values of the captured layers, each (N, heads * dim)."""
+    return mx.concatenate([rows.astype(captured[0].dtype) for rows in captured], axis=-1)

@@ -2,8 +2,8 @@
 
 Each step reads the embedding of the last token and a hidden row, and puts out the next token's logits and the next
 hidden row. Keys and values are those of the target's last sliding and last full layer that write any; they cover the
-positions before the anchor, and the drafter's own position stays the anchor's for all tokens of a draft. So the drafter
-keeps nothing between drafts. This is the model alone; no process drafts with it yet.
+positions before the anchor, and the drafter's own position stays the anchor's for all tokens of a draft. This is the
+model alone; `assistant.py` drafts with it.
 
 Source: transformers' gemma4_assistant (definition and tensor names).
 """
@@ -15,31 +15,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from shared.errors import BadModel
+from workers.drafters.tensors import load_arrays
+from workers.models.base import LayerCache
 from workers.models.gemma.config import GemmaConfig
 from workers.models.gemma.text import Layer, make_norm
-from workers.models.rope import Rope, Rotate, rotated
+from workers.models.rope import Rope
 
+_BESIDE_MODEL = ("pre_projection.", "post_projection.", "masked_embedding.")
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-
-
-class TargetRows(NamedTuple):
-    """One of the target's layers for a batch of sequences, right-padded: each (B, num_kv_heads, n, head_dim)."""
-
-    keys: mx.array
-    values: mx.array
 
 
 @dataclasses.dataclass(frozen=True)
 class AssistantConfig:
-    text: GemmaConfig
+    text: GemmaConfig  # its window counts the rows before the anchor: the reference's is inclusive, so one more
     backbone_size: int  # width of the target
     num_centroids: int  # 0: the head scores every token
     num_chosen: int  # centroids whose tokens are scored
@@ -62,7 +58,7 @@ class AssistantConfig:
         layers = tuple(dataclasses.replace(shape, source=i) for i, shape in enumerate(read.layers))
         has_centroids = bool(config.get("use_ordered_embeddings"))
         made = cls(
-            text=dataclasses.replace(read, layers=layers),
+            text=dataclasses.replace(read, layers=layers, window=read.window + 1),
             backbone_size=int(config.get("backbone_hidden_size") or 1536),
             num_centroids=int(config.get("num_centroids") or 2048) if has_centroids else 0,
             num_chosen=int(config.get("centroid_intermediate_top_k") or 32),
@@ -70,29 +66,6 @@ class AssistantConfig:
         if has_centroids and (read.vocab_size % made.num_centroids or made.num_chosen > made.num_centroids):
             raise BadModel(f"{model_type}: {read.vocab_size} tokens in {made.num_centroids} clusters")
         return made
-
-
-class _Context:
-    """The `LayerCache` of one query per row over the target's rows."""
-
-    def __init__(self, rows: TargetRows, mask: mx.array) -> None:
-        self.offset = 0
-        self._rows, self._mask = rows, mask
-
-    def attend(
-        self,
-        q: mx.array,
-        k: mx.array | None,
-        v: mx.array | None,
-        scale: float,
-        window: int | None = None,
-        sinks: mx.array | None = None,
-        rotation: Rotate | None = None,
-        sees_spans: bool = False,
-    ) -> mx.array:
-        assert k is None and v is None, "an assistant's layers write no keys"
-        q = q if rotation is None else rotated(q, rotation)
-        return mx.fast.scaled_dot_product_attention(q, *self._rows, scale=scale, mask=self._mask)
 
 
 class CentroidHead(nn.Module):
@@ -135,7 +108,7 @@ class Gemma4Assistant(nn.Module):
         self._is_cpu = mx.default_device().type == mx.DeviceType.cpu
 
     def __call__(
-        self, embeddings: mx.array, hidden: mx.array, rows: Mapping[str, TargetRows], lengths: Sequence[int]
+        self, embeddings: mx.array, hidden: mx.array, caches: Mapping[str, LayerCache], positions: mx.array
     ) -> tuple[mx.array, mx.array]:
         """One token for each sequence of a batch.
 
@@ -143,17 +116,15 @@ class Gemma4Assistant(nn.Module):
             embeddings: (B, backbone_size) of the last tokens, with the target's scale.
             hidden: (B, backbone_size), the target's row after its final norm that predicted the anchor; later what
                 this returned.
-            rows: by layer kind; the first `lengths[b]` rows of sequence b are real, row i being position i.
-            lengths: committed positions before each anchor, so the anchors' positions.
+            caches: by layer kind, the target's rows before each anchor; their last one is where they attend from.
+            positions: (B,) of the anchors, the same for every token of a draft.
         Returns:
             logits (B, V), and the next step's `hidden`.
         """
         x = self.pre_projection(mx.concatenate([embeddings, hidden], axis=-1))[:, None]
-        positions = mx.array(list(lengths), dtype=mx.int32)
         rotations = {kind: rope.at(positions, 1, x.shape[0], self._is_cpu) for kind, rope in self._ropes.items()}
-        contexts = {kind: _Context(held, self._mask(kind, held, positions)) for kind, held in rows.items()}
         for layer, shape in zip(self.model.layers, self.config.text.layers, strict=True):
-            x = layer(x, rotations[shape.kind], contexts[shape.kind])
+            x = layer(x, rotations[shape.kind], caches[shape.kind])
         out = self.model.norm(x)[:, 0]
         if self.config.num_centroids:
             logits = self.masked_embedding(out, self.model.embed_tokens)
@@ -161,33 +132,23 @@ class Gemma4Assistant(nn.Module):
             logits = self.model.embed_tokens.as_linear(out)
         return logits, self.post_projection(out)
 
-    def _mask(self, kind: str, rows: TargetRows, lengths: mx.array) -> mx.array:
-        """(B, 1, 1, n). The reference's window counts from the last row and is inclusive: window + 1 rows."""
-        index = mx.arange(rows.keys.shape[2])[None]
-        seen = index < lengths[:, None]
-        if kind == "sliding_attention":
-            seen = seen & (index >= lengths[:, None] - 1 - self.config.text.window)
-        return seen[:, None, None]
-
 
 def load_assistant(folder: Path, dtype: mx.Dtype) -> Gemma4Assistant:
-    """Raises:
-    BadModel: not an assistant, or tensors that do not fit its configuration.
+    """The model with its weights read; those of an MLX-quantised checkpoint are dequantised.
+
+    Raises:
+        BadModel: not an assistant, or tensors that do not fit its configuration.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        arrays: dict[str, mx.array] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            arrays |= mx.load(str(path))  # type: ignore[arg-type] # a safetensors file is a dict of arrays
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise BadModel(f"{folder} cannot be read: {error}") from error
-    if config.get("quantization"):
-        raise BadModel(f"{folder}: quantised assistants are not supported")
     model = Gemma4Assistant(AssistantConfig.from_hf(config))
+    arrays = load_arrays(folder, "assistant", dtype, config.get("quantization"))
     kept = {
-        name: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array.astype(mx.int32)
+        name if name.startswith(_BESIDE_MODEL) else f"model.{name}": array
         for name, array in arrays.items()
-        if name != "lm_head.weight"  # tied
+        if not name.startswith("lm_head.")  # tied
     }
     try:
         model.load_weights(list(kept.items()))

@@ -8,11 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from workers.drafters.assistant import AssistantDrafter
 from workers.drafters.base import Drafter, Embed, Head
 from workers.drafters.config import DrafterConfig
 from workers.drafters.dflash import DFlashDrafter
 from workers.drafters.eagle3 import Eagle3Drafter
-from workers.drafters.fusion import FUSION_PREFIXES, Fusion, TapFusion, final_hidden
+from workers.drafters.fusion import FUSION_PREFIXES, Fusion, TapFusion, final_hidden, joined
 from workers.drafters.layers import Linear, Weights
 from workers.drafters.mtp import MTPDrafter
 from workers.drafters.tensors import load_arrays
@@ -28,6 +29,8 @@ def load_fusion(config: DrafterConfig, dtype: mx.Dtype) -> Fusion | None:
         return None
     if config.feature == "final_hidden":
         return final_hidden
+    if config.feature == "hidden_and_kv":
+        return joined
     arrays = load_arrays(config.path, config.kind, dtype, _quantization(config), FUSION_PREFIXES)
     mx.eval(arrays)  # the file is read now, not in the first step
     return TapFusion(Weights(arrays, config), config)
@@ -46,6 +49,8 @@ def load_drafter(
     """
     if config.kind == "model":
         raise ValueError("a causal language model is wrapped by causal_lm.CausalLMDrafter")
+    if config.kind == "assistant":
+        return AssistantDrafter(config, dtype, embed)
     arrays = load_arrays(config.path, config.kind, dtype, _quantization(config))
     if config.feature == "taps":  # the target's part stays there
         arrays = {name: array for name, array in arrays.items() if not name.startswith(FUSION_PREFIXES)}

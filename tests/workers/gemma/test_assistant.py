@@ -9,45 +9,19 @@ import numpy as np
 import pytest
 
 from shared.errors import BadModel
-from tests.workers.gemma import hf
-from workers.drafters.gemma4_assistant import AssistantConfig, TargetRows, load_assistant
+from tests.workers.gemma import assistants, hf
+from tests.workers.gemma.assistants import CASES, TEXT
+from workers.drafters.gemma4_assistant import AssistantConfig, load_assistant
+from workers.models.rope import rotated
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
 BACKBONE = 48
 LENGTHS = (5, 30, 9, 10)  # below, beyond, and around the window
-TEXT = {
-    **{k: v for k, v in hf.GEMMA4.items() if k != "vocab_size_per_layer_input"}, "vocab_size_per_layer_input": 0,
-    "num_key_value_heads": 2, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
-    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-}  # fmt: skip
-CASES = {
-    "whole head": {},
-    "centroids": {"use_ordered_embeddings": True, "num_centroids": 8, "centroid_intermediate_top_k": 3},
-}
-
-
-@pytest.fixture(autouse=True)
-def _all_layers_may_share(monkeypatch):
-    """transformers 5.23 cannot build its own assistant: it looks for a layer that writes keys, and there is none."""
-    config = pytest.importorskip("transformers").Gemma4TextConfig
-    own = config.kv_sharing_modes.fget
-
-    def modes(self):
-        return ["reuse"] * self.num_hidden_layers if self.num_kv_shared_layers == self.num_hidden_layers else own(self)
-
-    monkeypatch.setattr(config, "kv_sharing_modes", property(modes))
 
 
 def assistant(transformers, folder, overrides):
-    import torch
-
-    config = transformers.Gemma4AssistantConfig(text_config=TEXT, backbone_hidden_size=BACKBONE, **overrides)
-    config._attn_implementation = "eager"
-    reference = hf.randomise(transformers.Gemma4AssistantForCausalLM(config))
-    if reference.masked_embedding is not None:
-        reference.masked_embedding.token_ordering.copy_(torch.randperm(hf.VOCAB))
-    reference.save_pretrained(folder)
+    reference = assistants.save(transformers, folder, BACKBONE, overrides)
     return reference, load_assistant(folder, mx.float32)
 
 
@@ -58,6 +32,23 @@ def target_rows(rng):
         kind: [rng.standard_normal((len(LENGTHS), 2, max(LENGTHS), dim)).astype(np.float32) for _ in range(2)]
         for kind, dim in dims.items()
     }
+
+
+class HeldRows:
+    """The `LayerCache` of one query per row over given rows; the window as the layer asks for it."""
+
+    offset = 0
+
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+
+    def attend(self, q, k, v, scale, window=None, sinks=None, rotation=None, sees_spans=False):
+        assert k is None and v is None, "an assistant's layers write no keys"
+        index, end = mx.arange(self.keys.shape[2])[None], mx.array(LENGTHS)[:, None]
+        seen = index < end if window is None else (index < end) & (index >= end - window)
+        return mx.fast.scaled_dot_product_attention(
+            rotated(q, rotation), self.keys, self.values, scale=scale, mask=seen[:, None, None]
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,11 +62,12 @@ def test_drafts_equal_transformers(transformers, tmp_path, case):
     rows = target_rows(rng)
     hidden = rng.standard_normal((len(LENGTHS), BACKBONE)).astype(np.float32)
     tokens = np.array([4, 8, 15, 16])
-    ours = {kind: TargetRows(*(mx.array(a) for a in pair)) for kind, pair in rows.items()}
+    caches = {kind: HeldRows(*(mx.array(a) for a in pair)) for kind, pair in rows.items()}
+    positions = mx.array(LENGTHS)
     theirs = torch.tensor(hidden)
     our_hidden, drafted = mx.array(hidden), []
     for _ in range(4):
-        logits, our_hidden = model(mx.array(table[tokens]), our_hidden, ours, LENGTHS)
+        logits, our_hidden = model(mx.array(table[tokens]), our_hidden, caches, positions)
         for b, length in enumerate(LENGTHS):
             with torch.no_grad():
                 expected = reference(

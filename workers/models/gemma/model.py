@@ -110,6 +110,14 @@ class Gemma(nn.Module):
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)
 
+    def embedding_rows(self, inputs: mx.array) -> mx.array:
+        """As `TextDecoder.embedding_rows`."""
+        return self.language_model.embedding_rows(inputs)
+
+    def uncapped_logits(self, hidden: mx.array) -> mx.array:
+        """As `TextDecoder.uncapped_logits`."""
+        return self.language_model.uncapped_logits(hidden)
+
     @property
     def modalities(self) -> list[MediaKind]:
         found: list[MediaKind] = ["image"] if self.has_vision else []

@@ -189,8 +189,12 @@ class TextDecoder(nn.Module):
             if s.source is None
         ]
 
+    def embedding_rows(self, inputs: mx.array) -> mx.array:
+        """(..., H) as they are stored, for drafters: those scale them themselves."""
+        return self.model.embed_tokens(inputs)
+
     def embed(self, inputs: mx.array) -> mx.array:
-        return self.model.embed_tokens(inputs) * self.config.hidden_size**0.5
+        return self.embedding_rows(inputs) * self.config.hidden_size**0.5
 
     def hidden(
         self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
@@ -217,8 +221,12 @@ class TextDecoder(nn.Module):
         by_embedding = (self.model.per_layer_model_projection(x) * c.hidden_size**-0.5).reshape(shape)
         return (self.model.per_layer_projection_norm(by_embedding) + by_id) * 2.0**-0.5
 
+    def uncapped_logits(self, hidden: mx.array) -> mx.array:
+        """What the head puts out before the softcap, for drafters."""
+        return self.model.embed_tokens.as_linear(hidden) if self.config.is_tied else self.lm_head(hidden)
+
     def logits(self, hidden: mx.array) -> mx.array:
-        logits = self.model.embed_tokens.as_linear(hidden) if self.config.is_tied else self.lm_head(hidden)
+        logits = self.uncapped_logits(hidden)
         cap = self.config.softcap
         return logits if cap is None else mx.tanh(logits / cap) * cap
 
