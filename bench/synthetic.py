@@ -136,7 +136,11 @@ class Loop:
                         self.ended = time.perf_counter(), self.num_tokens
 
     def run(self, batch: int, num_tokens: int, prompt: int) -> float:
-        """Decode tokens per second with `batch` rows that start together: all have a token, none has ended."""
+        """Decode tokens per second with `batch` rows that start together: all have a token, none has ended.
+
+        A second run goes on with what the policy learnt in the first.
+        """
+        self.ended = None
         for i in range(batch):
             name = RequestId(f"{self.num_tokens}-{i}")
             self.num_running += 1
@@ -231,11 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     draft_s = options.draft_ms / 1000
     rows = []
     for batch in map(int, options.batches.split(",")):
-        Loop(engine, info, draft_s, None).run(batch, 48, options.prompt_tokens)  # warm-up
+        Loop(engine, info, draft_s, None).run(batch, 48, options.prompt_tokens)  # kernels are compiled
         ms_per_step: dict[str, dict[str, float]] = {}
 
         def play(k: int | None, num_tokens: int, batch: int = batch, found: dict[str, Any] = ms_per_step) -> float:
             loop = Loop(engine, info, draft_s, k)
+            if k is None:
+                loop.run(batch, num_tokens, options.prompt_tokens)
             rate = loop.run(batch, num_tokens, options.prompt_tokens)
             found["policy" if k is None else str(k)] = loop.ms_per_step
             return rate
