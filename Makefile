@@ -29,7 +29,7 @@ ifdef DRAFT
 export TANDEM_DRAFT_MODEL := $(DRAFT)
 endif
 
-.PHONY: run test test-drafters test-policy test-convert faults soak fuzz fuzz-api check format bench lock clean
+.PHONY: run environment test test-drafters test-policy test-convert faults soak fuzz fuzz-api check format bench lock clean
 run: $(VENV)/.run-$(BACKEND)
 	@exec $(PYTHON) -m tandem serve
 
@@ -45,8 +45,13 @@ $(VENV)/.dev-$(BACKEND): pyproject.toml constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".$(DEV_EXTRAS)"
 	@touch $@ $(VENV)/.run-$(BACKEND)
 
+# All that developing takes, in .venv.
+environment: $(VENV)/.dev-$(BACKEND)
+
+# Side by side in WORKERS processes, whole files each; a test that fails names the worker it ran in.
+WORKERS ?= 2
 test: $(VENV)/.dev-$(BACKEND)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --durations 20
 
 # The reference drafters (DRAFTERS_FOLDER) against their expected acceptance, in a process of its own (its BLAS is loaded before MLX).
 test-drafters: $(VENV)/.dev-$(BACKEND)

@@ -4,9 +4,10 @@
 
 The real scheduler core and the real engine run in this process; drafts are random tokens that arrive after a given time
 (a busy wait, as a drafter on the same machine would take), and each drafted token is accepted with the given chance,
-by a
-keyed draw. Arms: plain decoding, the policy's own choice, and each fixed k. The speed-up that the costs allow is the
-best over k of E(k) * plain / (verify(k) + draft(k)), from the measured verify times.
+by a keyed draw.
+Arms: plain decoding, the policy's own choice, and each fixed k that verify times were measured for. A rate is
+of the time in which all rows run: from the last row's first token to the first row's end. The speed-up that the costs
+allow is the best over k of E(k) * plain / (verify(k) + draft(k)), from the measured verify times.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from shared.messages import (
     Welcome,
     WorkerInfo,
 )
-from workers.build import make_engine
+from workers.build import make_engine, select_attention, warm_up
 from workers.calibrate import measure
 from workers.engine import Engine, PendingStep
 from workers.load import LoadedModel
@@ -53,6 +55,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
+    "1b": {
+        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True,
     },
     "tiny": {
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
@@ -78,6 +85,15 @@ def random_model(shape: str, dtype: str) -> LoadedModel:
     )  # fmt: skip
 
 
+def speculating_engine(loaded: LoadedModel) -> tuple[Engine, WorkerInfo]:
+    """With the attention kernels that a server with a drafter would have on this machine."""
+    settings = Settings(max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=1024, draft_model="ngram")
+    engine, info = make_engine(loaded, settings)
+    info = select_attention(loaded, engine, info, settings)
+    warm_up(engine, info)
+    return engine, info
+
+
 class Loop:
     """Core and engine in one process, as the target process pipelines them."""
 
@@ -89,6 +105,9 @@ class Loop:
         self.requests: list[DraftRequest] = []
         self.num_tokens = 0
         self.num_running = 0
+        self.ended: tuple[float, int] | None = None  # when the first row did, and the tokens until then
+        self.phases: dict[str, float] = dict.fromkeys(("begin", "finish", "draft", "core"), 0.0)  # seconds
+        self.num_steps = 0
         self.send("front", Hello(role="frontend", instance_id="front", pid=1))
         self.send("target", Hello(role="target", instance_id="target", pid=2))
         self.send("target", Ready(epoch=self.epoch, info=info))
@@ -99,7 +118,10 @@ class Loop:
             self.core.speculator.forced_k = k
 
     def send(self, sender: str, message: Message) -> None:
-        for _, out in self.core.handle(sender, message, time.perf_counter()):
+        started = time.perf_counter()
+        replies = self.core.handle(sender, message, started)
+        self.phases["core"] += time.perf_counter() - started
+        for _, out in replies:
             match out:
                 case Welcome():
                     self.epoch = out.epoch
@@ -110,9 +132,15 @@ class Loop:
                 case Outputs():
                     self.num_tokens += sum(len(o.token_ids) for o in out.outputs)
                     self.num_running -= sum(o.finish_reason is not None for o in out.outputs)
+                    if self.ended is None and any(o.finish_reason is not None for o in out.outputs):
+                        self.ended = time.perf_counter(), self.num_tokens
 
     def run(self, batch: int, num_tokens: int, prompt: int) -> float:
-        """Decode tokens per second with `batch` rows that start together, after their prefill."""
+        """Decode tokens per second with `batch` rows that start together: all have a token, none has ended.
+
+        A second run goes on with what the policy learnt in the first.
+        """
+        self.ended = None
         for i in range(batch):
             name = RequestId(f"{self.num_tokens}-{i}")
             self.num_running += 1
@@ -128,14 +156,32 @@ class Loop:
                 if isinstance(message, Release):
                     self.engine.release(message.slots)
                 else:
-                    running.append(self.engine.begin(message))
+                    with self._timed("begin"):
+                        running.append(self.engine.begin(message))
+                    self.num_steps += 1
             if running:
-                self.send("target", self.engine.finish(running.pop(0)))
+                with self._timed("finish"):
+                    finished = self.engine.finish(running.pop(0))
+                self.send("target", finished)
             while self.requests:
-                self._draft(self.requests.pop(0))
+                with self._timed("draft"):
+                    self._draft(self.requests.pop(0))
             if not started and all(s.first_token for s in self.core.running) and not len(self.core.waiting):
                 started, at_start = time.perf_counter(), self.num_tokens
-        return (self.num_tokens - at_start) / (time.perf_counter() - started)
+                self.phases, self.num_steps = dict.fromkeys(self.phases, 0.0), 0
+        assert self.ended is not None and started, "requests of more than one token"
+        return (self.ended[1] - at_start) / (self.ended[0] - started)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.phases[phase] += time.perf_counter() - started
+
+    @property
+    def ms_per_step(self) -> dict[str, float]:
+        """Where a step's time went; "draft" holds the core's part of it, too."""
+        return {name: round(1000 * seconds / max(1, self.num_steps), 2) for name, seconds in self.phases.items()}
 
     def _draft(self, request: DraftRequest) -> None:
         until = time.perf_counter() + self.draft_s
@@ -181,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     loaded = random_model(options.shape, options.dtype)
-    engine, info = make_engine(loaded, Settings(max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=1024))
+    engine, info = speculating_engine(loaded)
     engine.count_accepted = Coin(options.acceptance).count
     costs = measure(engine, info)
     info = WorkerInfo(**{**_struct(info), "step_costs": costs})
@@ -189,24 +235,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     draft_s = options.draft_ms / 1000
     rows = []
     for batch in map(int, options.batches.split(",")):
-        Loop(engine, info, draft_s, None).run(batch, 48, options.prompt_tokens)  # warm-up
-        plain = [Loop(engine, info, draft_s, 0).run(batch, options.output_tokens, options.prompt_tokens) for _ in "ab"]
-        chosen = [
-            Loop(engine, info, draft_s, None).run(batch, 2 * options.output_tokens, options.prompt_tokens) for _ in "ab"
-        ]
+        Loop(engine, info, draft_s, None).run(batch, 48, options.prompt_tokens)  # kernels are compiled
+        ms_per_step: dict[str, dict[str, float]] = {}
+
+        def play(k: int | None, num_tokens: int, batch: int = batch, found: dict[str, Any] = ms_per_step) -> float:
+            loop = Loop(engine, info, draft_s, k)
+            if k is None:
+                loop.run(batch, num_tokens, options.prompt_tokens)
+            rate = loop.run(batch, num_tokens, options.prompt_tokens)
+            found["policy" if k is None else str(k)] = loop.ms_per_step
+            return rate
+
+        plain = [play(0, options.output_tokens) for _ in "ab"]
+        chosen = [play(None, 2 * options.output_tokens) for _ in "ab"]
         widths = [w for b, w in by_shape if b == batch]
+        fixed = {w - 1: play(w - 1, options.output_tokens) for w in widths if w > 1}
         allowed = max(
             _expected(options.acceptance, w - 1) * (batch / max(plain)) / (by_shape[batch, w] + draft_s)
             for w in widths
             if w > 1
         )
-        row = {
+        row: dict[str, Any] = {
             "batch": batch, "plain_tokens_per_s": max(plain), "policy_tokens_per_s": max(chosen),
+            "fixed_tokens_per_s": {str(k): round(rate, 1) for k, rate in fixed.items()},
             "speed_up": max(chosen) / max(plain), "allowed": max(1.0, allowed),
-            "share_of_allowed": max(chosen) / max(plain) / max(1.0, allowed),
+            "share_of_allowed": max(chosen) / max(plain) / max(1.0, allowed), "ms_per_step": ms_per_step,
         }  # fmt: skip
         rows.append(row)
-        print({k: round(v, 3) for k, v in row.items()}, file=sys.stderr, flush=True)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, file=sys.stderr, flush=True)
         engine.reset()
     result = {
         **provenance("synthetic"), "acceptance": options.acceptance, "draft_ms": options.draft_ms, "rows": rows,

@@ -83,7 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         "auto"
     )
     kv_layout: Annotated[
-        Literal["slots", "paged"], "`paged`: prefixes share blocks and nothing is copied; no attention kernel yet"
+        Literal["slots", "paged"], "`paged`: prefixes share blocks and nothing is copied; a kernel only if forced"
     ] = "slots"
     prefix_cache: Annotated[bool, "compute a prefix that requests share only once"] = True
     prefix_cache_bytes: Annotated[int, "device memory for cached prefixes; 0: a share of the KV memory"] = 0

@@ -101,12 +101,20 @@ class Commands(click.Group):
                 formatter.write_dl(rows)
 
 
+def version() -> str:
+    """The installed version; "unknown" in a checkout that is only on the path."""
+    try:
+        return importlib.metadata.version("mlx-tandem")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 @click.command(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Settings come from options, then TANDEM_* variables, then tandem.toml: see `tandem config`.",
 )
-@click.version_option(importlib.metadata.version("mlx-tandem"), prog_name="tandem")
+@click.version_option(version(), prog_name="tandem")
 def tandem() -> None:
     """Inference server for MLX."""
 

@@ -27,6 +27,7 @@ import psutil
 
 from shared.config import Settings
 from shared.errors import BadConfig
+from workers import cuda
 
 # Debian's names, fastest first for decode. Their OpenMP builds would spin, so only the pthread builds are listed.
 _SYSTEM_LIBRARIES = ("libblis.so.4", "libopenblas.so.0")
@@ -37,7 +38,7 @@ _THREAD_VARIABLES = ("MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OPENBLAS_NUM_THREAD
 
 
 def prepare(settings: Settings) -> str:
-    """Load a BLAS for MLX where that helps; return a line for the log.
+    """Load a BLAS for MLX where that helps, set MLX's switches on CUDA; return a line for the log.
 
     Call it before anything imports `mlx.core`. Variables that the user has set in the environment are kept.
 
@@ -50,6 +51,7 @@ def prepare(settings: Settings) -> str:
     if sys.platform != "linux":
         return "BLAS: the system's own"
     if is_cuda_used():
+        cuda.prepare()
         return "BLAS: not used, MLX computes on CUDA"
     # MLX would call g++ at run time for each fused kernel, 0.7 s apiece and no faster on the CPU.
     os.environ.setdefault("MLX_DISABLE_COMPILE", "1")

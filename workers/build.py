@@ -10,10 +10,11 @@ import psutil
 
 from shared import tokenizer
 from shared.config import Settings
-from shared.errors import BadConfig, BadModel, InvalidRequest
+from shared.errors import BadModel, InvalidRequest
 from shared.grammar import Compiler
 from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
+from workers import cuda
 from workers.archiver import Archiver
 from workers.build_drafter import draft_config, drafter_fingerprint, install_fusion
 from workers.cache.archive import Archive
@@ -25,8 +26,10 @@ from workers.engine import Engine
 from workers.exactness import probe
 from workers.kernels.select import select
 from workers.load import LoadedModel, load
+from workers.load.servable import read_architecture
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.models.base import MediaModel
+from workers.models.own import OWN
 from workers.runner import ModelRunner
 
 logger = logging.getLogger("target")
@@ -66,7 +69,17 @@ def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
     """Raises BadModel: the files cannot be loaded."""
     if is_cpu():
         mx.set_cache_limit(CPU_CACHE_BYTES)
+    elif has_own_attention(files, settings):
+        cuda.leave_out_graphs()
     return load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def has_own_attention(files: ModelFiles, settings: Settings) -> bool:
+    """Whether an attention kernel of ours may serve the model. False for files that cannot be read."""
+    try:
+        return settings.attention != "stock" and read_architecture(files) in OWN
+    except (BadModel, OSError):
+        return False
 
 
 def build_engine(files: ModelFiles, settings: Settings, loaded: LoadedModel | None = None) -> tuple[Engine, WorkerInfo]:
@@ -156,12 +169,6 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
     Raises:
         BadConfig: a kernel was asked for that this machine or model cannot have.
     """
-    if settings.kv_layout == "paged":
-        if settings.attention == "kernel":
-            raise BadConfig(
-                "the paged layout has no attention kernel yet: TANDEM_KV_LAYOUT=slots, or another attention"
-            )
-        return info
     specs = [s for s in leaves(engine.store.specs) if isinstance(s, AttentionSpec)]
     query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
     layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []
@@ -172,6 +179,7 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
         settings.attention,
         is_speculative=is_speculative,
         cache_folder=settings.cache_folder,
+        is_paged=settings.kv_layout == "paged",
     )
     engine.store.use_attention(choice)
     if choice is None:

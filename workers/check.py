@@ -17,12 +17,14 @@ from shared.config import Settings
 from shared.errors import BadConfig, BadModel
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
-from workers.build_drafter import draft_config
-from workers.load import folder, gguf
+from workers import no_torch
 
 
 def check(settings: Settings) -> None:
     """Raises BadModel."""
+    from workers.build_drafter import draft_config
+    from workers.load import folder, gguf
+
     files = resolve(settings.model, settings)
     if files.gguf is not None:
         metadata, tensors = gguf_file.read_header(files.gguf)
@@ -35,6 +37,7 @@ def check(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    no_torch.leave_out()
     mx.set_default_device(mx.Device(mx.cpu))  # the device's memory is the target's
     try:
         model, draft_model, draft_kind = argv

@@ -19,7 +19,7 @@ from shared import config, log, served
 from shared.errors import BadConfig, BadModel
 from shared.messages import DraftReply, DraftRequest, Drain, Ready, ToDrafter, Welcome, WorkerInfo
 from shared.supervise import EXIT_CONFIG
-from workers import blas
+from workers import blas, no_torch
 from workers.link import Link
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def main() -> int:
         log.set_up("drafter", settings.log_level)
         config.prepare_run_folder(settings)
         if settings.draft_checkpoint:
+            no_torch.leave_out()
             logger.info("%s", blas.prepare(settings))
         drafter = DrafterProcess(settings, choice.load_id)
     except BadModel as error:

@@ -18,7 +18,7 @@ from shared.errors import BadConfig, BadModel
 from shared.messages import RequestId, SamplingParams, SequenceStart, Step, StepRow
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
-from workers import blas
+from workers import blas, no_torch
 
 if TYPE_CHECKING:
     from workers.engine import Engine
@@ -167,6 +167,7 @@ def main() -> int:
     try:
         settings = config.load()
         log.set_up("self-test", "error")
+        no_torch.leave_out()
         report = run(settings, is_tiny=sys.argv[1:] == ["tiny"])
     except (BadConfig, BadModel) as error:
         print(error.message, file=sys.stderr)

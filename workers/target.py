@@ -32,7 +32,7 @@ from shared.messages import (
 )
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
-from workers import blas
+from workers import blas, no_torch
 
 if TYPE_CHECKING:
     from workers.archiver import Archiver
@@ -238,6 +238,7 @@ def main() -> int:
         settings, choice = served.load_for("target")
         log.set_up("target", settings.log_level)
         config.prepare_run_folder(settings)
+        no_torch.leave_out()
         logger.info("%s", blas.prepare(settings))
         target = Target(settings, choice.load_id)
     except BadModel as error:

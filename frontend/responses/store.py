@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Struct
 
 from shared.config import Settings
-from shared.errors import TandemError
+from shared.errors import Unavailable
 
 log = logging.getLogger("frontend")
 
@@ -45,8 +45,11 @@ CREATE INDEX IF NOT EXISTS items_response ON items (response_id);
 """
 
 
-class StoreFailed(TandemError):
-    """The file cannot be read or written (disk full, no permission)."""
+RETRY_AFTER_S = 10.0  # somebody has to make room first
+
+
+class StoreFailed(Unavailable):
+    """The file cannot be read or written (disk full, no permission); requests that store nothing go on."""
 
 
 class Stored(Struct, frozen=True):
@@ -116,7 +119,8 @@ class Store:
                 return work(self._connection)
         except (sqlite3.Error, OSError) as error:
             log.error("the responses store %s: %s", self.path, error)
-            raise StoreFailed("stored responses cannot be read or written now; send store: false") from error
+            message = "stored responses cannot be read or written now; send store: false"
+            raise StoreFailed(message, retry_after_s=RETRY_AFTER_S) from error
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

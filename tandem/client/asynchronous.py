@@ -106,10 +106,10 @@ class AsyncAnswerStream:
             if response.status_code != 200:
                 await response.aread()
                 exchange.check(response)
-        except httpx.HTTPError as error:
-            raise exchange.unreachable(self._url, error) from error
-        except BaseException:
+        except BaseException as error:
             await self._open.aclose()
+            if isinstance(error, httpx.HTTPError):  # also where the body of an error cannot be read
+                raise exchange.unreachable(self._url, error) from error
             raise
         self._lines = response.aiter_lines()
         return self

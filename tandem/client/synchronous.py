@@ -112,10 +112,10 @@ class AnswerStream:
             if response.status_code != 200:
                 response.read()
                 exchange.check(response)
-        except httpx.HTTPError as error:
-            raise exchange.unreachable(self._url, error) from error
-        except BaseException:
+        except BaseException as error:
             self._open.close()
+            if isinstance(error, httpx.HTTPError):  # also where the body of an error cannot be read
+                raise exchange.unreachable(self._url, error) from error
             raise
         self._lines = response.iter_lines()
 

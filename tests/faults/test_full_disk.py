@@ -115,7 +115,7 @@ def test_a_full_disk_takes_no_answer_and_no_process(model: Path, disk: Disk, tmp
         server.wait_for(lambda: server.metric("tandem:prefix_archive_errors_total") >= 1, "the full disk counted")
         assert [ask(server, prompt) for prompt in prompts] == expected, "from the device's blocks"
         refused = respond(server)
-        assert refused.status_code >= 500
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
         assert "store: false" in refused.json()["error"]["message"]
         assert respond(server, store=False).status_code == 200
         assert server.health() == 200

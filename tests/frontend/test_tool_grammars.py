@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
@@ -88,22 +89,47 @@ def blocks(name: str, text: str) -> list[Any]:
     return settle(parser.feed(text) + parser.close())
 
 
-def outputs(chosen: Grammar | None, count: int, max_tokens: int = 600) -> list[str]:
-    """What a random model that spares spaces says, without outputs that were cut off by the limit."""
+def outputs(chosen: Mapping[str, Grammar | None], count: int, max_tokens: int = 600) -> dict[str, list[str]]:
+    """What a random model that spares spaces says under each grammar, without outputs that were cut off by the limit.
+
+    All of them in one batch, since a step of one row takes as long as a step of many.
+    """
     rig = GrammarRig()
     spaces = dict.fromkeys((*ids(" \n\r\t"), tokenizer().token_to_id("  ")), -4.0)
-    for i in range(count):
-        sampling = SamplingParams(temperature=1.5, seed=i, is_seeded=True, logit_bias=spaces)
-        rig.ask(f"r{i}", chosen, max_tokens, sampling)
+    for name, one in chosen.items():
+        for i in range(count):
+            sampling = SamplingParams(temperature=1.5, seed=i, is_seeded=True, logit_bias=spaces)
+            rig.ask(f"{name} {i}", one, max_tokens, sampling)
     rig.drain()
-    assert all(rig.reason(f"r{i}") != "error" for i in range(count)), rig.outputs
-    return [rig.text(f"r{i}") for i in range(count) if rig.reason(f"r{i}") == "stop"]
+    asked = {name: [f"{name} {i}" for i in range(count)] for name in chosen}
+    assert all(rig.reason(r) != "error" for requests in asked.values() for r in requests), rig.outputs
+    return {name: [rig.text(r) for r in requests if rig.reason(r) == "stop"] for name, requests in asked.items()}
+
+
+@pytest.fixture(scope="module")
+def forced_reads() -> dict[str, list[str]]:
+    calls = Calls(tools=make_tools(read=READ), is_required=True, is_single=True)
+    return outputs({name: grammar(output_format(name), calls) for name in tools.NAMES}, 3)
+
+
+@pytest.fixture(scope="module")
+def forced_stops() -> dict[str, list[str]]:
+    """Of a tool without parameters, named out of two."""
+    calls = Calls(tools=make_tools(), is_required=True, is_single=True, only="stop")
+    return outputs({name: grammar(output_format(name), calls) for name in tools.NAMES}, 1)
+
+
+@pytest.fixture(scope="module")
+def only_stops() -> dict[str, list[str]]:
+    """Of the only tool that there is."""
+    calls = Calls(tools=make_tools(stop=STOP), is_required=True, is_single=True)
+    return outputs({name: grammar(output_format(name), calls) for name in tools.NAMES}, 1)
 
 
 @pytest.mark.parametrize("name", tools.NAMES)
-def test_forced_calls_are_read_by_their_own_parser(name: str) -> None:
+def test_forced_calls_are_read_by_their_own_parser(name: str, forced_reads: dict[str, list[str]]) -> None:
     calls = Calls(tools=make_tools(read=READ), is_required=True, is_single=True)
-    texts = outputs(grammar(output_format(name), calls), 3)
+    texts = forced_reads[name]
     assert texts
     with_tokens = marked_tokenizer(name)
     special = grammar(output_format(name), calls, using=with_tokens)
@@ -116,9 +142,9 @@ def test_forced_calls_are_read_by_their_own_parser(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tools.NAMES)
-def test_a_named_tool_is_the_only_one(name: str) -> None:
-    chosen = grammar(output_format(name), Calls(tools=make_tools(), is_required=True, is_single=True, only="stop"))
-    for text in outputs(chosen, 1):
+def test_a_named_tool_is_the_only_one(name: str, forced_stops: dict[str, list[str]]) -> None:
+    assert forced_stops[name]
+    for text in forced_stops[name]:
         assert [(b.name, json.loads(b.arguments)) for b in blocks(name, text)] == [("stop", {})]
 
 
@@ -148,11 +174,10 @@ def marked_tokenizer(name: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("name", tools.NAMES)
-def test_strict_tools_leave_text_free_and_calls_bound(name: str) -> None:
+def test_strict_tools_leave_text_free_and_calls_bound(name: str, only_stops: dict[str, list[str]]) -> None:
     schema = SCHEMAS["read"] | {"required": ["path", "limit", "whole", "lines"], "additionalProperties": False}
     chosen = grammar(output_format(name), Calls(tools=make_tools(read=schema, stop=STOP)))
-    forced = grammar(output_format(name), Calls(tools=make_tools(stop=STOP), is_required=True, is_single=True))
-    call = outputs(forced, 1)[0]
+    call = only_stops[name][0]
     harmony = name == "harmony"
     answer = "<|channel|>final<|message|>Just an answer {1} <x>." if harmony else "Just an answer {1} <x>."
     assert accepts(chosen, answer + ("<|return|>" if harmony else ""))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
@@ -134,6 +137,50 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
                 client.restart("frontend")
     with Client("http://10.1.2.3:8080") as far, pytest.raises(Unavailable, match="own machine"):
         far.restart("target")
+
+
+@contextmanager
+def breaks_off(headers: bytes) -> Iterator[str]:
+    """The address of a server that answers one request with an error whose body cannot be read."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(20)
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 500 Broken\r\n" + headers + b"\r\n\r\n" + b"0123456789")
+
+        thread = Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread.join(20)
+
+
+@pytest.mark.parametrize("headers", [b"Content-Length: 100", b"Content-Encoding: gzip\r\nContent-Length: 10"])
+def test_a_stream_whose_error_cannot_be_read_is_closed(headers: bytes) -> None:
+    """Ten bytes of a hundred, and ten that are not gzip. The error is held, as by a log, and keeps nothing open."""
+    seen: list[httpx.Response] = []
+
+    async def keep(response: httpx.Response) -> None:
+        seen.append(response)
+
+    async def use(url: str) -> None:
+        async with AsyncClient(url, timeout_s=20) as client:
+            client._http.event_hooks = {"response": [keep]}
+            with pytest.raises(Unavailable, match="failed") as held:
+                await client.stream(CHAT).__aenter__()
+            assert seen[1].is_closed and held.value.__traceback__
+
+    with breaks_off(headers) as url, Client(url, timeout_s=20) as client:
+        client._http.event_hooks = {"response": [seen.append]}
+        with pytest.raises(Unavailable, match="failed") as held:
+            client.stream(CHAT)
+        assert seen[0].is_closed and held.value.__traceback__  # not by the end of the last reference
+    with breaks_off(headers) as url:
+        asyncio.run(use(url))
 
 
 def test_the_address_follows_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:

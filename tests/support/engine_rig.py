@@ -49,9 +49,10 @@ from shared.messages import (
     Welcome,
 )
 from tests.support.fake_target import worker_info
+from tests.support.layouts import store_of
 from tests.workers.tiny_architectures import RUNS, config_of
 from workers.build import prefix_cache_info
-from workers.cache.layouts import make_block_pool, make_store
+from workers.cache.layouts import make_block_pool
 from workers.cache.spec import LayerSpec
 from workers.engine import Engine
 from workers.features import Bits
@@ -121,7 +122,7 @@ def make_engine(
 ) -> Engine:
     """With a `block_size` the engine has a prefix cache."""
     specs: list[LayerSpec] = model.layer_specs()
-    store = make_store(layout, specs, list(classes), max_width, mx.float32, is_exact, block_size=block_size or 16)
+    store = store_of(layout, specs, list(classes), max_width, is_exact, block_size or 16)
     blocks = make_block_pool(store, block_size) if block_size is not None else None
     return Engine(ModelRunner(model), store, num_slots, model.vocab_size, blocks)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,9 +22,16 @@ STOP_S = 6.0  # the promise is 5 s; the rest is for a busy machine to notice
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port for a server that binds it later, when its process is up.
+
+    Below the range that the system takes the ports of outgoing connections and of `bind(("", 0))` from, so that none of
+    the many connections of tests beside this one can be given it meanwhile; at random, so that two tests rarely meet.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class Server:

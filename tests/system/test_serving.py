@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,6 +186,17 @@ def test_a_full_queue_is_a_429_with_retry_after_and_the_accepted_ones_finish(mod
         assert server.metric("tandem:requests_rejected_total", reason="queue_full") == len(refused)
     finally:
         assert server.stop() == 0
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what a process has mapped")
+def test_the_target_does_not_load_pytorch_where_it_is_installed(server: Server) -> None:
+    """Through transformers it would: a slower start, above all after a kill, and memory for nothing."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
+    libraries = [Path(mapped.path).name for mapped in server.worker("workers.target").memory_maps()]
+    assert any(name.startswith("libmlx") for name in libraries), "it is not the process that computes"
+    assert not [name for name in libraries if "torch" in name]
 
 
 def test_an_idle_server_hardly_uses_the_processor(server: Server) -> None:

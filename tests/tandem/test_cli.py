@@ -204,3 +204,17 @@ def test_a_key_file_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
     assert main(["keys", "k"]) == EXIT_CONFIG
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_checkout_that_is_not_installed_starts():
+    """Started from the checkout's folder with its dependencies on the path, but no package metadata."""
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "def missing(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = missing\n"
+        "from tandem.cli import main\n"
+        "sys.exit(main(['--version']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "tandem, version unknown\n"

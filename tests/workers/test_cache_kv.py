@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from workers.cache.layouts import LAYOUTS, make_store
+from tests.support.layouts import ALL_LAYOUTS, PAGES, store_of
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
 from workers.models.rope import Rope, RopeParameters
@@ -25,8 +25,8 @@ LIMIT = 150
 
 
 def naive(q, keys, values, start, window):
-    """q (heads, L, DIM) at positions start..; keys (KV_HEADS, n, DIM) of all positions; (heads, L, VALUE_DIM)."""
-    out = np.zeros((HEADS, q.shape[1], VALUE_DIM))
+    """q (heads, L, DIM) at positions start..; keys (KV_HEADS, n, DIM) of all positions; (heads, L, value_dim)."""
+    out = np.zeros((HEADS, q.shape[1], values.shape[-1]))
     for head in range(HEADS):
         k, v = keys[head * KV_HEADS // HEADS], values[head * KV_HEADS // HEADS]
         for i in range(q.shape[1]):
@@ -44,19 +44,20 @@ def through_mlx_lm(view, q, k, v):
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=DIM**-0.5, mask=mask)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 @pytest.mark.parametrize("protocol", ["attend", "mlx-lm"])
 @pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize("window", [None, 9])
 def test_every_row_attends_to_its_own_committed_positions(window, is_exact, protocol, layout):
     rng, choose = np.random.default_rng(0), random.Random(window or 0)
-    specs = [AttentionSpec(KV_HEADS, DIM, VALUE_DIM, window)]
-    store = make_store(layout, specs, [16, 64, 160], MAX_WIDTH, mx.float32, is_exact, block_size=4)
+    value_dim = DIM if layout == PAGES else VALUE_DIM  # kernels take one size
+    specs = [AttentionSpec(KV_HEADS, DIM, value_dim, window)]
+    store = store_of(layout, specs, [16, 64, 160], MAX_WIDTH, is_exact, block_size=4)
     texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     num_rows, num_wrapped = 0, 0
     for _ in range(160):
         if choose.random() < 0.25 and len(texts) < 6:
-            texts.setdefault(choose.randrange(7), (np.zeros((KV_HEADS, 0, DIM)), np.zeros((KV_HEADS, 0, VALUE_DIM))))
+            texts.setdefault(choose.randrange(7), (np.zeros((KV_HEADS, 0, DIM)), np.zeros((KV_HEADS, 0, value_dim))))
         for slot in [s for s, (k, _) in texts.items() if k.shape[1] > LIMIT - MAX_WIDTH or choose.random() < 0.01]:
             del texts[slot]
             if slot in store.placement:
@@ -72,7 +73,7 @@ def test_every_row_attends_to_its_own_committed_positions(window, is_exact, prot
         batch = store.open(slots, starts, width)
         q, k, v = (
             rng.standard_normal((len(slots), heads, width, dim)).astype(np.float32)
-            for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
+            for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, value_dim))
         )
         ordered = [mx.array(array[batch.order]) for array in (q, k, v)]
         view = batch.layers[0]

@@ -14,7 +14,7 @@ import pytest
 
 from shared.messages import SamplingParams, SequenceStart, Step, StepRow
 from tests.support.engine_rig import VOCAB, WINDOW, EngineRig, decoder_target, make_engine, make_prompts, mlx_lm_target
-from workers.cache.layouts import LAYOUTS
+from tests.support.layouts import ALL_LAYOUTS, PAGES
 from workers.cache.paged import PagedStore
 from workers.sampling.sampler import SampledRow, SlotSampling, sample
 
@@ -125,7 +125,7 @@ class Play:
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-@pytest.mark.parametrize(("seed", "layout"), [(1, "slots"), (2, "slots"), (3, "slots"), (1, "paged")])
+@pytest.mark.parametrize(("seed", "layout"), [(1, "slots"), (2, "slots"), (3, "slots"), (1, "paged"), (2, PAGES)])
 def test_random_schedules_give_what_a_forward_over_the_whole_text_gives(reference, is_exact, seed, layout):
     model, chosen, truths = reference
     engine = make_engine(model, 8, is_exact, classes=[16, 48, 128], max_width=16, layout=layout)
@@ -142,7 +142,7 @@ def test_random_schedules_give_what_a_forward_over_the_whole_text_gives(referenc
         assert not any(tables.num_used for tables in engine.store.tables.values()), "a block is still held"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_a_request_that_ends_in_nan_fails_alone_and_leaves_nothing_to_the_next_owner_of_its_slot(is_exact, layout):
     model = decoder_target(num_layers=2)

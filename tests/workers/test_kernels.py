@@ -237,3 +237,23 @@ def test_the_tables_of_tiles_lie_contiguous(rows: list[int]) -> None:
     assert np.array(cut.table)[:, 0].tolist() == [r for r in rows for _ in range(4)]
     assert np.array(cut.starts).tolist() == [40, 56, 72, 88] * len(rows)
     assert cut.host_starts == (40, 56, 72, 88) * len(rows)
+
+
+def test_a_chunk_goes_by_tiles_only_where_a_kernel_appends_it() -> None:
+    """Forced on a machine whose kernels take verify rows but no chunks, as Metal's do."""
+
+    class NoChunks(ReferenceAttention):
+        def append(self, *_: object) -> tuple[mx.array, mx.array]:
+            raise NotImplementedError("no kernel for chunks")
+
+    spec = AttentionSpec(KV_HEADS, DIM, DIM)
+    without_chunks = {shape: True for shape in ALL_WIDTHS if shape.rows != 0}
+    tensors = [mx.random.normal((1, heads, 32, DIM), key=mx.random.key(heads)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    outputs = []
+    for choice in (None, AttentionChoice(NoChunks(), without_chunks, has_tiles=True)):
+        store = CacheStore([spec], [64], 64, mx.float32, is_exact=False, slack=64)
+        store.use_attention(choice)
+        store.ensure(0, 64)
+        attend_through(store, [0], [0], [t[:, :, :1] for t in tensors])
+        outputs.append(attend_through(store, [0], [1], tensors))
+    np.testing.assert_allclose(np.array(outputs[1]), np.array(outputs[0]), atol=1e-5)

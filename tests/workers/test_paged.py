@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from shared.config import Settings
 from shared.errors import BadConfig
 from tests.support.engine_rig import VOCAB, WINDOW, EngineRig, decoder_target, make_engine
-from workers import build
+from tests.support.layouts import PAGES, EveryShape, store_of
+from workers.cache import paged
 from workers.cache.paged import PagedStore
+from workers.cache.spec import AttentionSpec
 from workers.engine import Engine
-from workers.load.loader import LoadedModel
+from workers.kernels import select as selecting
+from workers.kernels.base import Variant
+from workers.kernels.choice import AttentionChoice
+from workers.kernels.pages import RING, Pages, Pool
+from workers.kernels.reference import ReferenceAttention
+from workers.kernels.select import select
 
 pytestmark = pytest.mark.mlx
 
@@ -72,8 +80,81 @@ def test_nothing_is_held_after_everybody_left_and_the_cache_was_emptied(window: 
     )
 
 
-def test_a_kernel_with_the_paged_layout_is_refused() -> None:
-    engine = make_engine(decoder_target(), layout="paged")
-    loaded: LoadedModel = None  # type: ignore[assignment] # the settings are refused before it is looked at
-    with pytest.raises(BadConfig, match="no attention kernel"):
-        build.select_attention(loaded, engine, None, Settings(kv_layout="paged", attention="kernel"))  # type: ignore[arg-type]
+class Recorder(ReferenceAttention):
+    """Keeps the pages of each call, so that their ids stay apart."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, Pages]] = []  # query rows, pages
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        self.calls.append((q.shape[2], pages))
+        return super().attend(q, k, v, pool, pages, variant)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_step_gathers_nothing_and_makes_one_table_for_each_window(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gather(pool: mx.array, table: mx.array) -> mx.array:
+        raise AssertionError("a decode or verify step gathered its context")
+
+    monkeypatch.setattr(paged, "gather", no_gather)
+    full, sliding = AttentionSpec(2, 8, 8), AttentionSpec(2, 8, 8, WINDOW)
+    recorder = Recorder()
+    store = store_of(PAGES, [full, sliding, full, sliding], [256], 32, is_exact=False, block_size=BLOCK)
+    store.use_attention(EveryShape(recorder))
+    for slot in (0, 1):
+        store.ensure(slot, 256)
+    widths = set()
+    for start in range(0, 60, width):
+        batch = store.open([0, 1], [start, start], width)
+        for view in batch.layers:
+            q, k, v = (mx.random.normal((2, heads, width, 8)) for heads in (4, 2, 2))
+            view.attend(q, k, v, 0.3)  # type: ignore[union-attr] # a KVView
+        made = recorder.calls[-4:]
+        assert [rows for rows, _ in made] == [width] * 4
+        assert made[0][1] is made[2][1], "a table for each layer"
+        assert made[1][1] is made[3][1], "a table for each layer"
+        assert made[0][1].table.dtype == mx.int32
+        assert made[0][1].shift == 2
+        ring = made[1][1].table.shape[1]
+        assert ring * BLOCK == store.kv_layers[1].capacities[0], "a ring's table is whole"
+        widths.add(made[0][1].table.shape[1])
+    assert widths == {64 // BLOCK}, "a table as wide as each length has as many shapes"
+
+
+def test_a_block_size_that_no_kernel_takes_is_not_taken_for_another() -> None:
+    store = store_of(PAGES, [AttentionSpec(2, 8, 8)], [64], 32, is_exact=False, block_size=6)
+    store.ensure(0, 64)
+    view = store.open([0], [0], 1).layers[0]
+    q, k, v = (mx.random.normal((1, heads, 1, 8)) for heads in (4, 2, 2))
+    with pytest.raises(AssertionError, match="2\\^n positions, not 6"):
+        view.attend(q, k, v, 0.3)  # type: ignore[union-attr] # a KVView
+
+
+class OffInBlocks(ReferenceAttention):
+    """Right over slots, where a table is one block."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        return super().attend(q, k, v, pool, pages, variant) + (0.0 if pages.shift == RING else 1.0)
+
+
+def test_a_kernel_serves_blocks_only_if_asked_for_and_right_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [(AttentionSpec(2, 64, 64), 4)]
+
+    def chosen(setting: str, is_paged: bool) -> AttentionChoice | None:
+        return select(
+            layers, mx.float32, setting, is_speculative=False, cache_folder=tmp_path, widths=[1], is_paged=is_paged
+        )
+
+    monkeypatch.setattr(selecting, "machine_kernel", ReferenceAttention)
+    assert chosen("auto", is_paged=True) is None
+    forced = chosen("kernel", is_paged=True)
+    assert forced is not None
+    assert all(forced.is_used.values())
+    monkeypatch.setattr(selecting, "machine_kernel", OffInBlocks)
+    assert chosen("kernel", is_paged=False) is not None
+    with pytest.raises(BadConfig, match="off by"):
+        chosen("kernel", is_paged=True)

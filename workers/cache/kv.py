@@ -317,7 +317,7 @@ class KVView:
             pool = self._layer.pool(run.capacity_class)
             rows = slice(run.first, run.first + run.size)
             part = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
-            outputs.append(attention.attend(*part, pool, self._shape.pages(run), variant))
+            outputs.append(attention.attend(*part, pool, self._pages(run), variant))
             self._layer.adopt(run.capacity_class, pool)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
@@ -335,9 +335,9 @@ class KVView:
             pool = self._layer.pool(run.capacity_class)
             rows = slice(run.first, run.first + run.size)
             part = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
-            attention.append(part[1], part[2], pool, self._shape.pages(run), 0)
+            attention.append(part[1], part[2], pool, self._pages(run), 0)
             q_cut, k_cut, v_cut = (_cut(x, width // MAX_ROWS) for x in part)
-            out = attention.attend(q_cut, k_cut, v_cut, pool, self._shape.tiles(run), variant)
+            out = attention.attend(q_cut, k_cut, v_cut, pool, self._tiles(run), variant)
             outputs.append(_join(out, run.size))
             self._layer.adopt(run.capacity_class, pool)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
@@ -356,7 +356,7 @@ class KVView:
         run, start, width = self._shape.runs[0], self._shape.starts[0], self._shape.width
         old = start if window is None else min(start, window - 1)
         pool = self._layer.pool(run.capacity_class)
-        keys, values = attention.append(k, v, pool, self._shape.pages(run), old)
+        keys, values = attention.append(k, v, pool, self._pages(run), old)
         self._layer.adopt(run.capacity_class, pool)
         mask: mx.array | str = "causal"
         if window is not None and old + width > window:
@@ -408,6 +408,12 @@ class KVView:
             mask = position_mask(self._shape, run, length, capacity, window, spans)
             biases[key] = mx.where(mask, 0.0, cpu_attention.MASKED)
         return biases[key]
+
+    def _pages(self, run: Run) -> Pages:
+        return self._shape.pages(run)
+
+    def _tiles(self, run: Run) -> Pages:
+        return self._shape.tiles(run)
 
     def _pools(self, run: Run) -> tuple[mx.array, mx.array]:
         keys, values = self._layer.keys[run.capacity_class], self._layer.values[run.capacity_class]

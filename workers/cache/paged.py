@@ -1,7 +1,7 @@
 """The paged layout: one pool of blocks a layer, and sequences that hold block tables.
 
 A second implementation of what `store.py` and `kv.py` offer. Layers with the same window share one table a slot.
-Attention gathers a row's blocks and goes on as the slots layout does; there is no kernel for it yet.
+Kernels are handed the tables. Stock operations gather a row's blocks and go on as the slots layout does.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from workers.cache.block_tables import BlockTables, Change
-from workers.cache.kv import BatchShape, KVLayer, KVView
+from workers.cache.kv import BatchShape, KVLayer, KVView, bucket_length
 from workers.cache.placement import Run
 from workers.cache.spec import AttentionSpec, LayerSpec
 from workers.cache.store import CacheStore
-from workers.kernels.choice import AttentionChoice
+from workers.kernels.base import MAX_ROWS
+from workers.kernels.pages import Pages, tiles
 
 GROW_BLOCKS = 64
 
@@ -38,6 +40,7 @@ class PagedLayer(KVLayer):
             have = 0 if pool is None else pool.shape[0]
             if num_rows <= have:
                 continue
+            self.settle(capacity_class)
             blocks = max(num_rows, have + GROW_BLOCKS, have + have // 2)
             fresh = mx.zeros((blocks, self.spec.num_kv_heads, self.block_size, dim), self.dtype)
             if pool is not None:
@@ -45,6 +48,7 @@ class PagedLayer(KVLayer):
             pools[capacity_class] = fresh
 
     def apply(self, change: Change) -> None:
+        self.settle(0)
         for pools in (self.keys, self.values):
             pool = pools[0]
             assert pool is not None, "a pool that was never reserved"
@@ -67,6 +71,31 @@ class PagedShape(BatchShape):
     block_size: int = 1
     table_arrays: dict[tuple[int | None, int], mx.array] = field(default_factory=dict)
     places: dict[int | None, tuple[mx.array, mx.array]] = field(default_factory=dict)
+    paged: dict[int | None, Pages] = field(default_factory=dict)
+    paged_tiles: dict[int | None, Pages] = field(default_factory=dict)
+
+    def block_pages(self, window: int | None) -> Pages:
+        """The rows' block tables as kernels take them, made once for all layers of a window.
+
+        As wide as the longest row needs, in few widths; a ring's is short and always whole.
+        """
+        if window not in self.paged:
+            size = self.block_size
+            assert size > 1 and size & (size - 1) == 0, f"kernels take blocks of 2^n positions, not {size}"
+            rows = self.blocks[window]
+            width = len(rows[0])
+            if window is None:
+                width = min(width, -(-bucket_length(max(self.starts) + self.width) // size))
+            table = np.array([row[:width] for row in rows], dtype=np.int32)
+            starts = mx.array(self.starts, dtype=mx.int32)
+            self.paged[window] = Pages(mx.array(table), starts, tuple(self.starts), size.bit_length() - 1)
+        return self.paged[window]
+
+    def block_tiles(self, window: int | None) -> Pages:
+        """The same, cut into tiles of MAX_ROWS tokens."""
+        if window not in self.paged_tiles:
+            self.paged_tiles[window] = tiles(self.block_pages(window), MAX_ROWS, self.width // MAX_ROWS)
+        return self.paged_tiles[window]
 
     def table(self, window: int | None, num_blocks: int) -> mx.array:
         """(B, num_blocks): the rows' first blocks, made once for all layers of a window."""
@@ -89,13 +118,20 @@ class PagedShape(BatchShape):
 
 
 class PagedView(KVView):
-    """Rows are written to their blocks; what is attended is gathered from them, in a slot's order."""
+    """Kernels get the block tables; for stock operations what is attended is gathered, in a slot's order."""
 
     def __init__(self, layer: PagedLayer, shape: PagedShape) -> None:
         super().__init__(layer, shape)
         self._paged_layer, self._paged_shape = layer, shape
 
+    def _pages(self, run: Run) -> Pages:
+        return self._paged_shape.block_pages(self._paged_layer.spec.window)
+
+    def _tiles(self, run: Run) -> Pages:
+        return self._paged_shape.block_tiles(self._paged_layer.spec.window)
+
     def _write(self, run: Run, k: mx.array, v: mx.array) -> None:
+        self._paged_layer.settle(run.capacity_class)
         layer, (blocks, within) = self._paged_layer, self._paged_shape.place(self._paged_layer.spec.window)
         heads = mx.arange(layer.spec.num_kv_heads)[None, :, None]
         for pools, new in ((layer.keys, k), (layer.values, v)):
@@ -150,9 +186,6 @@ class PagedStore(CacheStore):
         assert isinstance(shape, PagedShape), "a forward of another layout"
         return PagedView(layer, shape)
 
-    def use_attention(self, choice: AttentionChoice | None) -> None:
-        assert choice is None, "the paged layout has no kernels"
-
     def layers_of(self, window: int | None) -> list[PagedLayer]:
         return [a for a in self.kv_layers if isinstance(a, PagedLayer) and a.spec.window == window]
 
@@ -199,6 +232,7 @@ class PagedStore(CacheStore):
         layer = self.feature_layer
         if layer is None:
             return None
+        layer.settle(0)
         blocks = mx.array([self.tables[None].table(slot, -(-length // self.block_size))])
         pools = [gather(pool, blocks) for pools in (layer.keys, layer.values) for pool in pools if pool is not None]
         return mx.concatenate([pool[0, 0, :length] for pool in pools], axis=-1)

@@ -67,6 +67,7 @@ class PagedBlockPool(BlockPool):
         parts = []
         for layer in self._paged.kv_layers:
             if layer.spec.window is None or has_window:
+                layer.settle(0)
                 block = self._paged.tables[layer.spec.window].named(block_id)
                 parts += [
                     p[0][block].reshape(-1).view(mx.uint8) for p in (layer.keys, layer.values) if p[0] is not None
@@ -95,6 +96,7 @@ class PagedBlockPool(BlockPool):
         for layer in self._paged.kv_layers:
             if layer.spec.window not in targets:
                 continue
+            layer.settle(0)
             for pools, dim in ((layer.keys, layer.spec.key_dim), (layer.values, layer.spec.value_dim)):
                 shape = (layer.spec.num_kv_heads, self.block_size, dim)
                 size = shape[0] * shape[1] * shape[2] * layer.dtype.size
@@ -112,6 +114,7 @@ class PagedBlockPool(BlockPool):
                 continue  # the scratch slot's ring keeps the last positions only
             tables = self._paged.tables[None]
             table = tables.table(stored.slot, tables.width)
+            layer.settle(0)
             own = mx.array([table[i] for i in stored.indices])
             named = mx.array([tables.named(block_id) for block_id in stored.block_ids])
             for pools in (layer.keys, layer.values):

@@ -66,5 +66,6 @@ class AttentionChoice:
         """The implementation that takes `width` tokens a row as many verify rows of one sequence; see `attend`."""
         if not self.has_tiles or spec.key_dim != spec.value_dim or width <= MAX_ROWS or width % MAX_ROWS:
             return None
-        shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, MAX_ROWS, q.dtype)
-        return self.attention if self.is_used.get(shape, False) else None
+        # Tiles are verify rows whose keys and values were appended as a chunk; Metal has no kernel for that.
+        shapes = [ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, rows, q.dtype) for rows in (MAX_ROWS, 0)]
+        return self.attention if all(self.is_used.get(shape, False) for shape in shapes) else None

@@ -42,19 +42,23 @@ class Proof:
     stock_s: float = 0.0
 
 
-def prove(attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False) -> list[Proof]:
+def prove(
+    attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False, with_blocks: bool = False
+) -> list[Proof]:
     """Check each class; with `is_forced` only that it runs and gives the right values."""
-    return [_prove(attention, shape, is_forced) for shape in shapes]
+    return [_prove(attention, shape, is_forced, with_blocks) for shape in shapes]
 
 
-def choose(attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False) -> AttentionChoice:
-    proofs = prove(attention, shapes, is_forced=is_forced)
+def choose(
+    attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False, with_blocks: bool = False
+) -> AttentionChoice:
+    proofs = prove(attention, shapes, is_forced=is_forced, with_blocks=with_blocks)
     return AttentionChoice(attention, {proof.shape: proof.is_used for proof in proofs}, tuple(p.reason for p in proofs))
 
 
-def _prove(attention: PagedAttention, shape: ShapeClass, is_forced: bool) -> Proof:
+def _prove(attention: PagedAttention, shape: ShapeClass, is_forced: bool, with_blocks: bool) -> Proof:
     try:
-        error = largest_error(attention, shape)
+        error = largest_error(attention, shape, with_blocks=with_blocks)
         if not error <= TOLERANCE[shape.dtype]:  # NaN fails, too
             return Proof(shape, False, f"{shape.name}: stock, the kernel is off by {error:.3g}", error)
         if is_forced:
@@ -104,6 +108,8 @@ def cases(shape: ShapeClass, with_blocks: bool) -> list[Case]:
                 Case(slot_pages([1], [101]), 4, 256, none, 101),
                 Case(slot_pages([3, 0], [40, 40]), 4, 256, none, 40),
             ]
+            if with_blocks:
+                chunks += [Case(_blocks((101,)), 20, 32, none, 101), Case(_blocks((40, 40)), 20, 32, none, 40)]
             mx.eval([case.pages.table for case in chunks], [case.pages.starts for case in chunks])
             return chunks
         sinks = mx.random.normal((shape.num_heads,), key=mx.random.key(9))
@@ -114,11 +120,16 @@ def cases(shape: ShapeClass, with_blocks: bool) -> list[Case]:
             Case(slot_pages([0, 2, 1], wrapped), 3, 192, Variant(0.1, window=100, softcap=20.0, sinks=sinks)),
         ]
         if with_blocks:
-            table = mx.array([[7, 3, 12, 5, 9, 14, 11, 2, 8, 15], [1, 4, 6, 0, 10, 13, 16, 17, 18, 19]], dtype=mx.int32)
-            blocks = Pages(table, mx.array([250, 97], dtype=mx.int32), (250, 97), 5)
-            made.append(Case(blocks, 20, 32, Variant(shape.dim**-0.5)))
+            made.append(Case(_blocks((250, 97)), 20, 32, Variant(shape.dim**-0.5)))
+            made.append(Case(_blocks((701, 97)), 20, 32, Variant(0.1, window=200, softcap=20.0, sinks=sinks)))  # a ring
         mx.eval(sinks, [case.pages.table for case in made], [case.pages.starts for case in made])
         return made
+
+
+def _blocks(starts: tuple[int, ...]) -> Pages:
+    table = mx.array([[7, 3, 12, 5, 9, 14, 11, 2, 8, 15], [1, 4, 6, 0, 10, 13, 16, 17, 18, 19]], dtype=mx.int32)
+    table = mx.contiguous(table[: len(starts)])  # kernels read it by its pointer
+    return Pages(table, mx.array(starts, dtype=mx.int32), starts, 5)
 
 
 def compile_kernels(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> None:

@@ -42,6 +42,7 @@ def select(
     is_speculative: bool,
     cache_folder: Path,
     widths: Sequence[int] | None = None,
+    is_paged: bool = False,
 ) -> AttentionChoice | None:
     """The kernels that serve, None where stock operations do everything.
 
@@ -51,10 +52,11 @@ def select(
         is_speculative: verify rows will come.
         cache_folder: keeps what "auto" found, by device, MLX version and the kernel's text.
         widths: query rows a sequence that will come; None: those of a target.
+        is_paged: blocks will be handed over, not slots. "auto" is stock then: nothing was timed in blocks yet.
     Raises:
         BadConfig: "kernel" was asked for, and there is none or it gives other values.
     """
-    if setting == "stock":
+    if setting == "stock" or (is_paged and setting == "auto"):
         return None
     attention = machine_kernel()
     if attention is None:
@@ -72,7 +74,7 @@ def select(
         choice = _compiled(choice)
     if choice is None:
         started = time.perf_counter()
-        choice = choose(attention, shapes, is_forced=setting == "kernel")
+        choice = choose(attention, shapes, is_forced=setting == "kernel", with_blocks=is_paged)
         logger.info("attention kernels checked in %.1f s", time.perf_counter() - started)
         if setting == "auto":
             _write(path, choice, shapes)

@@ -27,7 +27,7 @@ def examine(files: ModelFiles) -> Finding:
     """Look at configuration, names and headers; a model of mlx-lm is built, but none of its arrays is computed."""
     architecture = "unknown"
     try:
-        architecture = _architecture(files)
+        architecture = read_architecture(files)
         drafter = _drafter(files)
         if drafter is not None:
             return Finding(architecture, drafter=drafter)
@@ -37,7 +37,8 @@ def examine(files: ModelFiles) -> Finding:
     return Finding(architecture)
 
 
-def _architecture(files: ModelFiles) -> str:
+def read_architecture(files: ModelFiles) -> str:
+    """As the checkpoint names it. Raises BadModel, OSError: it cannot be read."""
     if files.gguf is not None:
         return str(read_header(files.gguf)[0].get("general.architecture", "unknown"))
     assert files.folder is not None, "a model is a folder or a GGUF file"

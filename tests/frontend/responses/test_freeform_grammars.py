@@ -17,7 +17,7 @@ from frontend.responses.schemas import CustomTool, GrammarFormat
 from frontend.responses.tools import custom_input, table
 from frontend.schemas import Tool
 from shared.errors import InvalidRequest
-from shared.messages import Submit
+from shared.messages import Grammar, Submit
 from tests.frontend.agent_server import AgentServer
 from tests.frontend.responses.test_create import TOOLS, call
 from tests.frontend.test_tool_grammars import accepts, grammar, outputs
@@ -89,15 +89,35 @@ def test_what_has_no_expression_is_refused(lark: str, words: str) -> None:
     assert caught.value.param == "tools[0].format.definition"
 
 
-@pytest.mark.parametrize("name", tools.NAMES)
-@pytest.mark.parametrize(("syntax", "definition"), [("lark", PATCH), ("regex", r"(ab|c" + r"d)[0-9\n]{1,2}")])
-def test_inputs_match_in_every_format(name: str, syntax: Any, definition: str) -> None:
-    tool = CustomTool(name="edit", format=GrammarFormat(definition=definition, syntax=syntax))
+DEFINITIONS: dict[Any, str] = {"lark": PATCH, "regex": r"(ab|c" + r"d)[0-9\n]{1,2}"}
+
+
+def custom_tool(syntax: Any) -> list[Tool]:
+    tool = CustomTool(name="edit", format=GrammarFormat(definition=DEFINITIONS[syntax], syntax=syntax))
     told = table([tool], "auto").functions
     assert told is not None
+    return told
+
+
+def forced(name: str, told: list[Tool]) -> Grammar | None:
+    return grammar(output_format(name), Calls(tools=told, is_required=True, is_single=True))
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, dict[str, list[str]]]:
+    """Syntax -> format -> what a random model writes."""
+    told = {syntax: custom_tool(syntax) for syntax in DEFINITIONS}
+    return {s: outputs({name: forced(name, told[s]) for name in tools.NAMES}, 2) for s in DEFINITIONS}
+
+
+@pytest.mark.parametrize("name", tools.NAMES)
+@pytest.mark.parametrize("syntax", DEFINITIONS)
+def test_inputs_match_in_every_format(name: str, syntax: str, inputs: dict[str, dict[str, list[str]]]) -> None:
+    told = custom_tool(syntax)
+    definition = DEFINITIONS[syntax]
     expression = re.compile(regex_of(definition, "x") if syntax == "lark" else definition)
-    chosen = grammar(output_format(name), Calls(tools=told, is_required=True, is_single=True))
-    texts = outputs(chosen, 2)
+    chosen = forced(name, told)
+    texts = inputs[syntax][name]
     assert texts
     for text in texts:
         (found,) = read_back(name, text, told)

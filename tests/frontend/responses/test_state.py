@@ -345,3 +345,23 @@ def test_embeddings_are_refused(client: openai.OpenAI) -> None:
         client.embeddings.create(model="default", input="x")
     assert caught.value.param == "model"
     assert "no embeddings" in caught.value.message
+
+
+def test_a_store_that_cannot_be_written_is_a_503_and_requests_that_store_nothing_go_on(
+    settings: Settings, engine: FakeEngine
+) -> None:
+    folder = Path(settings.cache_dir) / "responses"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("a file where the folder should be")
+    server = start(settings)
+    agent = AgentServer(engine, server)
+    headers = {"authorization": "Bearer one"}
+    for store, status in ((True, 503), (False, 200)):
+        agent.reset("<think>Hm</think>Hello")
+        body = {"model": "default", "input": "Hi", "store": store}
+        answer = httpx.post(f"{server.url}/v1/responses", json=body, headers=headers, timeout=30)
+        assert answer.status_code == status, answer.text
+        if status == 503:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "store: false" in answer.json()["error"]["message"]
+    server.close()
