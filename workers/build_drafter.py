@@ -90,7 +90,7 @@ def build_drafter(settings: Settings, target: LoadedModel | None = None) -> tupl
         _check_same_vocabulary(target, model)
         engine = DraftEngine(_causal_lm(model.model, target.vocab_size), needs_features=False)
     else:
-        embed, head = _tables(target, config)
+        embed, head = target_tables(target, config)
         engine = DraftEngine(load_drafter(config, dtype, embed, head), config.feature != "none", dtype)
     if not is_cpu():
         select_attention(engine, dtype, settings)
@@ -157,7 +157,7 @@ def draft_costs(engine: DraftEngine, feature_size: int, max_draft_tokens: int) -
     return costs
 
 
-def _tables(target: LoadedModel, config: DrafterConfig) -> tuple[Any, Any]:
+def target_tables(target: LoadedModel, config: DrafterConfig) -> tuple[Any, Any]:
     """The target's embedding and head, for a checkpoint without its own."""
     if config.has_own_embedding and config.has_own_head:
         return None, None

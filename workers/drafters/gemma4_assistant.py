@@ -51,6 +51,8 @@ class AssistantConfig:
         if model_type not in MODEL_TYPES:
             raise BadModel(f"{model_type!r} is no Gemma 4 assistant")
         text = dict(config.get("text_config") or {})
+        if not text:
+            raise BadModel(f"{model_type}: the configuration has no text_config")
         if text.get("hidden_size_per_layer_input") or text.get("enable_moe_block") or text.get("attention_bias"):
             raise BadModel(f"{model_type}: per-layer embeddings, experts and biases are not supported")
         # All layers read another model's keys, which the decoder's configuration has no word for.

@@ -207,7 +207,7 @@ def test_refusals_say_why(tmp_path):
     as_speculators(folder, "mlp_speculator")
     refuse(folder, "mlp_speculator")
     rewrite(folder, lambda c: {"model_type": "gemma4_assistant", "architectures": ["Gemma4AssistantForCausalLM"]})
-    refuse(folder, "assistant")
+    refuse(folder, "gemma4_assistant: the configuration has no text_config")
     rewrite(folder, lambda c: {"architectures": ["Unheard"]})
     refuse(folder, "Unheard")
     (folder / "model.safetensors").write_bytes(b"\x00\x01")
