@@ -26,9 +26,14 @@ LENGTHS = (1, 3, 7, 20, 60, 150, 2, 90, 5, 33, 128, 11, 64, 250, 17, 4)
 PROMPTS = [[(40 + i * (j + 1)) % 256 for j in range(n)] for i, n in enumerate(LENGTHS, start=1)]
 
 
-def complete(server: Server, prompt: list[int] | str, **options: Any) -> dict[str, Any]:
+MAX_TRIES = 8  # on a busy machine the requests may come one after another
+
+
+def complete(
+    server: Server, prompt: list[int] | str, *, client: httpx.Client | None = None, **options: Any
+) -> dict[str, Any]:
     body = {"model": "default", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True, **options}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    answer = (client or httpx).post(f"{server.url}/v1/completions", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     result: dict[str, Any] = answer.json()
     return result
@@ -57,12 +62,20 @@ def test_greedy_tokens_of_16_requests_that_join_and_leave_equal_each_alones_and_
 def _check_greedy(server: Server, model: Path) -> None:
     lengths = [8 + 5 * (i % 7) for i in range(len(PROMPTS))]
     alone = [complete(server, p, max_tokens=n, logprobs=1) for p, n in zip(PROMPTS, lengths, strict=True)]
-    together = _arriving_apart(server, lengths)
-    assert [text(t) for t in together] == [text(a) for a in alone]
-    assert [token_texts(t) for t in together] == [token_texts(a) for a in alone]
+    for _ in range(MAX_TRIES):
+        together = _arriving_apart(server, lengths)
+        assert [text(t) for t in together] == [text(a) for a in alone]
+        assert [token_texts(t) for t in together] == [token_texts(a) for a in alone]
+        if _has_batches_of_more_than(4, server):
+            break
     assert [token_texts(a) for a in alone] == _mlx_lm(model, PROMPTS, lengths)
     assert sum(len(set(token_texts(a))) > len(token_texts(a)) / 3 for a in alone) > 12, "the model repeats itself"
-    assert server.metric("tandem:batch_occupancy_bucket", le="4.0") < server.metric("tandem:batch_occupancy_count")
+    assert _has_batches_of_more_than(4, server)
+
+
+def _has_batches_of_more_than(size: int, server: Server) -> bool:
+    smaller = server.metric("tandem:batch_occupancy_bucket", le=f"{size:.1f}")
+    return smaller < server.metric("tandem:batch_occupancy_count")
 
 
 def _arriving_apart(server: Server, lengths: list[int]) -> list[dict[str, Any]]:
@@ -70,9 +83,10 @@ def _arriving_apart(server: Server, lengths: list[int]) -> list[dict[str, Any]]:
 
     def later(i: int) -> dict[str, Any]:
         time.sleep(0.02 * (i % 5))  # when they come is what is tested, nothing waits for this
-        return complete(server, PROMPTS[i], max_tokens=lengths[i], logprobs=1)
+        return complete(server, PROMPTS[i], client=client, max_tokens=lengths[i], logprobs=1)
 
-    with ThreadPoolExecutor(16) as pool:
+    # One client: to make 16, each with its certificates, takes longer than the answers.
+    with httpx.Client() as client, ThreadPoolExecutor(16) as pool:
         return list(pool.map(later, range(len(PROMPTS))))
 
 
