@@ -31,7 +31,10 @@ DEFAULTS = MappingProxyType(
 
 
 def leave_out_graphs() -> None:
-    """For a model that our attention kernel serves; see above. What the user has set stays."""
+    """For a model that our attention kernel may serve; see above. What the user has set stays.
+
+    Call it before MLX's first operation, so before it is known whether the kernel proves itself on this machine.
+    """
     os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
 

@@ -34,7 +34,7 @@ VISION = {
 }  # fmt: skip
 AUDIO = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "subsampling_conv_channels": [128, 4],
-    "output_proj_dims": 24, "use_clipped_linears": False,
+    "output_proj_dims": 24,
 }  # fmt: skip
 ASSISTANT = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_kv_shared_layers": 4,
@@ -50,7 +50,8 @@ def write(folder: Path, seed: int = 0) -> Path:
     image, boi, eoi, audio, boa, eoa = (ids[name] for name in TOKENS)
     config = {
         "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4",
-        "text_config": {**TEXT, "vocab_size": max(ids.values()) + 1}, "vision_config": VISION, "audio_config": AUDIO,
+        "text_config": {**TEXT, "vocab_size": max(ids.values()) + 1}, "vision_config": VISION,
+        "audio_config": AUDIO | {"use_clipped_linears": False},
         "image_token_id": image, "boi_token_id": boi, "eoi_token_id": eoi, "audio_token_id": audio,
         "boa_token_id": boa, "eoa_token_id": eoa, "eos_token_id": ids["<|end|>"],
     }  # fmt: skip

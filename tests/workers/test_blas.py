@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import load
-from workers import blas, cuda
+from workers import blas
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or blas.is_cuda_used(), reason="BLAS is preloaded on Linux without a GPU only"
@@ -82,15 +81,3 @@ def test_a_path_that_cannot_be_loaded_is_named():
 def test_too_late_is_an_error():
     text, _, _ = report(is_mlx_first=True)
     assert text.startswith("RuntimeError")
-
-
-def test_cuda_switches_are_set_where_the_user_has_not(monkeypatch):
-    monkeypatch.setattr(blas, "is_cuda_used", lambda: True)
-    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
-    for name in cuda.DEFAULTS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLX_CUDA_GRAPH_CACHE_SIZE", "17")
-    assert "CUDA" in blas.prepare(load())
-    assert os.environ["MLX_ENABLE_CACHE_THRASHING_CHECK"] == "0"
-    assert os.environ["MLX_CUDA_GRAPH_CACHE_SIZE"] == "17"
-    assert os.environ["MLX_CUDA_SDPA_CACHE_SIZE"] == cuda.DEFAULTS["MLX_CUDA_SDPA_CACHE_SIZE"]

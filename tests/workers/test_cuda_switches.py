@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 
-from shared.config import Settings
+from shared.config import Settings, load
 from shared.model_files import ModelFiles
-from workers import build, cuda
+from workers import blas, build, cuda
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,15 @@ def test_what_the_user_set_stays(monkeypatch):
     monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
     cuda.leave_out_graphs()
     assert os.environ["MLX_USE_CUDA_GRAPHS"] == "1"
+
+
+def test_cuda_switches_are_set_where_the_user_has_not(monkeypatch):
+    monkeypatch.setattr(blas, "is_cuda_used", lambda: True)
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    for name in cuda.DEFAULTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLX_CUDA_GRAPH_CACHE_SIZE", "17")
+    assert "CUDA" in blas.prepare(load())
+    assert os.environ["MLX_ENABLE_CACHE_THRASHING_CHECK"] == "0"
+    assert os.environ["MLX_CUDA_GRAPH_CACHE_SIZE"] == "17"
+    assert os.environ["MLX_CUDA_SDPA_CACHE_SIZE"] == cuda.DEFAULTS["MLX_CUDA_SDPA_CACHE_SIZE"]

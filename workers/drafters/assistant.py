@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from shared.errors import BadModel
 from workers.cache.spec import AttentionSpec
-from workers.drafters.base import Drafts, Embed, FeatureDrafter, Sampler, in_order
+from workers.drafters.base import Drafts, Embed, FeatureDrafter, Sampler, arranged, in_order, row_counts
 from workers.drafters.config import DrafterConfig
 from workers.drafters.context import MAX_BLOCK, Contexts, ContextState
 from workers.drafters.gemma4_assistant import AssistantConfig, load_assistant
@@ -111,7 +111,7 @@ class AssistantDrafter(FeatureDrafter):
 
     @property
     def draft_widths(self) -> list[int]:
-        """None: kernels write what they attend to, and these layers write nothing."""
+        """No kernel serves here: kernels write what they attend to, and these layers write nothing."""
         return []
 
     def can_draft(self, state: ContextState) -> bool:
@@ -120,10 +120,7 @@ class AssistantDrafter(FeatureDrafter):
     def extend_rows(
         self, states: Sequence[ContextState], features: mx.array, token_ids: Sequence[Sequence[int]]
     ) -> None:
-        counts = [len(ids) for ids in token_ids]
-        if features.shape[0] != sum(counts):
-            raise ValueError(f"{features.shape[0]} features for {sum(counts)} tokens")
-        new = [(state, n) for state, n in zip(states, counts, strict=True) if n]
+        new = [(state, n) for state, n in zip(states, row_counts(features, token_ids), strict=True) if n]
         if not new:
             return
         owners, lengths = [state for state, _ in new], [n for _, n in new]
@@ -148,18 +145,18 @@ class AssistantDrafter(FeatureDrafter):
         if not all(self.can_draft(s) for s in states):
             raise ValueError("a state without its last hidden row cannot draft")
         order = self.contexts.arrange(states, 0)
-        arranged = [states[i] for i in order]
-        sliding, full = self.contexts.views(arranged, 1, step=-1)
+        owners = [states[i] for i in order]
+        sliding, full = self.contexts.views(owners, 1, step=-1)
         caches: dict[str, LayerCache] = {"sliding_attention": sliding, "full_attention": full}
-        positions = mx.array([s.length for s in arranged], dtype=mx.int32)
-        hidden = self.contexts.pending(arranged)
+        positions = mx.array([s.length for s in owners], dtype=mx.int32)
+        hidden = self.contexts.pending(owners)
         tokens = mx.array([anchors[i] for i in order], dtype=mx.int32)
         drafted = []
         for step in range(num_tokens):
             logits, hidden = self.model(self._embed(tokens) * self._scale, hidden, caches, positions)
             logits = in_order(logits.astype(mx.float32), order)
             drafted.append((mx.argmax(logits, axis=-1) if sampler is None else sampler(logits, step)).astype(mx.int32))
-            tokens = drafted[-1] if list(order) == sorted(order) else drafted[-1][mx.array(order)]
+            tokens = arranged(drafted[-1], order)
         return Drafts(mx.stack(drafted, axis=1))
 
     def truncate(self, state: ContextState, length: int) -> int:

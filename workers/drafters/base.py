@@ -115,6 +115,19 @@ class FeatureDrafter(Drafter):
         return state.length
 
 
+def row_counts(features: mx.array, token_ids: Sequence[Sequence[int]]) -> list[int]:
+    """Rows of each sequence. Raises ValueError: there are not as many features as tokens."""
+    counts = [len(ids) for ids in token_ids]
+    if features.shape[0] != sum(counts):
+        raise ValueError(f"{features.shape[0]} features for {sum(counts)} tokens")
+    return counts
+
+
+def arranged(values: mx.array, order: Sequence[int]) -> mx.array:
+    """The caller's rows in `order`; `in_order` takes them back."""
+    return values if list(order) == list(range(len(order))) else values[mx.array(list(order))]
+
+
 def in_order(values: mx.array, order: Sequence[int]) -> mx.array:
     """Rows that were computed in `order`, as the caller has them."""
     if list(order) == list(range(len(order))):

@@ -42,7 +42,7 @@ def detect(folder: Path, target: Config | None = None, kind: str | None = None) 
     config = _read_config(folder)
     index = TensorIndex(folder)
     found = _kind(config, index, target, folder) if kind is None else kind
-    if found == "mtp" and "assistant" in str(config.get("model_type", "")):
+    if found == "mtp" and _is_assistant(config):
         found = "assistant"  # under the name that other servers know it by
     match found:
         case "dflash":
@@ -57,9 +57,13 @@ def detect(folder: Path, target: Config | None = None, kind: str | None = None) 
             return DrafterConfig(kind="model", path=folder, max_draft_tokens=MAX_MODEL_TOKENS)
 
 
+def _is_assistant(config: Config) -> bool:
+    return "assistant" in str(config.get("model_type", ""))
+
+
 def _kind(config: Config, index: TensorIndex, target: Config | None, folder: Path) -> Kind:
     architectures = " ".join(config.get("architectures") or [])
-    if "assistant" in str(config.get("model_type", "")):
+    if _is_assistant(config):
         return "assistant"
     speculators = config.get("speculators_model_type")
     if speculators is not None:

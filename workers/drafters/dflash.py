@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from workers.cache.kv import KVView
 from workers.cache.spec import AttentionSpec
-from workers.drafters.base import Drafts, Embed, FeatureDrafter, Head, Sampler, in_order
+from workers.drafters.base import Drafts, Embed, FeatureDrafter, Head, Sampler, in_order, row_counts
 from workers.drafters.block_extras import CandidateSelector, GroupedConv, MarkovHead
 from workers.drafters.config import DrafterConfig
 from workers.drafters.context import Contexts, ContextState
@@ -87,9 +87,7 @@ class DFlashDrafter(FeatureDrafter):
     def extend_rows(
         self, states: Sequence[ContextState], features: mx.array, token_ids: Sequence[Sequence[int]]
     ) -> None:
-        counts = [len(ids) for ids in token_ids]
-        if features.shape[0] != sum(counts):
-            raise ValueError(f"{features.shape[0]} features for {sum(counts)} tokens")
+        counts = row_counts(features, token_ids)
         if not sum(counts):
             return
         places = self.contexts.places(states, counts)

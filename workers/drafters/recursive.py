@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from workers.drafters.base import Drafts, FeatureDrafter, Sampler, in_order
+from workers.drafters.base import Drafts, FeatureDrafter, Sampler, arranged, in_order, row_counts
 from workers.drafters.context import ContextState
 from workers.drafters.layers import Attention, rows_at_own_positions
 from workers.drafters.vocabulary import Vocabulary
@@ -44,8 +44,7 @@ class RecursiveDrafter(FeatureDrafter):
     def extend_rows(
         self, states: Sequence[ContextState], features: mx.array, token_ids: Sequence[Sequence[int]]
     ) -> None:
-        if features.shape[0] != sum(len(ids) for ids in token_ids):
-            raise ValueError(f"{features.shape[0]} features for {sum(len(ids) for ids in token_ids)} tokens")
+        row_counts(features, token_ids)
         new = [(state, ids) for state, ids in zip(states, token_ids, strict=True) if ids]
         if not new:
             return
@@ -92,20 +91,20 @@ class RecursiveDrafter(FeatureDrafter):
             raise ValueError("a state without its last feature cannot draft")
         # A sampler's rows are those of the caller, and its random numbers go by row: only the cache is reordered.
         order = self.contexts.arrange(states, num_tokens)
-        arranged = [states[i] for i in order]
-        feature = self.contexts.pending(arranged)[:, None]
+        owners = [states[i] for i in order]
+        feature = self.contexts.pending(owners)[:, None]
         tokens = mx.array([anchors[i] for i in order], dtype=mx.int32)
-        positions = mx.array([s.length - 1 for s in arranged], dtype=mx.int32)
+        positions = mx.array([s.length - 1 for s in owners], dtype=mx.int32)
         drafted = []
         for step in range(num_tokens):
             x, residual = self.combine(feature, self.vocabulary.embed(tokens)[:, None])
             q, gate = self.attention.queries(x, positions + step)
             k, v = self.attention.keys_values(x, positions + step)
-            (view,) = self.contexts.views(arranged, 1, step)
+            (view,) = self.contexts.views(owners, 1, step)
             attended = self.attention.output(view.attend(q, k, v, self.attention.scale), gate)
             row, feature = self.finish(residual, attended)
             drafted.append(self.vocabulary.pick(in_order(self.vocabulary.logits(row[:, 0]), order), step, sampler))
-            tokens = drafted[-1] if list(order) == sorted(order) else drafted[-1][mx.array(order)]
+            tokens = arranged(drafted[-1], order)
         return Drafts(mx.stack(drafted, axis=1))
 
     def truncate(self, state: ContextState, length: int) -> int:

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support import tiny_gemma4
 from tests.workers.gemma import hf
 from workers.cache.store import CacheStore
 
@@ -16,14 +17,8 @@ SIGLIP = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
     "patch_size": 4,
 }  # fmt: skip
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 40,
-}  # fmt: skip
-AUDIO_TOWER = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "subsampling_conv_channels": [128, 4],
-    "output_proj_dims": 24,
-}  # fmt: skip
+VISION = tiny_gemma4.VISION | {"num_hidden_layers": 2, "position_embedding_size": 40}
+AUDIO_TOWER = tiny_gemma4.AUDIO | {"num_hidden_layers": 2}
 TEXT = {"pad_token_id": 0, "hidden_size_per_layer_input": 12}
 
 GEMMA4_CASES = {
