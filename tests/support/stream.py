@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.support.server import Server
 
@@ -52,3 +53,17 @@ class Stream(threading.Thread):
         assert not self.is_alive(), "the stream does not end"
         assert not self.error, self.error
         return self.text
+
+
+def held_stream(server: Server, **options: Any) -> tuple[Stream, psutil.Process]:
+    """A stream the scheduler has taken, and the target, which stands still: the one cannot end before the other goes on.
+
+    A stream caught in its middle instead may be over before the test comes to run again. Nothing else may run.
+    """
+    in_engine = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    server.wait_for(lambda: sum(map(server.metric, in_engine)) == 0, "idle")
+    target = server.worker("workers.target")
+    target.suspend()
+    stream = Stream(server, **options)
+    server.wait_for(lambda: sum(map(server.metric, in_engine)) == 1, "a request taken")
+    return stream, target

@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.test_kills import IS_LONG
 from tests.support.server import REPOSITORY, STOP_S, Server
-from tests.support.stream import BODY, Stream
+from tests.support.stream import BODY, Stream, held_stream
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
@@ -24,10 +24,7 @@ NUM_TOKENS = 200
 
 def terminate_in_the_middle(server: Server) -> tuple[Stream, psutil.Process, list[psutil.Process]]:
     """SIGTERM while a stream waits for a target that stands still, so that the test need not hurry."""
-    stream = Stream(server, max_tokens=NUM_TOKENS, logprobs=1)
-    stream.wait_chunks(3)
-    target = server.worker("workers.target")
-    target.suspend()
+    stream, target = held_stream(server, max_tokens=NUM_TOKENS, logprobs=1)
     family = server.tree()
     assert server.process is not None
     server.process.send_signal(signal.SIGTERM)

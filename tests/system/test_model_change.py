@@ -15,7 +15,7 @@ import pytest
 from tests.faults.test_kills import IS_LONG
 from tests.support import tiny_model
 from tests.support.server import READY_S, Server
-from tests.support.stream import BODY, Stream
+from tests.support.stream import BODY, Stream, held_stream
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
@@ -65,10 +65,7 @@ def test_another_model_takes_over_once_streams_have_ended_and_unloading_frees_it
     assert ask(http)[1] > 0
     whole = Stream(server, max_tokens=200).result()
     frontend = server.worker("frontend")
-    stream = Stream(server, max_tokens=200)
-    stream.wait_chunks(3)
-    target = server.worker("workers.target")
-    target.suspend()
+    stream, target = held_stream(server, max_tokens=200)
     begun = change(http, "load", model=str(other))
     assert (begun.status_code, begun.json()["state"]) == (202, "checking")
     assert change(http, "load", model=str(other)).status_code == 503, "one change at a time"
