@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import struct
 import zlib
 
@@ -228,6 +229,12 @@ def test_a_processor_is_chosen_by_the_configuration(tmp_path):
         (0.5,) * 3,
         {"image": 7},
     )
+    hybrid = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "qwen3_5_moe"}
+    (tmp_path / "config.json").write_text(json.dumps(hybrid))
+    assert processor_of(tmp_path) == found
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5", "text_config": {}}')
+    assert processor_of(tmp_path) is None, "a conversion that left the image encoder out"
+    (tmp_path / "config.json").write_text(json.dumps(hybrid))
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 5, "size": {"longest_edge": 9}}')
     assert (processor_of(tmp_path).min_pixels, processor_of(tmp_path).max_pixels) == (5, 9)
 

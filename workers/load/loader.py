@@ -15,8 +15,7 @@ from workers.load.fingerprint import fingerprint
 from workers.load.folder import load_folder
 from workers.load.gguf import load_gguf
 from workers.models.base import TextModel
-from workers.models.mlxlm import adapted
-from workers.models.own import is_own
+from workers.models.own import adapted_to_caches, is_own
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 DEFAULT_MAX_MODEL_LEN = 4096  # for a configuration that does not tell its context length
@@ -75,7 +74,7 @@ def load(files: ModelFiles, dtype: str, trust_remote_code: bool = False, max_mod
         model.fuse()
     mx.eval(model.parameters())
     model.eval()
-    ready: TextModel = model if is_own(model) else adapted(model, config["model_type"])
+    ready: TextModel = model if is_own(model) else adapted_to_caches(model, config["model_type"])
     name = next(key for key, value in DTYPES.items() if value == compute)
     return LoadedModel(
         model=ready,

@@ -12,7 +12,7 @@ from workers.drafters.checkpoint import detect
 from workers.load import folder as folders
 from workers.load.gguf import read_config as read_gguf_config
 from workers.models.mlxlm import adapted
-from workers.models.own import OWN
+from workers.models.own import OWN, WITH_VISION
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -70,6 +70,8 @@ def _check(files: ModelFiles) -> None:
             if name in OWN:
                 OWN[name].read_config(config, 0)
             else:
+                if name in WITH_VISION:
+                    WITH_VISION[name].read_config(config, 0)
                 model, arguments = folders.mlx_lm_classes(config)
                 adapted(model(arguments.from_dict(config)), name)
         except BadModel:

@@ -12,9 +12,11 @@ from workers.models import decoder
 from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig
 from workers.models.gemma.text import TextDecoder
+from workers.models.mlxlm import MlxLmModel, adapted
+from workers.models.qwen import added_vision
 from workers.models.qwen import model as qwen
 from workers.models.qwen.config import MODEL_TYPES as QWEN_TYPES
-from workers.models.qwen.config import QwenConfig
+from workers.models.qwen.config import AddedVisionConfig, QwenConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,26 @@ OWN = {
     },
     **{name: Own(qwen.QwenVL, QwenConfig.from_hf) for name in QWEN_TYPES},
 }
+
+
+def _with_vision(name: str) -> Own:
+    model, args = added_vision.CLASSES[name]
+    return Own(model, lambda config, length: AddedVisionConfig.from_hf(config, length, args.from_dict))
+
+
+# mlx-lm's text decoder with an image encoder of ours beside it.
+WITH_VISION = {name: _with_vision(name) for name in added_vision.CLASSES}
+
+
+def adapted_to_caches(model: nn.Module, architecture: str) -> MlxLmModel:
+    """Around a model that is not our own, with its image encoder if it holds one.
+
+    Raises:
+        BadModel: as `MlxLmModel`.
+    """
+    if architecture in WITH_VISION and "vision_tower" in model:
+        return added_vision.AddedVision(model, architecture)
+    return adapted(model, architecture)
 
 
 def is_own(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from frontend.media.processors import gemma, qwen
 from frontend.media.processors.base import Processor
 from shared.errors import BadModel
 
-FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Processor]] = {
+FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Processor | None]] = {
     **dict.fromkeys(qwen.MODEL_TYPES, qwen.from_configs),
     **dict.fromkeys(gemma.MODEL_TYPES, gemma.from_configs),
 }

@@ -16,7 +16,8 @@ from frontend.media.processors.base import Processed, Processor
 from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NEWER_TYPES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", *NEWER_TYPES)
 MAX_ASPECT_RATIO = 200
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -85,10 +86,15 @@ def fitting_size(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
-def from_configs(config: dict[str, Any], image_config: dict[str, Any]) -> QwenProcessor:
-    """From config.json and preprocessor_config.json (or none). Raises KeyError and such where they are malformed."""
-    vision = config["vision_config"]
-    is_newer = config["model_type"] == "qwen3_vl"
+def from_configs(config: dict[str, Any], image_config: dict[str, Any]) -> QwenProcessor | None:
+    """From config.json and preprocessor_config.json (or none); None for a conversion that has text only.
+
+    Raises KeyError and such where they are malformed.
+    """
+    vision = config.get("vision_config")
+    if vision is None:
+        return None
+    is_newer = config["model_type"] in NEWER_TYPES
     size = image_config.get("size") or {}
     patch = int(image_config.get("patch_size") or vision.get("patch_size") or (16 if is_newer else 14))
     least, most = (65_536, 16_777_216) if is_newer else (56 * 56, 28 * 28 * 1280)

@@ -38,6 +38,20 @@ TEXT_3 = {
     **TEXT, "head_dim": 12,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 2, 2]},
 }  # fmt: skip
+TEXT_HYBRID = {
+    **TEXT, "num_hidden_layers": 4, "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
+    },
+}  # fmt: skip
+MOE = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+}  # fmt: skip
+TEXTS = {
+    "qwen2_vl": TEXT_2, "qwen2_5_vl": TEXT_2, "qwen3_vl": TEXT_3, "qwen3_5": TEXT_HYBRID,
+    "qwen3_5_moe": TEXT_HYBRID | MOE,
+}  # fmt: skip
+NAMES_TIMES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")  # their prompts name each pair of frames' time
 VISION = {
     "qwen2_vl": {"depth": 3, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4},
     "qwen2_5_vl": {
@@ -49,6 +63,9 @@ VISION = {
         "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2],
     },
 }  # fmt: skip
+VISION["qwen3_5"] = VISION["qwen3_5_moe"] = {
+    name: value for name, value in VISION["qwen3_vl"].items() if name != "deepstack_visual_indexes"
+}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -57,7 +74,7 @@ def make(transformers, folder, model_type, text=None, vision=None, seed=0, scale
     import torch
 
     config = transformers.AutoConfig.for_model(
-        model_type, text_config={**(TEXT_3 if model_type == "qwen3_vl" else TEXT_2), **(text or {})},
+        model_type, text_config={**TEXTS[model_type], **(text or {})},
         vision_config={**VISION[model_type], **(vision or {})}, **{**IDS, **more},
     )  # fmt: skip
     torch.manual_seed(seed)

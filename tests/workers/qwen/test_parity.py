@@ -20,6 +20,22 @@ CASES = {
         "qwen3_vl", {"attention_bias": True, "num_key_value_heads": 4}, {"deepstack_visual_indexes": []}, {},
     ),
     "qwen3_vl tied": ("qwen3_vl", {}, {"hidden_act": "silu"}, {"tie_word_embeddings": True}),
+    "qwen3_5": ("qwen3_5", {}, {}, {}),
+    "qwen3_5 tied, biased, a quarter turns, every second layer attends": (
+        "qwen3_5",
+        {"attention_bias": True, "full_attention_interval": 2, "head_dim": 24, "tie_word_embeddings": True,
+         "rope_parameters": {
+             "rope_type": "default", "rope_theta": 5_000.0, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.25,
+         }},
+        {"hidden_act": "silu"}, {"tie_word_embeddings": True},
+    ),
+    "qwen3_5 yarn": (
+        "qwen3_5", {"rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10_000.0,
+            "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
+        }}, {}, {},
+    ),
+    "qwen3_5_moe": ("qwen3_5_moe", {}, {}, {}),
 }  # fmt: skip
 WORDS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 
@@ -30,7 +46,7 @@ def contents(model_type, config):
     second = hf.item("image", hf.image(56, 16, 2)[None], config)
     frames = np.stack([hf.image(24, 24, s) for s in (3, 4, 5, 6)])
     # Qwen3-VL's prompts name each pair of frames' time, so that a pair is an item of its own.
-    if model_type == "qwen3_vl":
+    if model_type in hf.NAMES_TIMES:
         pairs = [hf.item("video", frames[i : i + 2], config) for i in (0, 2)]
         video = [WORDS[0], pairs[0], [20, 21], pairs[1], WORDS[1]]
     else:
@@ -73,7 +89,7 @@ def test_encoder_rows_equal_transformers(pair):
 def test_logits_equal_transformers(pair, content):
     model_type, reference, model = pair
     made = hf.prompt(contents(model_type, model.config.vision)[content])
-    if content == "video" and model_type == "qwen3_vl":
+    if content == "video" and model_type in hf.NAMES_TIMES:
         # transformers takes one grid for the whole video and splits it.
         whole = hf.hf_inputs(model, made)
         assert whole["video_grid_thw"].tolist() == [[1, 6, 6], [1, 6, 6]]
@@ -83,7 +99,7 @@ def test_logits_equal_transformers(pair, content):
     np.testing.assert_allclose(hf.our_logits(model, made, cuts), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", list(hf.TEXTS))
 def test_pixels_equal_those_of_transformers(transformers, tmp_path, model_type):
     """Our resizing and patches against the reference's, for images that grow, shrink and keep their size."""
     from PIL import Image

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from shared.errors import BadModel
 from workers.models.decoder import DecoderConfig
+from workers.models.rope import RopeParameters, rope_parameters
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MLX_LM_TYPES = ("qwen3_5", "qwen3_5_moe")  # mlx-lm's text decoder, our image encoder
 
 _ACTIVATIONS = ("quick_gelu", "gelu_pytorch_tanh", "gelu", "silu")
 
@@ -72,10 +76,75 @@ class QwenConfig:
         return cls(model_type, decoder, vision, (sections[0], sections[1], sections[2]), is_interleaved, scale)
 
 
+@dataclass(frozen=True)
+class AddedVisionConfig:
+    """A model of `MLX_LM_TYPES`: what mlx-lm's class takes, and what lies beside it.
+
+    Args:
+        text_args: mlx-lm's `ModelArgs`.
+        vision: None: the configuration tells of no image encoder.
+        rope: of the turning dimensions of a head.
+    """
+
+    model_type: str
+    text_args: Any
+    vision: VisionConfig | None
+    sections: tuple[int, int, int]
+    rope: RopeParameters
+
+    @classmethod
+    def from_hf(
+        cls, config: dict[str, Any], max_model_len: int, read_text: Callable[[dict[str, Any]], Any]
+    ) -> AddedVisionConfig:
+        """Read a config.json.
+
+        Args:
+            read_text: mlx-lm's `ModelArgs.from_dict`.
+        Raises:
+            BadModel: as `QwenConfig.from_hf`.
+        """
+        model_type = config["model_type"]
+        try:
+            text = {**(config.get("text_config") or config)}
+            rope = {**(text.get("rope_parameters") or text.get("rope_scaling") or {})}
+            share = rope.pop("partial_rotary_factor", None) or text.pop("partial_rotary_factor", None) or 0.25
+            head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+            turning = rope_parameters({**text, "rope_parameters": rope}, int(head_dim * share), max_model_len)
+            sections = tuple(int(n) for n in rope.get("mrope_section", [11, 11, 10]))
+            has_vision = config.get("vision_config") is not None
+            vision = _vision(config["vision_config"], model_type, int(text["hidden_size"])) if has_vision else None
+            given = copy.deepcopy(config)  # mlx-lm changes the dictionaries that it gets
+            text = given.get("text_config") or given
+            _set_interval(text, model_type)
+            text["tie_word_embeddings"] = any(part.get("tie_word_embeddings") for part in (config, text))
+            text_args = read_text(given)
+        except KeyError as missing:
+            raise BadModel(f"{model_type}: {missing} is missing from the model's configuration") from missing
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BadModel(f"{model_type}: malformed configuration: {error}") from error
+        if len(sections) != 3:
+            raise BadModel(f"{model_type}: mrope_section {sections} is not one number for each of three axes")
+        return cls(model_type, text_args, vision, (sections[0], sections[1], sections[2]), turning)
+
+
+def _set_interval(text: dict[str, Any], model_type: str) -> None:
+    """mlx-lm goes by `full_attention_interval`; transformers 5 writes `layer_types` in its place."""
+    kinds = text.get("layer_types")
+    if not kinds:
+        return
+    interval = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    if any((kind == "full_attention") != (i % interval == 0) for i, kind in enumerate(kinds, start=1)):
+        raise BadModel(f"{model_type}: layers that attend at uneven distances are not supported")
+    text["full_attention_interval"] = interval
+
+
+_VISION_KINDS: dict[str, Literal["layer", "window", "deep"]] = {
+    "qwen2_vl": "layer", "qwen2_5_vl": "window", "qwen3_vl": "deep", "qwen3_5": "deep", "qwen3_5_moe": "deep",
+}  # fmt: skip
+
+
 def _vision(config: dict[str, Any], model_type: str, text_size: int) -> VisionConfig:
-    kind: Literal["layer", "window", "deep"] = {"qwen2_vl": "layer", "qwen2_5_vl": "window", "qwen3_vl": "deep"}[
-        model_type
-    ]  # type: ignore[assignment] # mypy does not narrow a dict's values
+    kind = _VISION_KINDS[model_type]
     # Qwen2-VL calls the encoder's width `embed_dim` and its output `hidden_size`.
     hidden = int(config["embed_dim"] if kind == "layer" else config["hidden_size"])
     default = {"layer": "quick_gelu", "window": "silu", "deep": "gelu_pytorch_tanh"}[kind]

@@ -19,7 +19,7 @@ from workers.models.qwen.positions import axial_positions
 from workers.models.qwen.text import TextDecoder
 from workers.models.qwen.vision import VisionTower
 
-_VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.")
+VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.")
 
 
 class QwenVL(nn.Module):
@@ -97,7 +97,7 @@ class QwenVL(nn.Module):
         text: dict[str, mx.array] = {}
         vision: dict[str, mx.array] = {}
         for name, weight in weights.items():
-            prefix = next((p for p in _VISION_PREFIXES if name.startswith(p)), None)
+            prefix = next((p for p in VISION_PREFIXES if name.startswith(p)), None)
             if prefix is not None:
                 vision[name.removeprefix(prefix)] = weight
             elif name.startswith("model.language_model."):
