@@ -72,7 +72,7 @@ class InFlight:
     sent: float
     k: int  # drafted tokens that were asked for; 0 for a plain step
     batch: int  # decode rows
-    width: int  # of the widest decode row
+    width: int  # of the widest decode row; of a mean one, rounded up, where rows are packed
     is_decode_only: bool
     num_tokens: int
     sequences: list[Sequence]  # of all rows
@@ -252,7 +252,7 @@ class Session:
                 stores=plan.stores,
                 after_release=self._num_releases,
             )
-            self._in_flight.append(_in_flight(step, plan, now, k))
+            self._in_flight.append(_in_flight(step, plan, now, k, self.speculator.packs_rows))
             self._outbox.send(self.target_id, step)
             self.metrics.iteration_tokens.observe(plan.num_tokens)
             if plan.decodes:
@@ -448,13 +448,14 @@ class Session:
             assert s.finish_reason is None, "a finished request holds a slot"
 
 
-def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
+def _in_flight(step: Step, plan: Plan, now: float, k: int, packs_rows: bool) -> InFlight:
     rows = {
         row.slot: (sequence, sequence.incarnation, row.num_drafts)
         for row, sequence in zip((*plan.decodes, *plan.prefills), plan.sequences, strict=True)
         if row.is_sampled
     }
-    width = 1 + max((row.num_drafts for row in plan.decodes), default=0) if k else 1
+    drafts = [row.num_drafts for row in plan.decodes] if k else [0]
+    width = 1 + (-(-sum(drafts) // max(1, len(drafts))) if packs_rows else max(drafts, default=0))
     return InFlight(
         step.step_id,
         rows,
