@@ -294,7 +294,7 @@ class Session:
         if self.speculator.is_waiting:
             return None
         decoding = [s for s in self.running if s.num_remaining == 1 and s.wants_more]
-        k = self.speculator.choose_k(len(decoding), self.planner.has_prefills())
+        k = self.speculator.choose_k(len(decoding), self.planner.has_prefills(), self.planner.max_step_tokens)
         if k == 0:
             return 0
         if self._in_flight:

@@ -28,6 +28,7 @@ MIN_MATCH = 2  # shorter matches are noise
 MIN_CONFIDENCE = 0.25
 AVAILABLE_WEIGHT = 0.05
 HARDLY_MORE = 1.3  # than a plain step: a launch-bound GPU's verify step, never a CPU's
+SHARE_BESIDE_PREFILLS = 1 / 8  # of a step's tokens
 SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
 
 
@@ -183,10 +184,11 @@ class Speculator:
             self._waiting, self._late = None, self._waiting
             self.metrics.count_fallthrough("timeout")
 
-    def choose_k(self, batch: int, has_prefills: bool = False) -> int:
+    def choose_k(self, batch: int, has_prefills: bool = False, max_step_tokens: int = 0) -> int:
         """How many tokens to draft for `batch` decode rows; 0 for a plain, pipelined step. Changes nothing.
 
-        Beside prefills drafts are verified only where that costs hardly anything: prompts come before speed-up.
+        Beside prefills drafts are verified only where that costs hardly anything: prompts come before speed-up. Text's
+        drafts in packed rows cost by the token, so there they get a small share of a step's `max_step_tokens`.
         """
         if not self.is_on or batch == 0:
             return 0
@@ -196,7 +198,9 @@ class Speculator:
             return self.forced_k
         k = self.policy.choose(batch, self._candidates())
         if k and has_prefills and self.costs.estimate(batch, k + 1) > HARDLY_MORE * self.costs.estimate(batch, 1):
-            return 0
+            if not self.packs_rows or self.is_neural:
+                return 0
+            return min(k, int(SHARE_BESIDE_PREFILLS * max_step_tokens / (batch * max(self._available, 0.1))))
         return k
 
     def _candidates(self) -> list[int]:

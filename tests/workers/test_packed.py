@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 import random
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -125,8 +126,11 @@ def test_tokens_are_those_of_padded_rows_while_prompts_and_drafts_come_and_go(ta
     assert any(max(w) > 5 and min(w) == 1 for w in packings), "decode rows beside a prompt"
 
 
+@dataclass
 class Listener(ForcedDrafts):
-    """Also keeps the features that come."""
+    """Also keeps the features that come: request -> position -> row."""
+
+    heard: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     def take_features(self, rows, array):
         for i in range(rows.num_rows):
@@ -142,7 +146,6 @@ def test_features_and_pooled_rows_are_those_of_padded_rows(packings):
     for engine in engines(model, block_size=16):
         engine.model.capture([1, 4], lambda rows: mx.concatenate(rows, axis=-1))
         listener = Listener(truth, dict.fromkeys(truth, 0.6))
-        listener.heard = {}
         rig = EngineRig(engine, listener, k=3)
         for name, prompt in prompts.items():
             rig.submit(f"vector of {name}", prompt, 1, pooling="mean")
