@@ -324,18 +324,26 @@ class Session:
                 self.metrics.phases[phase].observe(seconds)
         num_tokens = 0
         gaps: dict[float, int] = {}  # when rows had their token before -> how many rows; mostly one entry
+        emit_token = self._outbox.emit_token
         for row in result.rows:
             sequence, incarnation, num_drafts = step.rows.get(row.slot, (None, 0, 0))
             if sequence is None or sequence.incarnation != incarnation or sequence.finish_reason is not None:
                 continue
             if (last := sequence.last_token) is not None:
                 gaps[last] = gaps.get(last, 0) + 1
-                if num_drafts == 0 and self._is_plain(sequence, row):
+                # One more token of a sequence that goes on: what `_row_result` would take longest for, all in all.
+                if (
+                    num_drafts == 0
+                    and len(new := row.token_ids) == 1
+                    and new[0] not in sequence.stop_token_ids
+                    and len(tokens := sequence.token_ids) + 1 < sequence.max_length
+                    and row.error is None
+                ):
                     sequence.num_pending -= 1
-                    sequence.token_ids.append(row.token_ids[0])
                     sequence.last_token = now
                     num_tokens += 1
-                    self._outbox.emit(sequence, row.token_ids, row.logprobs)
+                    emit_token(sequence, new, len(tokens) - sequence.num_prompt_tokens, row.logprobs)
+                    tokens.append(new[0])
                     continue
             num_tokens += self._row_result(sequence, row, num_drafts, now)
         if self.suspects:
@@ -348,16 +356,6 @@ class Session:
         for last_token, count in gaps.items():
             self.metrics.itl.observe(now - last_token, count)
         return True
-
-    @staticmethod
-    def _is_plain(sequence: Sequence, row: RowResult) -> bool:
-        """One more token of a sequence that goes on: the case that `_row_result` would take longest for, all in all."""
-        return (
-            len(row.token_ids) == 1
-            and row.token_ids[0] not in sequence.stop_token_ids
-            and len(sequence.token_ids) + 1 < sequence.max_length
-            and row.error is None
-        )
 
     def _row_result(self, sequence: Sequence, row: RowResult, num_drafts: int, now: float) -> int:
         """Commit one row's tokens; how many the output took."""
