@@ -10,17 +10,20 @@ import json
 import random
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from shared.config import Settings
 from shared.errors import BadModel
+from shared.messages import SamplingParams
 from shared.model_files import ModelFiles
 from tandem.cli import main
 from tandem.convert import convert, split_mtp
 from tests.support.engine_rig import EngineRig, make_engine
 from tests.workers.drafters import torch_reference as reference
+from tests.workers.qwen import hf
 from tests.workers.test_prefix_drafters import Recorder
 from workers.build_drafter import build_drafter, draft_config, install_fusion
 from workers.draft_engine import DraftEngine
@@ -142,6 +145,47 @@ def test_the_text_is_that_of_plain_decoding_with_requests_that_come_and_go(origi
     rig = EngineRig(engine, drafts, k=3)
     assert rig.run(asked, NUM_TOKENS, schedule=random.Random(2)) == expected
     assert rig.counts(list(asked))[0] >= batch * NUM_TOKENS / 4, "hardly anything was drafted"
+
+
+@pytest.mark.parametrize("is_preempted", [False, True])
+def test_images_in_prompts_leave_the_text_that_of_plain_decoding(original, is_preempted):
+    """The preempted request loses its place while it decodes, its drafter's state too."""
+    folder, _ = original
+    target = loaded(folder)
+    vision = target.model.config.vision
+    first, second = (hf.item("image", hf.image(*size, 1)[None], vision) for size in ((96, 64), (32, 96)))
+    asked = {
+        "image": hf.prompt([[5, 6], first, [9, 10, 11]]),
+        "two": hf.prompt([[7], second, [12, 13], first, [14]]),
+        "text": hf.prompt([[20, 21, 22]]),
+    }
+    # A placeholder among the output would stand for an image without pixels.
+    never = SamplingParams(temperature=0.0, logit_bias={60: -100.0, 61: -100.0})
+
+    def texts(rig):
+        rig.core.target.info = msgspec.structs.replace(rig.core.target.info, modalities=target.model.modalities)
+        for name, made in asked.items():
+            # Its placeholders, 90 to 93, lie outside this vocabulary.
+            tokens = [t - 30 if t >= hf.IMAGE else t for t in made.tokens]
+            rig.submit(name, tokens, NUM_TOKENS, never, media=made.media)
+        if is_preempted:
+            while not len(rig.tokens("two")) > 3:
+                assert rig.work()
+            sequence = next(s for s in rig.core.running if s.submit.request_id == "two")
+            rig.core.session.preempt(sequence)
+            rig._deliver(rig.core._finish(rig.now))
+        rig.drain()
+        return {name: rig.tokens(name) for name in asked}
+
+    expected = texts(EngineRig(make_engine(target.model, classes=[64, 128])))
+    assert len({t for tokens in expected.values() for t in tokens}) > 5, "a text that tells nothing"
+    engine, drafts = drafting_engine(target, folder, classes=[64, 128])
+    rig = EngineRig(engine, drafts, k=3)
+    assert texts(rig) == expected
+    assert engine.media.num_encoder_runs == 2
+    drafted = {name: rig.counts([name])[0] for name in asked}
+    assert min(drafted.values()) > NUM_TOKENS / 4, "hardly anything was drafted behind images"
+    assert rig.outputs["two"][-1].timings.num_preemptions == int(is_preempted)
 
 
 def test_a_prefix_hit_changes_neither_text_nor_drafts(original):
