@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import msgspec
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from shared.messages import Hello, Ready, Release, SamplingParams, Step
 from tests.support.engine_rig import EngineRig, make_engine
@@ -303,3 +305,30 @@ def test_a_checkpoint_in_mlx_layout_gives_the_same(transformers, tmp_path, bits)
         np.testing.assert_array_equal(got, wanted)
     else:
         assert 0 < np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+def test_a_checkpoint_converted_to_8_bits_agrees_within_its_error(transformers, tmp_path, model_type):
+    from safetensors.numpy import load_file
+
+    from shared.model_files import ModelFiles
+    from tandem.convert import convert
+    from workers.load import load
+
+    # Every token goes to every expert: where the two best were chosen, a small error would choose others.
+    all_experts = {"num_experts_per_tok": hf.MOE["num_experts"]} if model_type == "qwen3_5_moe" else {}
+    _, model = hf.make(transformers, tmp_path / "source", model_type, all_experts)
+    convert(str(tmp_path / "source"), tmp_path / "packed", mode="affine", bits=8, group_size=32)
+    names = load_file(tmp_path / "packed" / "model.safetensors")
+    assert any(name.endswith("proj.scales") for name in names), "nothing was packed"
+    loaded = load(ModelFiles(name="m", folder=tmp_path / "packed"), "float32").model
+    made = hf.prompt([[5, 6], hf.item("image", hf.image(24, 40)[None], model.config.vision), [7]])
+    modules = (m if isinstance(m, nn.Module) else m.model for m in (model, loaded))
+    before, after = (dict(tree_flatten(module.parameters())) for module in modules)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        # Half a step of rounding, and half of a grid that MLX moves so that it holds the largest value exactly.
+        step = float(array.max() - array.min()) / 255
+        assert float(mx.abs(array - after[name]).max()) <= step + 1e-6, name
+    wanted, got = hf.our_logits(model, made), hf.our_logits(loaded, made)
+    assert 0 < np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()
