@@ -74,10 +74,12 @@ def _rename_calls(plain: list[dict[str, Any]], service: Service) -> None:
 def _plain(message: ChatMessage, index: int, *, knows_developer: bool, media: _MediaParts) -> dict[str, Any]:
     """The dict that templates expect: text content, a system role they know, tool arguments as objects."""
     place = f"messages[{index}]"
-    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+    # Templates have no place for a refusal: it is what the assistant said, and comes back without content.
+    said = message.refusal if message.role == "assistant" and not message.content else None
+    if message.content is None and said is None and not (message.role == "assistant" and message.tool_calls):
         raise InvalidRequest(f"{place}.content: required field is missing", param=f"{place}.content")
     role = "system" if message.role == "developer" and not knows_developer else message.role
-    plain: dict[str, Any] = {"role": role, "content": _content(message.content, f"{place}.content", media)}
+    plain: dict[str, Any] = {"role": role, "content": said or _content(message.content, f"{place}.content", media)}
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value is not None:
