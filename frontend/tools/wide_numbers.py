@@ -28,6 +28,15 @@ class WideNumber:
 
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
+
+def has_wide_number(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(has_wide_number, (*value, *value.values())))
+    return isinstance(value, WideNumber) or (isinstance(value, list | tuple) and any(map(has_wide_number, value)))
+
 
 def read_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
     """Any JSON value. Raises ValueError or RecursionError where it is none."""
