@@ -48,8 +48,8 @@ def write_history(write: Callable[[list[dict[str, Any]]], str], messages: Sequen
             raise InvalidRequest(error.message, param=param if error.param == "messages" else error.param) from error
         name = found["function"]["name"]
         text = (
-            f"{param}: the arguments of the call {found['id']!r} of {name!r} are not a JSON object, and the model's chat "
-            "template writes them member by member; leave the call out or send an object"
+            f"{param}: the arguments of the call {found['id']!r} of {name!r} are not a JSON object, and the model's "
+            "chat template writes them member by member; leave the call out or send an object"
         )
         raise InvalidRequest(text, param=param) from error
 
