@@ -65,7 +65,7 @@ def test_the_expression_matches_what_the_grammar_does() -> None:
         ('start: "<" start | start ">" | "x"', ["x", "<<x>", "x>>"], ["<>", "x<"]),
         (
             'start: N+ ";"\nN: "0".."9" "!"\n%ignore " " | /\\t/\n%ignore /#[a-z]*/',
-            ["1!;", "1! 2! #ab#c\t; "],
+            ["1!;", "1! 2! #ab#c\t;"],
             [" 1!;", "1 !;", "1!2!", "1!!;"],
         ),
         ('start: "x"~2 T~1..3\n%import common.DIGIT -> T', ["xx1", "xx123"], ["x1", "xx1234"]),
