@@ -8,7 +8,6 @@ needs: tests/frontend/test_tool_runners.py drives it.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -37,21 +36,9 @@ CLAUDE: Any = {"model": "default", "extra_body": {"temperature": 0}}  # the SDK 
 CALL: Any = {"type": "function", "name": "Move"}
 
 
-# Names of tools only: the model's 512 positions have no room for schemas.
-TEMPLATE = (
-    "{% for t in tools or [] %}<|start|>tool\n{{ t.function.name }}<|end|>{% endfor %}"
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_model.write(tmp_path_factory.mktemp("model") / "tiny")
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
-    return folder
+    return tiny_model.write(tmp_path_factory.mktemp("model") / "tiny", template=tiny_model.TOOLS_TEMPLATE)
 
 
 @pytest.fixture(scope="module")
