@@ -156,6 +156,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         max_step_tokens=step_tokens,
         eos_token_ids=loaded.eos_token_ids,
         max_draft_tokens=MAX_DRAFT_WIDTH - 1,
+        packs_rows=engine.packs_rows,
         prefix_cache=prefix,
         whole_media=engine.media.whole_media if engine.media is not None else [],
         modalities=engine.media.modalities if engine.media is not None else [],

@@ -71,7 +71,7 @@ def wait_in_engine(server: Server, num_requests: int) -> None:
 
 
 def held_stream(server: Server, **options: Any) -> tuple[Stream, psutil.Process]:
-    """A stream the scheduler has, and the target, which stands still: the one cannot end before the other goes on.
+    """A stream that the scheduler has taken, and the target, which stands still: until it goes on no stream can end.
 
     A stream caught in its middle instead may be over before the test comes to run again. Nothing else may run.
     """
