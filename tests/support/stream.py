@@ -56,7 +56,7 @@ class Stream(threading.Thread):
 
 
 def held_stream(server: Server, **options: Any) -> tuple[Stream, psutil.Process]:
-    """A stream the scheduler has taken, and the target, which stands still: the one cannot end before the other goes on.
+    """A stream the scheduler has taken, and the target, which stands still: the stream cannot end before that goes on.
 
     A stream caught in its middle instead may be over before the test comes to run again. Nothing else may run.
     """
