@@ -19,7 +19,7 @@ STOP_S = 20.0
 class Apart(Server):
     """Args:
     replaced: role -> the module that runs in place of its own.
-    run_dirs: role -> its run folder, where that is not the server's.
+    environments: role -> variables that differ from the server's.
     """
 
     def __init__(
@@ -27,21 +27,20 @@ class Apart(Server):
         model: Path,
         folder: Path,
         replaced: Mapping[str, str] | None = None,
-        run_dirs: Mapping[str, Path] | None = None,
+        environments: Mapping[str, Mapping[str, str]] | None = None,
         **settings: object,
     ) -> None:
         super().__init__(model, folder, **settings)
         self._modules = MODULES | dict(replaced or {})
-        self._run_dirs = run_dirs or {}
+        self._environments = environments or {}
         self._supervisors: list[subprocess.Popen[bytes]] = []
 
     def start(self, *, wait: bool = True) -> Apart:
         try:
             with self.log.open("ab") as log:
                 for role, module in self._modules.items():
-                    folder = self._run_dirs.get(role, self.run_dir)
                     command = [sys.executable, "-m", "shared.supervise", role, "--", sys.executable, "-m", module]
-                    environment = self.environment | {"TANDEM_RUN_DIR": str(folder)}
+                    environment = self.environment | self._environments.get(role, {})
                     self._supervisors.append(
                         subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
                     )
@@ -59,11 +58,6 @@ class Apart(Server):
                 top = psutil.Process(supervisor.pid)
                 family += [top, *top.children(recursive=True)]
         return family
-
-    @property
-    def num_supervisors(self) -> int:
-        """Those that have not given up."""
-        return sum(supervisor.poll() is None for supervisor in self._supervisors)
 
     def stop(self) -> int:
         """SIGTERM to each; returns the worst exit code."""

@@ -27,8 +27,9 @@ def connection(model: Path, tmp_path: Path) -> Iterator[tuple[Server, Proxy]]:
     inner = tmp_path / "inner"
     inner.mkdir()
     server = Apart(
-        model, tmp_path, run_dirs={"scheduler": inner}, max_num_seqs=16, heartbeat_timeout_s=3, prefix_ssd_bytes=0
-    )
+        model, tmp_path, environments={"scheduler": {"TANDEM_RUN_DIR": str(inner)}}, max_num_seqs=16,
+        heartbeat_timeout_s=3, prefix_ssd_bytes=0,
+    )  # fmt: skip
     server.run_dir.mkdir()
     proxy = Proxy(server.run_dir, inner)
     try:
