@@ -42,6 +42,7 @@ def test_a_poison_request_ends_alone_after_two_attempts(server: Apart, word: str
     assert answer.status_code == 500, answer.text
     error = answer.json()["error"]
     assert error["code"] == "poison_request" and "given up" in error["message"]
+    assert answer.headers["x-should-retry"] == "false", "clients would send it again"
     assert sick_target.num_faults(folder_of(server), word) == NUM_ATTEMPTS
     load.check(4)
     check_nothing_leaked(server)
