@@ -1,4 +1,4 @@
-"""The frontend dies or stands still: clients see their connection close, nothing stays behind, the server comes back."""
+"""The frontend dies or stands still: clients see their connection close, nothing leaks, the server comes back."""
 
 from __future__ import annotations
 
