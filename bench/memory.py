@@ -1,7 +1,8 @@
-"""Resident memory of each of Tandem's processes while many short requests pass. `python -m bench.memory`.
+"""Resident memory of each of Tandem's processes while many short requests pass, and the processor time of an idle one.
 
 Starts a server of its own, plays `--num-requests` completions in a closed loop and reads the resident set size of each
-process at the checkpoints. A server that leaks shows it between the first and the last one.
+process at the checkpoints. A server that leaks shows it between the first and the last one; a prefix cache that fills
+up is no leak (`TANDEM_PREFIX_CACHE=0` leaves it out). Then nothing is asked for `--idle-s`. `python -m bench.memory`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _wait_ready(url, server)
         points = [p for p in options.checkpoints if p < options.num_requests] + [options.num_requests]
         measured = asyncio.run(_play(url, server.pid, points, options))
+        idle_share = _idle_share(server.pid, options.idle_s)
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=10)
@@ -51,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = sum(measured[points[-1]].values()) / sum(measured[points[0]].values()) - 1
     print(report.table(["requests", *(f"{n} (MiB)" for n in names)], rows))
     print(f"growth from {points[0]} to {points[-1]} requests: {total:+.2%} in all")
+    print(f"idle for {options.idle_s:g} s: {idle_share:.2%} of one core, all processes together")
     result = report.provenance("memory") | {
+        "prefix_cache": os.environ.get("TANDEM_PREFIX_CACHE", "1"),
+        "idle_share_of_one_core": idle_share,
         "resident_bytes": {str(p): measured[p] for p in points},
         "growth": growth,
         "growth_in_all": total,
@@ -114,6 +119,19 @@ def _resident(pid: int) -> dict[str, int]:
     return found
 
 
+def _idle_share(pid: int, seconds: float) -> float:
+    """Processor seconds of the whole tree per second, while nothing is asked."""
+
+    def used() -> float:
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in tree)
+
+    time.sleep(2.0)  # what the last request left to do is done
+    before, started = used(), time.monotonic()
+    time.sleep(seconds)
+    return (used() - before) / (time.monotonic() - started)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
@@ -121,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoints", type=int, nargs="+", default=[200, 500, 1000])
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--idle-s", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="keep the result")
     return parser

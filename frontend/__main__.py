@@ -10,6 +10,7 @@ from frontend import model_side
 from frontend.engine import EngineClient
 from frontend.server import Server
 from frontend.service import Service
+from frontend.tracing import Tracing
 from shared import config, log
 from shared import served as served_model
 from shared.errors import BadConfig, BadModel
@@ -23,7 +24,8 @@ def main() -> int:
         logger = log.set_up("frontend", settings.log_level)
         config.prepare_run_folder(settings)
         side = model_side.load((served.previous or served.choice).applied(settings))
-        service = Service(settings, side, EngineClient(settings))
+        tracing = Tracing() if settings.tracing else None
+        service = Service(settings, side, EngineClient(settings), tracing)
     except (BadConfig, BadModel) as error:
         print(f"frontend: {error.message}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
@@ -34,6 +36,8 @@ def main() -> int:
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         logger.info("serving %s on http://%s:%d", side.model_name, settings.host, settings.port)
         runner.run(server.serve())
+    if tracing is not None:
+        tracing.close()
     return 0
 
 

@@ -87,4 +87,6 @@ def create_app(service: Service) -> ASGIApp:
     guarded: ASGIApp = ApiKeys(limited, keys) if keys else limited
     if service.settings.admin_key:
         guarded = AdminKey(guarded, limited, service.settings.admin_key.encode())
+    if service.tracing is not None:
+        guarded = service.tracing.around(guarded)
     return Access(guarded, app.state.metrics)

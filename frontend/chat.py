@@ -86,13 +86,26 @@ def usable_tools(service: Service, tools: Sequence[Tool] | None, *, is_off: bool
     """
     if not tools or is_off:
         return None
-    if service.template is None or not service.template.knows_tools or not service.output_format.has_tools:
-        raise InvalidRequest(
-            "tools: this model's chat template has no tool format that is known here "
-            "(TANDEM_TOOL_PARSER names one where the template has none of its marks)",
-            param="tools",
-        )
+    reason = _why_no_tools(service)
+    if reason is not None:
+        raise InvalidRequest(f"tools: {reason}", param="tools")
     return tools
+
+
+def _why_no_tools(service: Service) -> str | None:
+    """Why this server takes no tools; None where it does."""
+    if service.template is None:
+        return "this model has no chat template, which would tell it of them"
+    if service.settings.tool_parser == "none":
+        return "they are switched off here (TANDEM_TOOL_PARSER=none)"
+    if not service.template.knows_tools:  # a parser would read calls, but the model would hear of no tool
+        return "this model's chat template has no place for them; serve a model that was trained to use tools"
+    if not service.output_format.has_tools:
+        return (
+            "it is not known how this model writes calls: its chat template has the marks of none of the formats "
+            "(TANDEM_TOOL_PARSER can name one)"
+        )
+    return None
 
 
 def calls_of(body: ChatBody, tools: Sequence[Tool] | None) -> Calls | None:

@@ -12,6 +12,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from frontend.tools.json_value import write_json
+from frontend.tools.wide_numbers import has_wide_number
 from shared.errors import BadModel, InvalidRequest
 
 
@@ -35,7 +37,12 @@ def _strftime_now(pattern: str) -> str:
 
 def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:  # noqa: ANN401
     """Jinja's own tojson escapes HTML characters, which a model should not see."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    except TypeError:
+        if not has_wide_number(value):
+            raise
+        return write_json(value)  # on one line, whatever the options say: json has no hook for such numbers
 
 
 class ChatTemplate:

@@ -21,6 +21,7 @@ from frontend.schemas import GenerationBody
 from frontend.service import Service
 from frontend.stop import StopMatcher
 from frontend.streams import ClientGone, TokenStream
+from frontend.tracing import SequenceSpan
 from shared.errors import EngineFailure, InvalidRequest, TandemError, from_code
 from shared.messages import (
     FinishReason,
@@ -69,6 +70,7 @@ class OutputText:
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.timings: Timings | None = None
+        self.span: SequenceSpan | None = None  # with tracing, once it was submitted
         self.stop_deadline: float | None = None  # set once a stop string was found, until the engine has answered
         self._stop_token_ids = frozenset(submit.stop_token_ids)
         self._parser = OutputParser(parsing) if parsing is not None and not parsing.is_plain else None
@@ -181,6 +183,8 @@ class OutputText:
         self.finish_reason = reason
         self.timings = timings
         self.stop_deadline = None
+        if self.span is not None:
+            self.span.end(reason, self.num_tokens, timings)
         return reason
 
     def give_up_waiting(self) -> Delta:
@@ -195,6 +199,7 @@ class Generation:
         self.outputs = outputs
         self.n = n
         self._engine = service.engine
+        self._tracing, self._model_name = service.tracing, service.model_name
         self._stream: TokenStream | None = None
         self._num_open = len(outputs)
         self._held: list[Delta] = []
@@ -202,7 +207,14 @@ class Generation:
 
     def start(self) -> None:
         """Raises Unavailable when no target is ready."""
-        self._stream = self._engine.open([output.submit for output in self.outputs])
+        if self._tracing is not None:
+            for output in self.outputs:
+                output.span = self._tracing.sequence(output.submit, self._model_name)
+        try:
+            self._stream = self._engine.open([output.submit for output in self.outputs])
+        except TandemError:
+            self._end_spans()
+            raise
 
     def disconnect_slow_reader(self, abort: Callable[[], None] | None) -> None:
         """Args:
@@ -222,6 +234,13 @@ class Generation:
         for output in self.outputs:
             if output.finish_reason is None:
                 self._engine.forget(output.submit.request_id)
+        self._end_spans()
+
+    def _end_spans(self) -> None:
+        """Of sequences that did not end by themselves."""
+        for output in self.outputs:
+            if output.span is not None:
+                output.span.leave()
 
     async def wait_accepted(self, timeout_s: float) -> None:
         """Wait a little for the first outputs, so that a refusal still gets its own HTTP status.

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
+from frontend.history import arguments_of, write_history
 from frontend.media.parts import MEDIA_TYPES, MediaPart, chat_part
 from frontend.sampling import check_token_ids
 from frontend.schemas import ChatMessage, Tool
@@ -26,17 +25,19 @@ async def render_chat(
     kwargs: dict[str, Any] | None,
     add_generation_prompt: bool = True,
     media: list[MediaPart] | None = None,
+    param: str = "messages",
 ) -> str:
     """A conversation as the template writes it, special tokens included.
 
     Args:
         media: gets the messages' images in order; None where they are not supported.
+        param: the request's field that holds the conversation.
     Raises:
         InvalidRequest: a content part is not text or media, or the template refuses the messages.
     """
     template = service.template
     if template is None:
-        raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        raise InvalidRequest("this model has no chat template; use /v1/completions", param=param)
     found = _MediaParts(service, media)
     plain = [_plain(m, i, knows_developer=template.knows_developer, media=found) for i, m in enumerate(messages)]
     _rename_calls(plain, service)
@@ -44,7 +45,10 @@ async def render_chat(
     plain_tools = [plain_tool(tool) for tool in tools] if tools else None
 
     def render() -> str:
-        return template.render(plain, tools=plain_tools, kwargs=kwargs, add_generation_prompt=add_generation_prompt)
+        def write(them: list[dict[str, Any]]) -> str:
+            return template.render(them, tools=plain_tools, kwargs=kwargs, add_generation_prompt=add_generation_prompt)
+
+        return write_history(write, plain, param)
 
     return render() if num_chars <= INLINE_CHARS else await asyncio.to_thread(render)
 
@@ -74,10 +78,12 @@ def _rename_calls(plain: list[dict[str, Any]], service: Service) -> None:
 def _plain(message: ChatMessage, index: int, *, knows_developer: bool, media: _MediaParts) -> dict[str, Any]:
     """The dict that templates expect: text content, a system role they know, tool arguments as objects."""
     place = f"messages[{index}]"
-    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+    # Templates have no place for a refusal: it is what the assistant said, and comes back without content.
+    said = message.refusal if message.role == "assistant" and not message.content else None
+    if message.content is None and said is None and not (message.role == "assistant" and message.tool_calls):
         raise InvalidRequest(f"{place}.content: required field is missing", param=f"{place}.content")
     role = "system" if message.role == "developer" and not knows_developer else message.role
-    plain: dict[str, Any] = {"role": role, "content": _content(message.content, f"{place}.content", media)}
+    plain: dict[str, Any] = {"role": role, "content": said or _content(message.content, f"{place}.content", media)}
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value is not None:
@@ -87,7 +93,7 @@ def _plain(message: ChatMessage, index: int, *, knows_developer: bool, media: _M
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                "function": {"name": call.function.name, "arguments": arguments_of(call.function.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -153,14 +159,6 @@ async def encode_chat(
         return token_ids, []
     assert service.media is not None, "media were collected for a model that takes text only"
     return await service.media.attach(token_ids, media)
-
-
-def _arguments(arguments: str) -> Any:  # noqa: ANN401 - any JSON value
-    """Templates print arguments as JSON, so a string would be quoted twice; one that is no JSON stays a string."""
-    try:
-        return msgspec.json.decode(arguments)
-    except (msgspec.DecodeError, RecursionError):
-        return arguments
 
 
 async def encode_prompts(

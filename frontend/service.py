@@ -15,6 +15,7 @@ from frontend.model_change import ModelChange
 from frontend.model_side import ModelSide
 from frontend.responses.state import Responses
 from frontend.streams import ClientGone
+from frontend.tracing import Tracing
 from shared.config import Settings
 from shared.errors import ContextLength, InvalidRequest, NotFound, TooLarge, TooSlow
 
@@ -32,9 +33,11 @@ class Service:
         settings: Settings,
         side: ModelSide,
         engine: Engine,
+        tracing: Tracing | None = None,
     ) -> None:
         self.first_settings = settings  # as they were at the start, before any change of the model
         self.engine = engine
+        self.tracing = tracing  # None: switched off
         self.started_at = int(time.time())
         self.adopt(side)
         self.door = Door()

@@ -225,7 +225,9 @@ class Core:
                 sender, peer.epoch, info, self.settings, self.metrics, self.waiting, self.speculator, self.suspects,
                 self._step_timeout, self._outbox, self._end,
             )  # fmt: skip
-            self.speculator.set_target(info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch)
+            self.speculator.set_target(
+                info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch, info.packs_rows
+            )
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(

@@ -24,7 +24,7 @@ class StepCosts:
         old = self._seconds.get(key)
         self._seconds[key] = seconds if old is None else follow(old, seconds)
 
-    def estimate(self, batch: int, width: int) -> float:
+    def estimate(self, batch: int, width: float) -> float:
         """Seconds; 0.0 only while nothing at all was measured."""
         bucket = batch_bucket(batch)
         points = sorted((w, s) for (b, w), s in self._seconds.items() if b == bucket)

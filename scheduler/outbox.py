@@ -36,6 +36,20 @@ class Outbox:
         )
         self.put(sequence.frontend, output)
 
+    def emit_token(
+        self, sequence: Sequence, token_ids: list[int], start: int, logprobs: list[TokenLogprob] | None
+    ) -> None:
+        """As `emit`, for the one plain token that most rows of most steps bring.
+
+        Args:
+            start: output tokens before it.
+        """
+        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, start=start, logprobs=logprobs)
+        outputs = self._outputs.get(sequence.frontend)
+        if outputs is None:
+            outputs = self._outputs[sequence.frontend] = []
+        outputs.append(output)
+
     def put(self, frontend: str, output: Output) -> None:
         outputs = self._outputs.get(frontend)
         if outputs is None:

@@ -72,7 +72,7 @@ class InFlight:
     sent: float
     k: int  # drafted tokens that were asked for; 0 for a plain step
     batch: int  # decode rows
-    width: int  # of the widest decode row
+    width: int  # of the widest decode row; of a mean one, rounded up, where rows are packed
     is_decode_only: bool
     num_tokens: int
     sequences: list[Sequence]  # of all rows
@@ -253,7 +253,7 @@ class Session:
                 stores=plan.stores,
                 after_release=self._num_releases,
             )
-            self._in_flight.append(_in_flight(step, plan, now, k))
+            self._in_flight.append(_in_flight(step, plan, now, k, self.speculator.packs_rows))
             self._outbox.send(self.target_id, step)
             self.metrics.iteration_tokens.observe(plan.num_tokens)
             if plan.decodes:
@@ -295,7 +295,7 @@ class Session:
         if self.speculator.is_waiting:
             return None
         decoding = [s for s in self.running if s.num_remaining == 1 and s.wants_more]
-        k = self.speculator.choose_k(len(decoding), self.planner.has_prefills())
+        k = self.speculator.choose_k(len(decoding), self.planner.has_prefills(), self.planner.max_step_tokens)
         if k == 0:
             return 0
         if self._in_flight:
@@ -325,18 +325,26 @@ class Session:
                 self.metrics.phases[phase].observe(seconds)
         num_tokens = 0
         gaps: dict[float, int] = {}  # when rows had their token before -> how many rows; mostly one entry
+        emit_token = self._outbox.emit_token
         for row in result.rows:
             sequence, incarnation, num_drafts = step.rows.get(row.slot, (None, 0, 0))
             if sequence is None or sequence.incarnation != incarnation or sequence.finish_reason is not None:
                 continue
             if (last := sequence.last_token) is not None:
                 gaps[last] = gaps.get(last, 0) + 1
-                if num_drafts == 0 and self._is_plain(sequence, row):
+                # One more token of a sequence that goes on: what `_row_result` would take longest for, all in all.
+                if (
+                    num_drafts == 0
+                    and len(new := row.token_ids) == 1
+                    and new[0] not in sequence.stop_token_ids
+                    and len(tokens := sequence.token_ids) + 1 < sequence.max_length
+                    and row.error is None
+                ):
                     sequence.num_pending -= 1
-                    sequence.token_ids.append(row.token_ids[0])
                     sequence.last_token = now
                     num_tokens += 1
-                    self._outbox.emit(sequence, row.token_ids, row.logprobs)
+                    emit_token(sequence, new, len(tokens) - sequence.num_prompt_tokens, row.logprobs)
+                    tokens.append(new[0])
                     continue
             num_tokens += self._row_result(sequence, row, num_drafts, now)
         if self.suspects:
@@ -349,16 +357,6 @@ class Session:
         for last_token, count in gaps.items():
             self.metrics.itl.observe(now - last_token, count)
         return True
-
-    @staticmethod
-    def _is_plain(sequence: Sequence, row: RowResult) -> bool:
-        """One more token of a sequence that goes on: the case that `_row_result` would take longest for, all in all."""
-        return (
-            len(row.token_ids) == 1
-            and row.token_ids[0] not in sequence.stop_token_ids
-            and len(sequence.token_ids) + 1 < sequence.max_length
-            and row.error is None
-        )
 
     def _row_result(self, sequence: Sequence, row: RowResult, num_drafts: int, now: float) -> int:
         """Commit one row's tokens; how many the output took."""
@@ -449,13 +447,14 @@ class Session:
             assert s.finish_reason is None, "a finished request holds a slot"
 
 
-def _in_flight(step: Step, plan: Plan, now: float, k: int) -> InFlight:
+def _in_flight(step: Step, plan: Plan, now: float, k: int, packs_rows: bool) -> InFlight:
     rows = {
         row.slot: (sequence, sequence.incarnation, row.num_drafts)
         for row, sequence in zip((*plan.decodes, *plan.prefills), plan.sequences, strict=True)
         if row.is_sampled
     }
-    width = 1 + max((row.num_drafts for row in plan.decodes), default=0) if k else 1
+    drafts = [row.num_drafts for row in plan.decodes] if k else [0]
+    width = 1 + (-(-sum(drafts) // max(1, len(drafts))) if packs_rows else max(drafts, default=0))
     return InFlight(
         step.step_id,
         rows,

@@ -28,6 +28,7 @@ MIN_MATCH = 2  # shorter matches are noise
 MIN_CONFIDENCE = 0.25
 AVAILABLE_WEIGHT = 0.05
 HARDLY_MORE = 1.3  # than a plain step: a launch-bound GPU's verify step, never a CPU's
+SHARE_BESIDE_PREFILLS = 1 / 8  # of a step's tokens
 SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
 
 
@@ -92,6 +93,7 @@ class Speculator:
         self._max_verified = max_draft_tokens
         self._vocab_size = 0
         self._target_epoch = 0
+        self.packs_rows = False
         for source in TEXT_SOURCES if use_ngram else ():
             metrics.add_drafter(source)
 
@@ -112,12 +114,18 @@ class Speculator:
         return self.drafter_id is not None and self._late is None
 
     def set_target(
-        self, max_draft_tokens: int, step_costs: Iterable[StepCost], vocab_size: int, epoch: int = 0
+        self,
+        max_draft_tokens: int,
+        step_costs: Iterable[StepCost],
+        vocab_size: int,
+        epoch: int = 0,
+        packs_rows: bool = False,
     ) -> None:
-        """A target is ready: what it can verify in one row, and what its steps cost."""
+        """A target is ready: what it can verify in one row, what its steps cost, and whether by the token."""
         self._max_verified = max_draft_tokens
         self._vocab_size = vocab_size
         self._target_epoch = epoch
+        self.packs_rows = packs_rows
         self.costs = StepCosts(step_costs)
         self.policy.forget()
 
@@ -176,10 +184,11 @@ class Speculator:
             self._waiting, self._late = None, self._waiting
             self.metrics.count_fallthrough("timeout")
 
-    def choose_k(self, batch: int, has_prefills: bool = False) -> int:
+    def choose_k(self, batch: int, has_prefills: bool = False, max_step_tokens: int = 0) -> int:
         """How many tokens to draft for `batch` decode rows; 0 for a plain, pipelined step. Changes nothing.
 
-        Beside prefills drafts are verified only where that costs hardly anything: prompts come before speed-up.
+        Beside prefills drafts are verified only where that costs hardly anything: prompts come before speed-up. Text's
+        drafts in packed rows cost by the token, so there they get a small share of a step's `max_step_tokens`.
         """
         if not self.is_on or batch == 0:
             return 0
@@ -189,7 +198,9 @@ class Speculator:
             return self.forced_k
         k = self.policy.choose(batch, self._candidates())
         if k and has_prefills and self.costs.estimate(batch, k + 1) > HARDLY_MORE * self.costs.estimate(batch, 1):
-            return 0
+            if not self.packs_rows or self.is_neural:
+                return 0
+            return min(k, int(SHARE_BESIDE_PREFILLS * max_step_tokens / (batch * max(self._available, 0.1))))
         return k
 
     def _candidates(self) -> list[int]:
@@ -203,12 +214,16 @@ class Speculator:
         return 1 + self._available * (self._ngram.expected_tokens(k) - 1)
 
     def _round_s(self, batch: int, k: int) -> float:
-        """Seconds of a round by its parts: draft, then verify. Without any n-gram proposal the verify has width 1."""
+        """Seconds of a round by its parts: draft, then verify. Rows without an n-gram proposal carry no drafts: with
+        none at all the verify has width 1, and where rows are packed each counts for itself.
+        """
         if k == 0:
             return self.costs.estimate(batch, 1)
         wide = self.costs.estimate(batch, k + 1)
         if self.is_neural:
             return wide + self.draft_costs.estimate(batch, k) + OVERHEAD_S
+        if self.packs_rows:
+            return self.costs.estimate(batch, 1 + self._available * k) + OVERHEAD_S
         is_wide = 1 - (1 - self._available) ** batch
         return is_wide * wide + (1 - is_wide) * self.costs.estimate(batch, 1) + OVERHEAD_S
 
@@ -323,6 +338,7 @@ class Speculator:
         """A decode-only step of this batch and width, planned with this k, took `seconds`.
 
         Args:
+            width: tokens of the widest row; of a mean row, where rows are packed.
             num_tokens: committed by it.
             elapsed_s: since the result before it, drafting and all else included.
             is_steady: that result was one of the same kind, so that `elapsed_s` is a whole round.

@@ -73,6 +73,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     curve_keys_file: Annotated[str, "needed where one of these can be reached from outside (`tandem keys FILE`)"] = ""
     cache_dir: Annotated[str, "folder for downloads and caches; empty: ~/.cache/tandem"] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], "of every process"] = "info"
+    tracing: Annotated[bool, "OpenTelemetry spans of requests; needs the extra `otel`; OTEL_* say where they go"] = (
+        False
+    )
 
     # engine
     max_num_seqs: Annotated[int, "slots: sequences that run at once; 0: chosen for the machine"] = 0

@@ -7,6 +7,7 @@ import logging
 import mlx.core as mx
 import msgspec
 import psutil
+from mlx.utils import tree_flatten
 
 from shared import tokenizer
 from shared.config import Settings
@@ -45,7 +46,8 @@ CLASS_RATIO_CPU = 2  # fresh memory is what costs there: 0.25 s for 100 MB with 
 CLASS_RATIO_GPU = 4  # each class in a batch is a launch
 MEMORY_SHARE_CPU = 0.25  # of the machine's memory, for keys and values
 MEMORY_SHARE_GPU = 0.85  # of what the weights leave free of the device's memory
-CPU_CACHE_BYTES = GIB // 2  # freed buffers that MLX keeps for reuse
+# Freed buffers that MLX keeps for reuse: a step of 136 tokens of the embedded model faults no page with 64 MB.
+CPU_CACHE_BYTES, CPU_CACHE_SHARE = 64 << 20, 1 / 8  # at least; of the weights' size
 MAX_DRAFT_WIDTH = 32  # widest verify row
 BLOCK_SIZE = 32  # tokens of a prefix cache block
 PREFIX_SHARE = 0.4  # of the KV memory, for cached prefixes
@@ -67,11 +69,14 @@ def capacity_classes(max_model_len: int) -> list[int]:
 
 def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
     """Raises BadModel: the files cannot be loaded."""
-    if is_cpu():
-        mx.set_cache_limit(CPU_CACHE_BYTES)
-    elif has_own_attention(files, settings):
+    if not is_cpu() and has_own_attention(files, settings):
         cuda.leave_out_graphs()
-    return load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    if is_cpu():
+        parameters = tree_flatten(loaded.model.parameters())  # type: ignore[attr-defined]  # it is an nn.Module
+        weights = sum(array.nbytes for _, array in parameters)
+        mx.set_cache_limit(max(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * weights)))
+    return loaded
 
 
 def has_own_attention(files: ModelFiles, settings: Settings) -> bool:
@@ -156,6 +161,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         max_step_tokens=step_tokens,
         eos_token_ids=loaded.eos_token_ids,
         max_draft_tokens=MAX_DRAFT_WIDTH - 1,
+        packs_rows=engine.packs_rows,
         prefix_cache=prefix,
         whole_media=engine.media.whole_media if engine.media is not None else [],
         modalities=engine.media.modalities if engine.media is not None else [],

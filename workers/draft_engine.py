@@ -173,7 +173,8 @@ class DraftEngine:
     ) -> ContextState | None:
         """The sequence's state, with what it lacks before the anchor added to `behind`; None where it cannot be had."""
         if self.needs_features:
-            # After lost rows the context may begin behind the anchor of an older request: it is left as it is.
+            # After lost rows the context may begin behind the anchor of an older request: it is left as it is. So is
+            # one that has taken more in: the features it would need again are gone.
             first = sequence.start if sequence.state is None else sequence.state.length
             if first > anchor:
                 return None

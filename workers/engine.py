@@ -52,6 +52,15 @@ AcceptRule = Callable[[Sequence[int], Sequence[int]], int]
 
 
 @dataclass
+class FusedRows:
+    """The fused features' bits (N, H) of a forward's tokens; those of rows[i] begin at firsts[i]."""
+
+    rows: list[StepRow]
+    firsts: list[int]
+    bits: mx.array
+
+
+@dataclass
 class PendingStep:
     """A step on its way: what to read and whose it is."""
 
@@ -61,7 +70,7 @@ class PendingStep:
     sampled_rows: list[SampledRow]
     sampled: Sampled | None
     pending: list[mx.array]  # what must be evaluated where nothing is sampled
-    features: list[tuple[list[StepRow], mx.array]]  # per forward: its rows and their fused features' bits (B, L, H)
+    features: list[FusedRows]  # of each forward
     restored: list[tuple[FeatureRows, mx.array]]  # features of restored prefixes (n, H)
     request_ids: dict[int, RequestId]  # slot -> whose rows these are
     checks: list[tuple[BlockStore, mx.array]]  # what was compared with the prefix cache, and where it differs
@@ -96,11 +105,12 @@ class Engine:
         self._snapshots: dict[int, RecurrentSnapshot] = {}
         self._replay: dict[int, list[int]] = {}  # recurrent: accepted tokens that the slot's state lacks
         self._failed: set[int] = set()  # slots whose keys and values may hold NaN
-        self._features: list[tuple[list[StepRow], mx.array]] = []
+        self._features: list[FusedRows] = []
         self._restored: list[tuple[FeatureRows, mx.array]] = []
         self._pools: dict[int, Pool] = {}  # slots whose hidden rows are wanted in place of tokens
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
+        self.packs_rows = store.packs_rows and getattr(model.model, "packs_rows", False)  # docs/speculation.md
 
     def reset(self) -> None:
         """Forget every sequence and every cached prefix."""
@@ -169,7 +179,7 @@ class Engine:
         pending += [vector for _, vector in vectors]
         if any(not row.is_sampled for row in step.prefills) or self.store.is_recurrent:
             pending += self.store.pending()
-        pending += [array for _, array in self._features]
+        pending += [fused.bits for fused in self._features]
         pending += self.store.writes()
         start_evaluating(pending)
         self._keep(step.stores)
@@ -231,7 +241,18 @@ class Engine:
         return differing
 
     def _groups(self, step: Step) -> Iterator[list[StepRow]]:
-        """Rows that share a forward: decode rows (of one width where states are recurrent), prefills of one kind."""
+        """Rows that share a forward: all that can be packed, or decode rows (of one width where states are recurrent)
+        and prefills of one kind.
+        """
+        if self.packs_rows:
+            packed = [row for row in (*step.decodes, *step.prefills) if not self._has_media(row)]
+            if packed:
+                yield packed
+            decodes = [row for row in step.decodes if self._has_media(row)]
+            if decodes:
+                yield decodes
+            yield from ([row] for row in step.prefills if self._has_media(row))
+            return
         if self.store.is_recurrent:
             yield from self._recurrent_groups(step.decodes)
         elif step.decodes:
@@ -240,9 +261,12 @@ class Engine:
 
     def _prefill_kind(self, row: StepRow) -> tuple[int, ...] | None:
         """Prefills that begin at one position see the same keys behind each other: causal attention without a mask."""
-        if self.store.is_exact or self.store.is_recurrent or (self.media is not None and row.slot in self.media):
+        if self.store.is_exact or self.store.is_recurrent or self._has_media(row):
             return None
         return row.start, self._padded(_width(row)), self.store.placement.where(row.slot)[0]
+
+    def _has_media(self, row: StepRow) -> bool:
+        return self.media is not None and row.slot in self.media
 
     def _recurrent_groups(self, decodes: list[StepRow]) -> Iterator[list[StepRow]]:
         """Rows by width, so that nothing is padded: a padding token would go into a recurrent state.
@@ -269,23 +293,30 @@ class Engine:
 
     def _forward(self, group: list[StepRow]) -> list[tuple[StepRow, mx.array]]:
         """Run one forward; for each sampled row the hidden rows (n, H) whose logits are wanted."""
-        width = self._padded(max(_width(row) for row in group))
-        spans = self.media.spans(group) if self.media is not None else None
-        batch = self.store.open([r.slot for r in group], [r.start for r in group], width, spans=spans)
-        ordered = [group[i] for i in batch.order]
-        inputs = self._inputs(ordered, width)
+        slots, starts, widths = [r.slot for r in group], [r.start for r in group], [_width(r) for r in group]
+        if len(set(widths)) > 1 and self.packs_rows and not any(self._has_media(row) for row in group):
+            batch = self.store.open_packed(slots, starts, widths)
+            ordered = [group[i] for i in batch.order]
+            inputs = self._packed_inputs(ordered)
+        else:
+            width = self._padded(max(widths))
+            spans = self.media.spans(group) if self.media is not None else None
+            batch = self.store.open(slots, starts, width, spans=spans)
+            ordered = [group[i] for i in batch.order]
+            inputs = self._inputs(ordered, width)
         media = self.media.forward(ordered, inputs) if self.media is not None else None
-        hidden = self.model.hidden_rows(inputs, batch.layers, self._wanted(ordered), media)
+        hidden = self.model.hidden_rows(inputs, batch.layers, self._wanted(ordered, batch.firsts), media)
         features = self.model.features()
         if features is not None:
             # Read on the host as they are: an operation built after the step would wait behind the step after it.
-            self._features.append((ordered, as_bits(features)))
+            bits = as_bits(features.reshape(-1, features.shape[-1]))
+            self._features.append(FusedRows(ordered, batch.firsts, bits))
             if self.blocks is not None:
                 self.store.write_features(batch, features)
         batch.close()
-        for i, row in enumerate(ordered):
+        for row, first in zip(ordered, batch.firsts, strict=True):
             if (pool := self._pools.get(row.slot)) is not None:
-                pool.add(self.model.final_rows()[i, : _width(row)])
+                pool.add(self.model.final_rows()[first : first + _width(row)])
             if row.keep_state is not None:
                 assert self.blocks is not None, "a state to keep and no prefix cache"
                 self.blocks.keep_state(row.slot, row.keep_state)
@@ -316,13 +347,23 @@ class Engine:
             return known
         return mx.where(mx.array(on_device)[:, None], mx.broadcast_to(last, known.shape), known)
 
+    def _packed_inputs(self, rows: list[StepRow]) -> mx.array:
+        """The rows' token ids one behind another, (1, T)."""
+        known = mx.array([token for row in rows for token in row.token_ids or [0]], dtype=mx.int32)
+        if all(row.token_ids is not None for row in rows):
+            return known[None]
+        tokens = [(row.slot, row.token_ids is None) for row in rows for _ in range(_width(row))]
+        slots, on_device = (mx.array(column) for column in zip(*tokens, strict=True))
+        return mx.where(on_device, self._last_tokens[slots], known)[None]
+
     def _is_drawn(self, row: StepRow) -> bool:
         """Whether a token is drawn from the row: one that is pooled only says that its prompt is whole."""
         return row.is_sampled and row.slot not in self._pools
 
-    def _wanted(self, rows: list[StepRow]) -> list[tuple[int, int, int]]:
-        """(batch row, first, end) of the positions whose logits are needed."""
-        return [(i, _width(row) - row.num_drafts - 1, _width(row)) for i, row in enumerate(rows) if self._is_drawn(row)]
+    def _wanted(self, rows: list[StepRow], firsts: list[int]) -> list[tuple[int, int]]:
+        """(first, end) of the forward's tokens whose logits are needed."""
+        ends = [first + _width(row) for row, first in zip(rows, firsts, strict=True)]
+        return [(end - row.num_drafts - 1, end) for row, end in zip(rows, ends, strict=True) if self._is_drawn(row)]
 
     def _sampled_positions(self, row: StepRow) -> list[SampledRow]:
         state, tokens = self._slots[row.slot], row.token_ids or []
@@ -392,15 +433,15 @@ class Engine:
         num_tokens = {row.slot: len(row.token_ids) for row in result.rows}
         described = [rows for rows, _ in pending.restored]
         parts = [np.array(array) for _, array in pending.restored]
-        for rows, lazy in pending.features:
-            array = np.array(lazy)
-            for i, row in enumerate(rows):
+        for fused in pending.features:
+            array = np.array(fused.bits)
+            for row, first in zip(fused.rows, fused.firsts, strict=True):
                 n = _width(row)
                 if row.num_drafts:  # anchor and accepted drafts
                     n += num_tokens.get(row.slot, 0) - row.num_drafts - 1
                 if n > 0 and pending.request_ids[row.slot]:
                     described.append(FeatureRows(request_id=pending.request_ids[row.slot], start=row.start, num_rows=n))
-                    parts.append(array[i, :n])
+                    parts.append(array[first : first + n])
         return (described, np.concatenate(parts)) if parts else None
 
     def _pooled_result(self, slot: int, vector: mx.array) -> RowResult:

@@ -73,7 +73,7 @@ def _prefill(prompt: list[int], capacity: int) -> Step:
 def _logits(engine: Engine, start: int, tokens: list[int]) -> mx.array:
     """Float32 logits (n, V) of `tokens` at positions start ..; evaluated, with the rows that the caches keep."""
     batch = engine.store.open([SLOT], [start], len(tokens))
-    hidden = engine.model.hidden_rows(mx.array([tokens]), batch.layers, [(0, 0, len(tokens))])
+    hidden = engine.model.hidden_rows(mx.array([tokens]), batch.layers, [(0, len(tokens))])
     batch.close()
     logits = engine.model.head(hidden).astype(mx.float32)
     mx.eval(logits, *engine.store.pending())

@@ -77,13 +77,13 @@ class ModelRunner:
         self,
         inputs: mx.array,
         cache: Sequence[object],
-        wanted: Sequence[tuple[int, int, int]],
+        wanted: Sequence[tuple[int, int]],
         media: Mapping[str, mx.array | int] | None = None,
     ) -> mx.array:
         """One forward over inputs (B, L).
 
         Args:
-            wanted: (batch row, first, end) spans of positions.
+            wanted: (first, end) spans of the B * L tokens.
             media: what a `MediaModel` gets beside its tokens.
         Returns:
             (n, H): the wanted positions' rows, in order.
@@ -91,14 +91,15 @@ class ModelRunner:
         call = self.model.hidden if self._is_split else self.model
         out: mx.array = call(inputs, cache=cache, **(media or {}))
         self._final = out
+        rows = out.reshape(-1, out.shape[-1])
         if not wanted:
-            return out.reshape(-1, out.shape[-1])[:0]
-        spans = {(first, end) for _, first, end in wanted}
-        if len(spans) == 1 and len(wanted) == inputs.shape[0]:
-            first, end = next(iter(spans))
-            return out[:, first:end].reshape(-1, out.shape[-1])
-        flat = [row * inputs.shape[1] + i for row, first, end in wanted for i in range(first, end)]
-        return out.reshape(-1, out.shape[-1])[mx.array(flat)]
+            return rows[:0]
+        length = inputs.shape[1]
+        places = {(first % length, end - first) for first, end in wanted}
+        if len(places) == 1 and len(wanted) == inputs.shape[0]:  # the same part of every row
+            first, num = places.pop()
+            return out[:, first : first + num].reshape(-1, out.shape[-1])
+        return rows[mx.array([i for first, end in wanted for i in range(first, end)])]
 
     @property
     def shows_hidden(self) -> bool:
@@ -106,9 +107,9 @@ class ModelRunner:
         return self._is_split
 
     def final_rows(self) -> mx.array:
-        """The last forward's rows after the final norm (B, L, H), lazy."""
+        """The last forward's rows after the final norm (B * L, H), lazy."""
         assert self._is_split and self._final is not None, "hidden rows of a model that hides them, or before a forward"
-        return self._final
+        return self._final.reshape(-1, self._final.shape[-1])
 
     def head(self, rows: mx.array) -> mx.array:
         """Logits (n, V) of hidden rows (n, H)."""

@@ -129,7 +129,9 @@ async def encode(service: Service, body: ContextBody, context: Context, *, num_o
         if not messages:
             raise InvalidRequest("input: it is empty", param="input")
         parts: list[MediaPart] = []
-        text = await render_chat(service, messages, tools=tools, kwargs=thinking.template_kwargs, media=parts)
+        text = await render_chat(
+            service, messages, tools=tools, kwargs=thinking.template_kwargs, media=parts, param="input"
+        )
         token_ids, media = await encode_chat(service, text, parts, param="input")
         return Prompt(text, token_ids, tools, thinking, media)
 

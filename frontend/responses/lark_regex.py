@@ -1,7 +1,8 @@
 """A Lark grammar of a freeform tool as one regular expression, so that it can be enforced inside a JSON string.
 
-Calls are JSON in most formats, and there the tool's text stands quoted: a regular expression can be matched through the
-quoting, a grammar cannot. Grammars without recursion, as those of patch formats are, have one.
+Calls are JSON in most formats, and there the tool's text stands quoted: llguidance matches a regular expression through
+the quoting, but no grammar. Grammars without recursion have one, as those of patch formats are, and so have rules that
+refer to themselves only at the beginning or only at the end of an alternative: they repeat. Nesting has none.
 """
 
 from __future__ import annotations
@@ -55,14 +56,27 @@ class _Translation:
         self._bodies: dict[str, str] = {}
         self._done: dict[str, str] = {}
         self._open: list[str] = []
+        self._ignored: list[str] = []
+        self.skip = ""  # what may follow each terminal of a rule; as in llguidance nothing is ignored at the beginning
         for statement in _statements(grammar):
             self._take(statement)
+        skipped = "|".join(_Body(self, body, "%IGNORE").whole() for body in self._ignored)
+        self.skip = f"(?:{skipped})*" if skipped else ""
 
     def _take(self, statement: str) -> None:
+        if re.match(r"%ignore\s", statement):
+            self._ignored.append(statement.removeprefix("%ignore"))
+            return
         if statement.startswith("%"):
             found = _IMPORT.fullmatch(statement)
             if found is None:
-                raise _NotRegular(f"{statement.split()[0]!r} is not supported here, or imports other than of 'common'")
+                directive = statement.split()[0]
+                what = (
+                    "only 'common' can be imported from"
+                    if directive == "%import"
+                    else f"{directive!r} is not supported"
+                )
+                raise _NotRegular(what)
             name, alias, several = found.groups()
             for each in [name] if name else [part.strip() for part in several.split(",")]:
                 if each not in _COMMON:
@@ -80,11 +94,13 @@ class _Translation:
         """The expression of a rule or terminal, closed so that anything may stand beside it."""
         if name not in self._done:
             if name in self._open:
-                raise _NotRegular(f"{name!r} refers to itself")
+                raise _NotRegular(
+                    f"{name!r} refers to itself within other text, and nesting cannot be matched in a call"
+                )
             if name not in self._bodies:
                 raise _NotRegular(f"{name!r} is not defined")
             self._open.append(name)
-            self._done[name] = f"(?:{_Body(self, self._bodies[name]).whole()})"
+            self._done[name] = f"(?:{_Body(self, self._bodies[name], name).whole()})"
             self._open.pop()
         if len(self._done[name]) > MAX_CHARS:
             raise _NotRegular("written out it is too large")
@@ -108,14 +124,20 @@ def _statements(grammar: str) -> Iterator[str]:
 
 
 class _Body:
-    """Reads what follows a rule's colon."""
+    """Reads what follows a rule's colon. `name` is the rule's or the terminal's."""
 
-    def __init__(self, grammar: _Translation, text: str) -> None:
+    def __init__(self, grammar: _Translation, text: str, name: str) -> None:
         self._grammar = grammar
+        self._name = name
         self._tokens: list[tuple[str, str]] = []
         at = 0
         while at < len(text):
             match = _TOKEN.match(text, at)
+            if match is None and text.startswith("%", at):
+                directive = text[at:].split()[0]
+                raise _NotRegular(
+                    f"{directive} inside a rule: what it stands for cannot be matched in a call's quoted text"
+                )
             if match is None:
                 raise _NotRegular(f"{text[at : at + 20]!r} is not understood")
             if match.lastgroup not in (None, "comment", "alias"):
@@ -124,9 +146,44 @@ class _Body:
         self._at = 0
 
     def whole(self) -> str:
+        """A: t A | A h | b, with A nowhere else, are t's, one b and h's."""
+        before, after, bases = [], [], []
+        for tokens in self._top_alternatives():
+            own = ("name", self._name)
+            if len(tokens) > 1 and tokens[-1] == own:
+                before.append(self._written(tokens[:-1]))
+            elif (
+                len(tokens) > 1
+                and tokens[0] == own
+                and tokens[1][1] not in ("?", "*", "+")
+                and tokens[1][0] != "repeat"
+            ):
+                after.append(self._written(tokens[1:]))
+            else:
+                bases.append(self._written(tokens))
+        if not bases:
+            raise _NotRegular(f"{self._name!r} refers to itself without an end")
+        loops = [f"(?:{'|'.join(parts)})*" if parts else "" for parts in (before, after)]
+        base = "|".join(bases)
+        return f"{loops[0]}(?:{base}){loops[1]}" if before or after else base
+
+    def _top_alternatives(self) -> list[list[tuple[str, str]]]:
+        """The tokens between the bars that stand in no group."""
+        found: list[list[tuple[str, str]]] = [[]]
+        depth = 0
+        for token in self._tokens:
+            depth += (token in (("sign", "("), ("sign", "["))) - (token in (("sign", ")"), ("sign", "]")))
+            if depth == 0 and token == ("sign", "|"):
+                found.append([])
+            else:
+                found[-1].append(token)
+        return found
+
+    def _written(self, tokens: list[tuple[str, str]]) -> str:
+        self._tokens, self._at = tokens, 0
         written = self._alternatives()
-        if self._at < len(self._tokens):
-            raise _NotRegular(f"{self._tokens[self._at][1]!r} stands in a wrong place")
+        if self._at < len(tokens):
+            raise _NotRegular(f"{tokens[self._at][1]!r} stands in a wrong place")
         return written
 
     def _peek(self) -> tuple[str, str]:
@@ -159,6 +216,13 @@ class _Body:
         return atom
 
     def _atom(self) -> str:
+        """With what is ignored after it, if it is a terminal within a rule."""
+        kind, text = self._peek()
+        is_terminal = kind in ("string", "regex") or (kind == "name" and _is_terminal(text))
+        skip = self._grammar.skip if is_terminal and not _is_terminal(self._name) else ""
+        return self._bare_atom() + skip
+
+    def _bare_atom(self) -> str:
         kind, text = self._peek()
         self._at += 1
         match kind:
@@ -188,6 +252,10 @@ class _Body:
                 self._at += 1
                 return f"(?:{inside})" + ("?" if text == "[" else "")
         raise _NotRegular(f"{text or 'the end'!r} stands in a wrong place")
+
+
+def _is_terminal(name: str) -> bool:
+    return name.lstrip("_%")[:1].isupper()
 
 
 def _unquoted(text: str) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from frontend.tools.cursor import Cursor, Malformed, Steps
 from frontend.tools.json_value import copy_value, read_value, write_json
 from frontend.tools.sink import Sink
+from frontend.tools.wide_numbers import read_json
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 _KEYS = (*ARGUMENT_KEYS, "name", "type", "id")
@@ -70,8 +69,8 @@ def _as_object(value: object) -> str:
     """The JSON text of arguments that were written as null or as a string of JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else {}
-        except ValueError as error:
+            value = read_json(value) if value.strip() else {}
+        except (ValueError, RecursionError) as error:
             raise Malformed("the arguments are a string that is not JSON") from error
     if value is None:
         value = {}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from frontend.tools.cursor import Cursor, Malformed, Steps
+from frontend.tools.wide_numbers import WideNumber, read_json
 
 MAX_DEPTH = 64
 
@@ -45,23 +46,46 @@ def read_value(cursor: Cursor) -> Steps[Any]:
     """One whole JSON value, decoded."""
     parts: list[str] = []
     yield from copy_value(cursor, parts.append)
-    try:
-        return json.loads("".join(parts))
-    except ValueError as error:  # a number of more digits than Python reads
-        raise Malformed("a value that cannot be read") from error
+    return read_json("".join(parts))
 
 
 def write_json(value: object) -> str:
-    """The JSON text of a value. Raises Malformed for infinities, which JSON does not have."""
+    """The JSON text of a value. Raises Malformed for one that JSON does not have."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
+        text = _text(value, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair
+            return _text(value, ensure_ascii=True)
+    except (ValueError, TypeError, RecursionError) as error:
         raise Malformed("a value that JSON does not have") from error
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return json.dumps(value)
     return text
+
+
+def _text(value: object, *, ensure_ascii: bool) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
+    except TypeError:  # there may be a wide number in it, for which json has no hook
+        match value:
+            case WideNumber(text):
+                return text
+            case dict():
+                members = [
+                    f"{_key(key, ensure_ascii=ensure_ascii)}: {_text(inner, ensure_ascii=ensure_ascii)}"
+                    for key, inner in value.items()
+                ]
+                return "{" + ", ".join(members) + "}"
+            case list() | tuple():
+                return "[" + ", ".join(_text(inner, ensure_ascii=ensure_ascii) for inner in value) + "]"
+            case _:
+                raise
+
+
+def _key(key: object, *, ensure_ascii: bool) -> str:
+    """As json writes it: any scalar becomes a string."""
+    if isinstance(key, WideNumber):
+        return f'"{key.text}"'
+    return json.dumps({key: 0}, ensure_ascii=ensure_ascii)[1:-4]
 
 
 def _copy_members(cursor: Cursor, write: Write, end: str, depth: int) -> Steps[None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +12,12 @@ from frontend.tools.format import ToolFormat
 from frontend.tools.schema import parameters, standing_alone
 from frontend.tools.sequence import separated
 from frontend.tools.sink import Sink
+from frontend.tools.wide_numbers import read_python
 from frontend.tools.written_values import Arguments
 
 _START, _END = "<|tool_call_start|>", "<|tool_call_end|>"
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
-_JSON_WORDS = {"true": True, "false": False, "null": None}
 
 
 def _read(cursor: Cursor, sink: Sink, _start: str) -> Steps[None]:
@@ -78,19 +76,9 @@ def _read_literal(cursor: Cursor) -> Steps[Any]:
         cursor.pos += 1
     text = cursor.text[start : cursor.pos].strip()
     try:
-        tree = _JsonWords().visit(ast.parse(text, mode="eval"))
-        value = ast.literal_eval(tree)
-        json.dumps(value)
+        return read_python(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise Malformed("not a Python literal") from error
-    return value
-
-
-class _JsonWords(ast.NodeTransformer):
-    """Containers are rendered as JSON by the template, so models write true, false and null in them."""
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(_JSON_WORDS[node.id]) if node.id in _JSON_WORDS else node
 
 
 def _grammar(rules: Rules, tools: Sequence[CallTool], is_single: bool) -> CallSyntax:

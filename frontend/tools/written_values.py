@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from typing import Any
 
+from frontend.tools.cursor import Malformed
 from frontend.tools.json_value import write_json
 from frontend.tools.sink import Sink
+from frontend.tools.wide_numbers import WideNumber, read_json, read_python
 
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
@@ -55,21 +55,17 @@ def _literal(text: str) -> Any:  # noqa: ANN401 - any JSON value
     if text in _PYTHON_WORDS:
         return _PYTHON_WORDS[text]
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return read_json(text)
     except (ValueError, RecursionError):
         pass
     if not text.startswith(("[", "{")):
         return _NOTHING
     try:  # some models write lists and objects as Python does
-        value = ast.literal_eval(text)
-        json.dumps(value)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        value = read_python(text)
+        write_json(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, Malformed):
         return _NOTHING
     return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def types_of(schema: object) -> set[str]:
@@ -94,7 +90,7 @@ def _is_one_of(value: object, types: set[str]) -> bool:
         return "null" in types
     if isinstance(value, bool):
         return "boolean" in types
-    if isinstance(value, int):
+    if isinstance(value, int | WideNumber):
         return bool(types & {"integer", "number"})
     if isinstance(value, float):
         return "number" in types or ("integer" in types and value.is_integer())

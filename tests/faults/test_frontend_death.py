@@ -12,12 +12,11 @@ import pytest
 from tests.faults.load import Footprint, check_nothing_leaked
 from tests.faults.test_kills import IS_LONG, SETTINGS
 from tests.support.server import Server
-from tests.support.stream import Stream
+from tests.support.stream import Stream, hold, wait_in_engine
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx, pytest.mark.skipif(not IS_LONG, reason="make faults runs it")]
 
 NUM_STREAMS = 4
-IN_ENGINE = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 WAIT_S = 60.0
 
 
@@ -34,11 +33,10 @@ def test_clients_see_a_closed_connection_and_slots_are_freed(
     expected = Stream(server).result()
     check_nothing_leaked(server)
     before = Footprint.of(server)
-    target, frontend = server.worker("workers.target"), server.worker("frontend")
-    target.suspend()  # so that no stream is over before the signal
+    frontend, target = server.worker("frontend"), hold(server)  # so that no stream is over before the signal
     try:
         streams = [Stream(server) for _ in range(NUM_STREAMS)]
-        server.wait_for(lambda: sum(map(server.metric, IN_ENGINE)) == NUM_STREAMS, "all taken")
+        wait_in_engine(server, NUM_STREAMS)
         frontend.send_signal(number)
         struck = time.monotonic()
     finally:

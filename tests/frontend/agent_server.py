@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import anthropic
 
+from frontend.media.loader import MediaLoader
 from shared.config import Settings
 from shared.messages import Submit
 from tests.frontend.conftest import EOS, RunningServer, byte_text, ids
@@ -55,10 +56,17 @@ class AgentServer:
 
 
 @contextmanager
-def running(folder: Path, **options: object) -> Iterator[AgentServer]:
+def running(
+    folder: Path,
+    *,
+    template: str = TEMPLATE,
+    media_of: Callable[[Settings], MediaLoader] | None = None,
+    **options: object,
+) -> Iterator[AgentServer]:
     settings = Settings(run_dir=str(folder), cache_dir=str(folder / "cache"), heartbeat_interval_s=0.2, **options)  # type: ignore[arg-type]
     with FakeEngine(settings.engine_endpoint, info=worker_info(max_model_len=200_000)) as engine:
-        server = RunningServer(settings, byte_text(chat_template=TEMPLATE))
+        media = media_of(settings) if media_of is not None else None
+        server = RunningServer(settings, byte_text(chat_template=template), media=media)
         try:
             server.wait_status("/health", 200)
             yield AgentServer(engine, server)

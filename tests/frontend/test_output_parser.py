@@ -123,10 +123,10 @@ def test_control_characters_in_strings_are_escaped() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("hermes", '<tool_call>{"id": %s, "name": "stop"}</tool_call>' % ("9" * 5000)),
         ("hermes", '<tool_call>{"name": "stop", "arguments": %s}</tool_call>' % ('{"a": ' * 70)),
-        ("glm4", "<tool_call>read<arg_key>huge</arg_key><arg_value>1e999</arg_value></tool_call>"),
-        ("lfm2", "<|tool_call_start|>[read(limit=1e999)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[read(limit=inf)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[read(limit={1, 2})]<|tool_call_end|>"),
+        ("lfm2", '<|tool_call_start|>[read(path="""a " %s " b""")]<|tool_call_end|>' % ("1" * 5000)),
         ("lfm2", "<|tool_call_start|>[read(limit=%s)]<|tool_call_end|>" % ("(" * 500)),
     ],
 )
@@ -136,14 +136,33 @@ def test_values_that_cannot_be_read_fail_like_any_other(name: str, text: str) ->
     assert parsed.num_failed == 1
 
 
-@pytest.mark.parametrize("number", ["1e999", "1" * 5000])
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 5000])
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_a_call_with_a_number_that_parsers_refuse_is_a_call_or_text(name: str, number: str) -> None:
+def test_a_number_beyond_what_python_reads_is_passed_on_and_takes_no_call_away(name: str, number: str) -> None:
     text = re.sub(r"(?<!\w)5(?!\w)", number, OUTPUTS[name], count=1)
+    text = re.sub(r"\[1, ?2\]", f"[{number}, 2]", text)
     parsed = Parsed(name, [text])
-    is_call = any(block[:2] == ("call", "read") for block in parsed.blocks)
-    assert parsed.num_failed == (0 if is_call else 1)
-    assert any(number in block[-1] for block in parsed.blocks), "the number is lost"
+    assert parsed.num_failed == 0
+    assert [block[:2] for block in parsed.blocks] == [("text", "Hi"), ("call", "read"), ("call", "stop")]
+    arguments = json.loads(parsed.blocks[1][2], parse_int=str, parse_float=str)
+    assert arguments == {**READ, "limit": number, "lines": [number, "2"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "arguments"),
+    [
+        ("glm4", "<tool_call>read<arg_key>a</arg_key><arg_value>{'b': (1e999, True)}</arg_value></tool_call>",
+         '{"a": {"b": [1e999, true]}}'),
+        ("lfm2", "<|tool_call_start|>[read(a={1: +1e999, 1e999: '1e999 \\'', 'c': null})]<|tool_call_end|>",
+         '{"a": {"1": 1e999, "1e999": "1e999 \'", "c": null}}'),
+        ("lfm2", "<|tool_call_start|>[read(a=1_0)]<|tool_call_end|>", '{"a": 10}'),
+        ("hermes", '<tool_call>{"id": %s, "name": "read"}</tool_call>' % ("9" * 5000), "{}"),
+        ("hermes", '<tool_call>{"name": "read", "arguments": "{\\"a\\": 1e999}"}</tool_call>', '{"a": 1e999}'),
+    ],
+)  # fmt: skip
+def test_such_numbers_may_stand_anywhere(name: str, text: str, arguments: str) -> None:
+    parsed = Parsed(name, [text])
+    assert parsed.blocks == [("call", "read", arguments)]
 
 
 @pytest.mark.parametrize(

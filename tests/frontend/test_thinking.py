@@ -136,12 +136,10 @@ def client(agent: AgentServer) -> Iterator[openai.OpenAI]:
         yield sdk
 
 
-def test_effort_is_a_budget_elsewhere(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent_server, "TEMPLATE", agent_server.TEMPLATE.replace("reasoning_effort", "other_effort"))
+def test_effort_is_a_budget_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    template = agent_server.TEMPLATE.replace("reasoning_effort", "other_effort")
     with agent_server.running(
-        tmp_path_factory.mktemp("run"), reasoning_parser="think", enable_thinking="false"
+        tmp_path_factory.mktemp("run"), template=template, reasoning_parser="think", enable_thinking="false"
     ) as agent:
         budgets = {}
         for effort in ("minimal", "low", "medium", "high"):
@@ -158,12 +156,10 @@ def test_effort_is_a_budget_elsewhere(
 
 def test_models_without_reasoning_refuse_effort(tmp_path_factory: pytest.TempPathFactory) -> None:
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent_server, "TEMPLATE", plain)
-        with agent_server.running(tmp_path_factory.mktemp("run")) as agent:
-            for fields in ({"reasoning_effort": "low"}, {"thinking_budget": 4}):
-                response = agent.server.http.post("/v1/chat/completions", json=ASK | fields)
-                assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(fields)))
+    with agent_server.running(tmp_path_factory.mktemp("run"), template=plain) as agent:
+        for fields in ({"reasoning_effort": "low"}, {"thinking_budget": 4}):
+            response = agent.server.http.post("/v1/chat/completions", json=ASK | fields)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(fields)))
 
 
 def test_anthropic_sdk_forces_a_tool(agent: AgentServer) -> None:

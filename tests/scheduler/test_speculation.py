@@ -13,7 +13,7 @@ from scheduler.costs import StepCosts
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
 from scheduler.policy import MIN_GAIN, TRIAL_ROUNDS, TRIAL_ROWS, AcceptanceRates
-from scheduler.speculation import Asked, Speculator
+from scheduler.speculation import OVERHEAD_S, Asked, Speculator
 from shared.messages import (
     Cancel,
     Draft,
@@ -319,10 +319,42 @@ def test_beside_prefills_only_drafts_that_cost_hardly_anything_are_verified(wide
     assert (made.choose_k(1, has_prefills=True) > 0) is is_drafted
 
 
+def from_text(packs_rows: bool, wide_s: float, available: float) -> Speculator:
+    """Drafts from text, all accepted, for that share of the rows; `wide_s` is a step of width 9."""
+    made = Speculator(True, 8, Metrics())
+    costs = [StepCost(batch=b, width=w, seconds=s) for b in (1, 8) for w, s in ((1, PLAIN_S), (9, wide_s))]
+    made.set_target(8, costs, VOCAB, packs_rows=packs_rows)
+    made._ngram._rates, made._ngram._seen, made._available = [1.0] * 8, [10_000] * 8, available
+    return made
+
+
+def test_a_round_of_packed_rows_costs_by_its_drafts_and_one_of_padded_rows_by_its_widest() -> None:
+    packed, padded = (from_text(packs, 0.090, 0.25) for packs in (True, False))
+    assert packed.policy.round_s(8, 8) == pytest.approx(OVERHEAD_S + PLAIN_S + 0.25 * 8 * 0.010)
+    wide = 1 - 0.75**8
+    assert padded.policy.round_s(8, 8) == pytest.approx(OVERHEAD_S + wide * 0.090 + (1 - wide) * PLAIN_S)
+    assert packed.choose_k(8) == padded.choose_k(8) == 0, "ten times the tokens for ten times the time"
+    cheap = from_text(True, 0.050, 0.25)
+    assert cheap.choose_k(8) > 0
+    assert from_text(False, 0.050, 0.25).choose_k(8) == 0
+
+
+def test_beside_prefills_packed_drafts_get_a_share_of_the_step() -> None:
+    made = from_text(True, 0.020, 0.5)
+    alone = made.choose_k(8)
+    assert alone > 4
+    assert made.choose_k(8, has_prefills=True, max_step_tokens=128) == 4, "16 tokens for 4 rows with drafts"
+    assert made.choose_k(8, has_prefills=True, max_step_tokens=16) == 0
+    assert made.choose_k(1, has_prefills=True, max_step_tokens=1024) == alone
+    assert from_text(False, 0.020, 0.5).choose_k(8, has_prefills=True, max_step_tokens=128) == 0
+
+
 def test_the_choice_of_k_is_told_of_prompts_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = started()
     told: list[bool] = []
-    monkeypatch.setattr(rig.core.speculator, "choose_k", lambda batch, has_prefills: told.append(has_prefills) or 0)
+    monkeypatch.setattr(
+        rig.core.speculator, "choose_k", lambda batch, has_prefills, max_step_tokens: told.append(has_prefills) or 0
+    )
     rig.submit("a", [1, 2], 40)
     assert told[0] is True
     rig.work()

@@ -55,15 +55,27 @@ class Stream(threading.Thread):
         return self.text
 
 
+IN_ENGINE = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+
+
+def hold(server: Server) -> psutil.Process:
+    """The target of an idle server, suspended: what is asked from now on cannot end before it goes on."""
+    wait_in_engine(server, 0)
+    target = server.worker("workers.target")
+    target.suspend()
+    return target
+
+
+def wait_in_engine(server: Server, num_requests: int) -> None:
+    server.wait_for(lambda: sum(map(server.metric, IN_ENGINE)) == num_requests, f"{num_requests} in the engine")
+
+
 def held_stream(server: Server, **options: Any) -> tuple[Stream, psutil.Process]:
-    """A stream the scheduler has taken, and the target, which stands still: the stream cannot end before that goes on.
+    """A stream that the scheduler has taken, and the target, which stands still: until it goes on no stream can end.
 
     A stream caught in its middle instead may be over before the test comes to run again. Nothing else may run.
     """
-    in_engine = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    server.wait_for(lambda: sum(map(server.metric, in_engine)) == 0, "idle")
-    target = server.worker("workers.target")
-    target.suspend()
+    target = hold(server)
     stream = Stream(server, **options)
-    server.wait_for(lambda: sum(map(server.metric, in_engine)) == 1, "a request taken")
+    wait_in_engine(server, 1)
     return stream, target

@@ -26,12 +26,28 @@ VISION_TEMPLATE = (
 )
 
 
-def write(folder: Path, seed: int = 0, sliding_window: int | None = None, more: tuple[str, ...] = ()) -> Path:
+# Names of tools only: 512 positions have no room for schemas.
+TOOLS_TEMPLATE = (
+    "{% for t in tools or [] %}<|start|>tool\n{{ t.function.name }}<|end|>{% endfor %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def write(
+    folder: Path,
+    seed: int = 0,
+    sliding_window: int | None = None,
+    more: tuple[str, ...] = (),
+    template: str = TEMPLATE,
+) -> Path:
     """Write the model and return its folder.
 
     Args:
         sliding_window: two of the three layers see only so many positions.
         more: special tokens beside its own.
+        template: of chats.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(more)
@@ -58,7 +74,7 @@ def write(folder: Path, seed: int = 0, sliding_window: int | None = None, more: 
         config |= {"layer_types": kinds, "sliding_window": sliding_window}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": TEMPLATE, "eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"})
+        json.dumps({"chat_template": template, "eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     save_file(_weights(np.random.default_rng(seed), vocab_size), folder / "model.safetensors", {"format": "pt"})
     return folder

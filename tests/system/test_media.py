@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anthropic
 import httpx
 import numpy as np
 import openai
@@ -107,6 +108,33 @@ def test_responses_see_the_same_image_and_one_in_a_tools_result(vision_server: S
         assert second.usage is not None
         assert second.usage.input_tokens > response.usage.input_tokens + IMAGE_TOKENS
         assert second.usage.input_tokens_details.cached_tokens > IMAGE_TOKENS, "the first image is found in the cache"
+
+
+def test_messages_see_an_image_in_a_tools_result(vision_server: Server) -> None:
+    def result(seed: int | None) -> Any:
+        if seed is None:
+            return [{"type": "text", "text": "none"}]
+        data = part(seed)["image_url"]["url"].split(",")[1]
+        return [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}]
+
+    def ask(seed: int | None) -> tuple[str, int]:
+        """(text, prompt tokens) of a greedy answer."""
+        turns: Any = [
+            {"role": "user", "content": "Look"},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "shoot", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": result(seed)}]},
+        ]
+        with anthropic.Anthropic(base_url=vision_server.url, api_key="none", max_retries=0, timeout=60) as sdk:
+            counted = sdk.messages.count_tokens(model="default", messages=turns)
+            answer = sdk.messages.create(model="default", max_tokens=24, messages=turns, extra_body={"temperature": 0})
+        used = answer.usage
+        assert used.input_tokens + (used.cache_read_input_tokens or 0) == counted.input_tokens
+        return "".join(block.text for block in answer.content if block.type == "text"), counted.input_tokens
+
+    first, num_tokens = ask(1)
+    assert num_tokens > ask(None)[1] + IMAGE_TOKENS
+    assert ask(1) == (first, num_tokens)
+    assert any(ask(seed)[0] != first for seed in (2, 3, 4)), "the pixels change the answer"
 
 
 def test_the_order_of_two_images_matters(vision_server: Server) -> None:

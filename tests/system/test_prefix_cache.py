@@ -53,3 +53,21 @@ def test_a_target_that_dies_takes_the_prompt_from_ssd_when_it_is_back(server: Se
     text, cached = ask(server, WORDS, max_tokens=12)
     assert text == expected
     assert cached > 100
+
+
+def test_the_paged_layout_gives_the_same_text_cold_cached_drafted_and_after_a_kill(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    expected, _ = ask(server, WORDS, max_tokens=40)
+    with Server(model, tmp_path, kv_layout="paged", draft_tokens=3) as paged:
+        assert ask(paged, WORDS, max_tokens=40) == (expected, 0)
+        text, cached = ask(paged, WORDS, max_tokens=40)
+        assert (text, cached > 100) == (expected, True)
+        assert paged.metric("vllm:spec_decode_num_draft_tokens_total") > 0
+        paged.wait_for(lambda: paged.metric("tandem:prefix_blocks", tier="ssd") > 3, "written to SSD")
+        paged.worker("workers.target").kill()
+        restarts = "tandem:worker_restarts_total"
+        paged.wait_for(lambda: paged.metric(restarts, role="target") == 1, "the death noticed")
+        text, cached = ask(paged, WORDS, max_tokens=40)
+        assert (text, cached > 100) == (expected, True)
+        assert paged.metric("tandem:prefix_hit_tokens_total", tier="archive") >= cached

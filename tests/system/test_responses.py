@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tests.support.server import Server
+from tests.support.stream import hold, wait_in_engine
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
@@ -55,13 +56,53 @@ def test_streams_say_what_whole_answers_say(server: Server, client: openai.OpenA
     assert made.output_text == streamed == whole.output_text
 
 
-def test_cancelling_frees_the_slot(server: Server, client: openai.OpenAI) -> None:
-    begun = client.responses.create(model="default", input="Go", background=True, extra_body={"max_output_tokens": 400})
-    cancelled = client.responses.cancel(begun.id)
-    if cancelled.status != "cancelled":  # an end token may come early
-        assert cancelled.status == "completed"
-    server.wait_for(lambda: server.metric("vllm:num_requests_running") == 0, "idle")
-    assert client.responses.retrieve(begun.id).status == cancelled.status
+# No output of it is shorter than 200 tokens, each of them a byte: it ends there or at the end of the context.
+NUMBERS = {"type": "array", "items": {"enum": [0, 1]}, "minItems": 100, "maxItems": 100}
+LONG: dict[str, Any] = {
+    "model": "default",
+    "input": "Go",
+    "text": {"format": {"type": "json_schema", "name": "long", "schema": {"type": "object", "required": ["n"],
+                        "properties": {"n": NUMBERS}, "additionalProperties": False}}},
+}  # fmt: skip
+
+
+def num_generated(server: Server) -> float:
+    return server.metric("vllm:generation_tokens_total")
+
+
+def test_cancelling_stops_the_generation(server: Server, client: openai.OpenAI) -> None:
+    """The target stands still while the response is cancelled, so that it cannot have ended before."""
+    whole = client.responses.create(**LONG)
+    assert whole.usage is not None and whole.usage.output_tokens > 200
+    before = num_generated(server)
+
+    target = hold(server)
+    try:
+        begun = client.responses.create(**LONG, background=True)
+        wait_in_engine(server, 1)
+        cancelled = client.responses.cancel(begun.id)
+    finally:
+        target.resume()
+    assert cancelled.status == "cancelled"
+    wait_in_engine(server, 0)
+    assert num_generated(server) - before < 50
+    assert client.responses.retrieve(begun.id).status == "cancelled"
+
+    async def cancel() -> tuple[str, str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60) as sdk:
+            begun = await sdk.responses.create(**LONG, background=True)
+            await asyncio.to_thread(wait_in_engine, server, 1)
+            return begun.id, (await sdk.responses.cancel(begun.id)).status or ""
+
+    target = hold(server)
+    try:
+        response_id, status = asyncio.run(cancel())
+    finally:
+        target.resume()
+    assert status == "cancelled"
+    wait_in_engine(server, 0)
+    assert num_generated(server) - before < 100
+    assert client.responses.retrieve(response_id).status == "cancelled"
 
 
 def test_compaction_and_counts(client: openai.OpenAI) -> None:

@@ -41,9 +41,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder, with all that examples name; nothing of the user's own settings."""
     for name, size in {"HIDDEN": 128, "INNER": 128, "HEAD_DIM": 32}.items():
         monkeypatch.setattr(tiny_model, name, size)
-    monkeypatch.setattr(tiny_model, "TEMPLATE", TEMPLATE)
     for model in ("Qwen/Qwen3-0.6B", "org/model"):
-        tiny_model.write(tmp_path / model)
+        tiny_model.write(tmp_path / model, template=TEMPLATE)
     tiny_model.write_eagle3(tmp_path / "org/eagle3-drafter", tmp_path / "Qwen/Qwen3-0.6B")
     tiny_model.write_qwen2_vl(tmp_path / "Qwen/Qwen2-VL-2B-Instruct")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)

@@ -105,6 +105,14 @@ def test_a_late_request_whose_anchor_lies_before_the_new_context_gets_nothing_an
     assert ask(engine, 6, 10) == 3
 
 
+def test_an_anchor_before_what_was_taken_in_gets_nothing_and_harms_nothing(engine):
+    feed(engine, 0, 8)
+    assert ask(engine, 0, 8) == 3
+    assert ask(engine, 0, 5) == 0
+    feed(engine, 8, 9)
+    assert ask(engine, 0, 9) == 3
+
+
 def test_features_of_an_ended_request_are_not_kept(engine):
     engine.end(["a"])
     feed(engine, 0, 4)

@@ -173,6 +173,11 @@ class PagedStore(CacheStore):
         self.tables: dict[int | None, BlockTables] = {}  # by window
         super().__init__(specs, capacity_classes, max_width, dtype, is_exact, slack)
 
+    @property
+    def packs_rows(self) -> bool:
+        """Its stock operations gather a row's blocks anyhow."""
+        return False
+
     def _attention_layer(self, spec: AttentionSpec, dtype: mx.Dtype) -> PagedLayer:
         layer = PagedLayer(spec, self.placement.capacities[-1], self.max_width, self._slack, dtype, self.block_size)
         if spec.window not in self.tables:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from workers.cache.kv import BatchShape, KVLayer, KVView, Spans
+from workers.cache.packed import PackedView, stretches
 from workers.cache.placement import Placement
 from workers.cache.recurrent import RecurrentLayer, RecurrentView, State
 from workers.cache.spec import AttentionSpec, LayerSpec, ListSpec, leaves
 from workers.kernels.choice import AttentionChoice
 
-View = KVView | RecurrentView
+View = KVView | PackedView | RecurrentView
 RecurrentSnapshot = list[tuple[State, int] | None]
 """One slot's recurrent states, one entry per recurrent layer: references, not copies."""
 
@@ -31,12 +32,18 @@ class ListView:
 
 @dataclass
 class Batch:
-    """The rows of one forward: `order[i]` is the index, in what was asked for, of batch row i."""
+    """The rows of one forward: `order[i]` is the index, in what was asked for, of row i.
+
+    Args:
+        firsts: where each row's tokens begin among all (B * L) of the forward.
+        view_of: a view of one more layer.
+    """
 
     order: list[int]
-    shape: BatchShape
+    firsts: list[int]
     layers: list[View | ListView]
     recurrent: list[RecurrentView]
+    view_of: Callable[[KVLayer], KVView | PackedView]
 
     def close(self) -> None:
         """Call once the model was called: recurrent layers keep their new states."""
@@ -110,7 +117,7 @@ class CacheStore:
             self.feature_layer = self._attention_layer(spec, features.dtype)
             self.kv_layers.append(self.feature_layer)
         rows = features[:, None]
-        self._view(self.feature_layer, batch.shape).write(rows[..., : size // 2], rows[..., size // 2 :])
+        batch.view_of(self.feature_layer).write(rows[..., : size // 2], rows[..., size // 2 :])
 
     def read_features(self, slot: int, length: int) -> mx.array | None:
         """Fused hidden rows (length, H) of a slot's first positions; None where none are kept."""
@@ -189,7 +196,35 @@ class CacheStore:
                 view = RecurrentView(each, order_slots, real, shape.offset)
                 recurrent.append(view)
                 flat.append(view)
-        return Batch(order, shape, self._nest(flat), recurrent)
+        firsts = list(range(0, width * len(order), width))
+        return Batch(order, firsts, self._nest(flat), recurrent, lambda layer: self._view(layer, shape))
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether `open_packed` is there and worth it: where lengths are exact, and no layer goes token by token."""
+        return self.is_exact and not self.is_recurrent
+
+    def open_packed(self, slots: Sequence[int], starts: Sequence[int], widths: Sequence[int]) -> Batch:
+        """Views for one forward of a single batch row in which `slots` have widths[i] tokens each, one behind another.
+
+        The layers' `offset` is then the position of every token, (1, sum of widths).
+        """
+        assert self.packs_rows, "packed rows in a store that has none"
+        assert max(widths) <= self.max_width, f"row of width {max(widths)}, caches made for {self.max_width}"
+        order, parts = stretches([self.placement.where(slot) for slot in slots], starts, widths)
+        firsts: list[int] = []
+        positions: list[int] = []
+        for i in order:
+            self._lengths[slots[i]] = max(self._lengths.get(slots[i], 0), starts[i] + widths[i])
+            firsts.append(len(positions))
+            positions += range(starts[i], starts[i] + widths[i])
+        offset = mx.array(positions, dtype=mx.int32)[None]
+
+        def view_of(layer: KVLayer) -> PackedView:
+            return PackedView(layer, parts, offset)
+
+        layers = self._nest([view_of(layer) for layer in self._layers if isinstance(layer, KVLayer)])
+        return Batch(order, firsts, layers, [], view_of)
 
     def _arrange(self, slots: Sequence[int], starts: Sequence[int], width: int) -> tuple[list[int], BatchShape]:
         """Make the caches ready for the rows of a forward; the rows' order, and what its layers share."""

@@ -98,6 +98,9 @@ class SplitModel(Protocol):
     """A model whose head is separate, so that a worker applies it to the rows it samples only.
 
     Our own definitions are split; mlx-lm's are where their parts can be told apart.
+
+    One with a true `packs_rows` computes rows packed into one (workers/cache/packed.py): it knows of positions only by
+    `caches[0].offset`, and of other tokens only by `attend`.
     """
 
     def embed(self, inputs: mx.array) -> mx.array:

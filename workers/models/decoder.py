@@ -259,6 +259,8 @@ class Body(nn.Module):
 class Model(nn.Module):
     """A causal language model: `SplitModel` and `TextModel` of workers/models/base.py."""
 
+    packs_rows = True
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config

@@ -171,13 +171,18 @@ class Rope:
     def at(self, offset: int | mx.array, length: int, batch: int, is_cpu: bool) -> Rotate:
         """The rotation for `length` tokens per row whose first is at position `offset`, a number or (batch,).
 
+        On a CPU it may also be (batch, length), the position of every token.
+
         Returns:
             A function (batch, length, heads, dim) -> the same shape.
         """
         if not is_cpu:
             return Rotation(self, offset, self._inv_freq, self.dim, self._factor == 1.0)
-        positions = mx.arange(length, dtype=mx.float32)
-        positions = (positions + offset)[None] if isinstance(offset, int) else positions[None] + offset[:, None]
+        if isinstance(offset, mx.array) and offset.ndim == 2:
+            positions = offset.astype(mx.float32)
+        else:
+            positions = mx.arange(length, dtype=mx.float32)
+            positions = (positions + offset)[None] if isinstance(offset, int) else positions[None] + offset[:, None]
         angles = positions[..., None, None] * self._inv_freq  # (batch or 1, length, 1, dim / 2)
         cos, sin = mx.cos(angles), mx.sin(angles)
         if self._factor != 1.0:

@@ -37,8 +37,11 @@ CLASSES = [16, 48, 160]
 def make_target(name):
     config = TARGETS[name] | {"vocab_size": 50, "vocab_size_per_layer_input": 50}
     mx.random.seed(2)
-    model = OWN[config["model_type"]].model(GemmaConfig.from_hf(config, 0))
-    # Matrices only: norms and layer scalars keep their size, so that a greedy text wanders.
+    return with_larger_matrices(OWN[config["model_type"]].model(GemmaConfig.from_hf(config, 0)))
+
+
+def with_larger_matrices(model):
+    """Matrices only: norms and layer scalars keep their size, so that a greedy text wanders."""
     model.update(
         tree_unflatten([(n, a * 3.0 if n.endswith("proj.weight") else a) for n, a in tree_flatten(model.parameters())])
     )

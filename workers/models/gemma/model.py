@@ -71,6 +71,8 @@ def _num_image_tokens(config: dict[str, Any]) -> int:
 class Gemma(nn.Module):
     """`SplitModel`, `TextModel` and `MediaModel`; parameters are named as in MLX's checkpoints."""
 
+    packs_rows = True  # those without media
+
     def __init__(self, config: MultimodalConfig) -> None:
         super().__init__()
         self.config = config

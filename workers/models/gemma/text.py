@@ -164,6 +164,8 @@ class TextDecoder(nn.Module):
     Embeddings, `embed`'s and those given in their place, are scaled already.
     """
 
+    packs_rows = True
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config

@@ -174,6 +174,7 @@ class VisionTower(nn.Module):
         """
         c, (rows, columns) = self.config, grid
         assert patches.shape[0] == rows * columns, f"{patches.shape[0]} patches for a grid of {rows} x {columns}"
+        assert max(grid) <= c.num_positions, f"a grid of {rows} x {columns} and {c.num_positions} positions"
         index = mx.arange(rows * columns)
         x, y = index % columns, index // columns
         hidden = self.patch_embedder(patches, x, y)

@@ -25,6 +25,8 @@ _VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.")
 class QwenVL(nn.Module):
     """`SplitModel`, `TextModel` and `MediaModel` of workers/models/base.py."""
 
+    packs_rows = True  # those without media
+
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
         self.config = config
