@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from frontend.streams import ClientGone
-from shared.errors import HTTP_STATUS, ContextLength, InvalidRequest, NotFound, TandemError
+from shared.errors import HTTP_STATUS, ContextLength, InvalidRequest, NotFound, PoisonRequest, TandemError
 
 log = logging.getLogger("frontend")
 
@@ -93,6 +93,8 @@ def response_of(error: TandemError, scope: Scope) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, PoisonRequest):
+        headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients repeat a 500 unless they are told
     is_messages = is_messages_path(scope["path"])
     content = messages_body_of(error, request_id_of(scope)) if is_messages else body_of(error)
     return json_response(content, status_of(error), headers)

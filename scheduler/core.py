@@ -127,7 +127,7 @@ class Core:
     def tick(self, now: float) -> list[Envelope]:
         """Time-outs: silent peers, requests past their deadline. Sends heartbeats and the status."""
         for peer in self.peers.lost(now):
-            self._lose(peer, now)
+            self._lose(peer, now, is_silent=True)
         self._check_step_time(now)
         if self.target is not None and self.session is not None and self.session.has_lost_load(now):
             self._resynchronise(self.target, now)
@@ -180,6 +180,8 @@ class Core:
             # The same process says hello again: it forgot, or missed messages.
             self._lose(self.peers.by_id(sender), now, RESTART)
             self.metrics.resynchronisations[hello.role].inc()
+        elif hello.role == "target" and sender != self._last_process.get("target"):
+            self._fail_poison(self.suspects.explain(hello.last_exit), now)
         if self._last_process.get(hello.role, sender) != sender and hello.role in self.metrics.worker_restarts:
             self.metrics.worker_restarts[hello.role].inc()
         self._last_process[hello.role] = sender
@@ -245,13 +247,13 @@ class Core:
         if peer is not None:
             self._lose(peer, now, OWN_DEATH)
 
-    def _lose(self, peer: Peer, now: float, strikes: int = OUTER_DEATH) -> None:
+    def _lose(self, peer: Peer, now: float, strikes: int = OUTER_DEATH, is_silent: bool = False) -> None:
         """A peer is gone. Requests of a lost target wait for the next one; those of a lost frontend end."""
         self.peers.remove(peer.instance_id)
         self.memory.forget(peer.instance_id)
         self.metrics.set_worker(peer.role, False)
         if peer.role == "target":
-            self._drop_target(now, strikes)
+            self._drop_target(now, strikes, is_silent)
         elif peer.role == "drafter":
             self.speculator.lose_drafter()
         elif peer.role == "frontend":
@@ -285,17 +287,22 @@ class Core:
         self.metrics.resynchronisations[worker.role].inc()
         self._outbox.send(worker.instance_id, SayHello())
 
-    def _drop_target(self, now: float, strikes: int) -> None:
+    def _drop_target(self, now: float, strikes: int, is_silent: bool) -> None:
         """Nothing is computed any more.
 
         Args:
             strikes: how much this says against what the target was working on.
+            is_silent: only missing heartbeats tell of it.
         """
         self.metrics.set_worker("target", False)
         session, self.session = self.session, None
         for sequence in self._requests.values():
             sequence.was_loaded = False
-        for sequence in session.close(strikes) if session is not None else ():
+        if session is not None:
+            self._fail_poison(session.close(strikes, is_silent), now)
+
+    def _fail_poison(self, sequences: Sequenced[Sequence], now: float) -> None:
+        for sequence in sequences:
             self._end(sequence, "error", now, error=POISON, code=PoisonRequest.code)
 
     @property

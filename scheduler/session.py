@@ -147,15 +147,16 @@ class Session:
         """Whether a LoadBlocks or its answer was lost: a sequence waits for it, and its blocks may yet be written."""
         return any(now - sent > LOAD_TIMEOUT_S for sent in self._loads.values())
 
-    def close(self, strikes: int) -> list[Sequence]:
+    def close(self, strikes: int, is_silent: bool) -> list[Sequence]:
         """The target is gone: every running sequence waits to be computed again by the next one.
 
         Args:
             strikes: how much this says against what the target was working on.
+            is_silent: only missing heartbeats tell of it.
         Returns:
             the sequences that are certain enough to have been the cause.
         """
-        poison = self.suspects.blame((s for step in self._in_flight for s in step.sequences), strikes)
+        poison = self.suspects.blame((s for step in self._in_flight for s in step.sequences), strikes, is_silent)
         for sequence in self.running:
             sequence.rewind()
             self.waiting.push(sequence)

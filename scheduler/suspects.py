@@ -35,17 +35,37 @@ class Suspects:
 
     def __init__(self) -> None:
         self._suspects: list[Sequence] = []
+        self._silent: list[Sequence] = []  # what a target had in hand that fell silent: how it ended is not known yet
 
     def __len__(self) -> int:
         return len(self._suspects)
 
-    def blame(self, sequences: Iterable[Sequence], strikes: int) -> list[Sequence]:
-        """The target died with these in its hands; those that are certain enough to be the cause."""
-        for sequence in {id(s): s for s in sequences if s.finish_reason is None}.values() if strikes else ():
+    def blame(self, sequences: Iterable[Sequence], strikes: int, is_silent: bool = False) -> list[Sequence]:
+        """The target died with these in its hands; those that are certain enough to be the cause.
+
+        Args:
+            is_silent: only its heartbeats tell so; `explain` corrects the strikes when the cause is known.
+        """
+        blamed = {id(s): s for s in sequences if s.finish_reason is None}.values() if strikes else ()
+        self._silent = list(blamed) if is_silent else []
+        for sequence in blamed:
             if not sequence.num_strikes:
                 self._suspects.append(sequence)
             sequence.num_strikes += strikes
             sequence.num_proving_tokens = sequence.num_output_tokens + NUM_PROVING_TOKENS
+        return self._certain()
+
+    def explain(self, last_exit: int | None) -> list[Sequence]:
+        """The next process tells how the one that fell silent had ended; those that are certain enough then."""
+        more = strikes_of(last_exit) - OUTER_DEATH
+        for sequence in self._silent:
+            if sequence.num_strikes:
+                sequence.num_strikes += more
+        self._silent = []
+        self._suspects = [s for s in self._suspects if s.num_strikes]
+        return self._certain()
+
+    def _certain(self) -> list[Sequence]:
         return [s for s in self._suspects if s.num_strikes >= MAX_STRIKES]
 
     def choose(self, in_flight: Iterable[Sequence], waiting_head: Sequence | None) -> Sequence | None:
@@ -64,5 +84,6 @@ class Suspects:
 
     def remove(self, sequence: Sequence) -> None:
         """It has ended."""
+        self._silent = [s for s in self._silent if s is not sequence]
         if sequence.num_strikes:
             self._suspects.remove(sequence)

@@ -18,8 +18,13 @@ def beat_path(settings: Settings, name: str) -> Path:
     return settings.run_folder / f"{name}.beat"
 
 
+def ready_path(beat: Path) -> Path:
+    """Stands beside the beat once the process has been ready for work."""
+    return beat.with_suffix(".ready")
+
+
 class Beat:
-    """Touches the file. An error is ignored: on a full disk the process goes on, unwatched at worst."""
+    """Touches the files. An error is ignored: on a full disk the process goes on, unwatched at worst."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         self._path = beat_path(settings, name)
@@ -28,6 +33,13 @@ class Beat:
         try:
             self._path.touch(mode=0o600)
             os.utime(self._path)
+        except OSError:
+            return
+
+    def ready(self) -> None:
+        """This process can start: should it die from now on, that is not why."""
+        try:
+            ready_path(self._path).touch(mode=0o600)
         except OSError:
             return
 
@@ -44,7 +56,12 @@ class Watch:
     def begin(self) -> None:
         """A new child: it is watched from its first beat on."""
         self._path.unlink(missing_ok=True)
+        ready_path(self._path).unlink(missing_ok=True)
         self._last, self._num_same = None, 0
+
+    @property
+    def was_ready(self) -> bool:
+        return ready_path(self._path).exists()
 
     def is_silent(self) -> bool:
         """To be called once per second or so: whether the last `max_looks` calls saw no new beat."""

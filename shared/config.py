@@ -117,7 +117,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         300.0
     )
     drain_timeout_s: Annotated[float, "after SIGTERM live requests may take so long to finish"] = 20.0
-    max_early_deaths: Annotated[int, "of one process in a row, each within 20 s of its start; then all ends"] = 5
+    max_early_deaths: Annotated[
+        int, "of one process in a row, each within 20 s of its start, no worker ready before; then all ends"
+    ] = 5
 
     # machine
     blas: Annotated[str, "Linux CPU: `auto`, `off`, or the path of a library to load before MLX"] = "auto"

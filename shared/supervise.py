@@ -2,7 +2,9 @@
 
 honcho stops everything when one line of the Procfile ends, so each line runs under this parent. It restarts the child
 with growing back-off and gives up, with a non-zero exit, after `max_early_deaths` deaths in a row within
-`EARLY_DEATH_S` of their start. Exit code 78 (a bad setting or model) is final at once: another try cannot help.
+`EARLY_DEATH_S` of their start. A worker that was ready for work died of something else, perhaps of a request, and
+however often that happens there will be a new one. Exit code 78 (a bad setting or model) is final at once: another
+try cannot help.
 
 SIGHUP restarts the child in order (`tandem restart`). SIGUSR2 ends the child and starts
 none until SIGHUP. SIGUSR1 is passed on and says that the child will end by itself
@@ -66,6 +68,7 @@ class Supervisor:
         self.name = name
         self.command = list(command)
         self.num_early_deaths = 0
+        self._num_quick_deaths = 0  # in a row, ready or not: they make the pauses longer
         self._sleep = sleep
         self._watch = watch
         self._max_early_deaths = max_early_deaths
@@ -134,11 +137,16 @@ class Supervisor:
             if code == EXIT_CONFIG:
                 self._say(f"{self.name} refused to start; see its message above")
                 return EXIT_CONFIG
-            self.num_early_deaths = self.num_early_deaths + 1 if lived < EARLY_DEATH_S else 1
+            is_quick = lived < EARLY_DEATH_S
+            self._num_quick_deaths = self._num_quick_deaths + 1 if is_quick else 1
+            if self._watch is not None and self._watch.was_ready:
+                self.num_early_deaths = 0
+            else:
+                self.num_early_deaths = self.num_early_deaths + 1 if is_quick else 1
             if self.num_early_deaths >= self._max_early_deaths:
                 self._say(f"{self.name} died {self.num_early_deaths} times within {EARLY_DEATH_S:.0f} s; giving up")
                 return 1
-            pause = BACKOFF_S[min(self.num_early_deaths, len(BACKOFF_S)) - 1]
+            pause = BACKOFF_S[min(self._num_quick_deaths, len(BACKOFF_S)) - 1]
             self._say(f"{self.name} ended with {code} after {lived:.1f} s; starting it again in {pause} s")
             self._sleep(pause)
         return 0

@@ -17,7 +17,7 @@ import msgspec
 
 from shared import config, log, served
 from shared.errors import BadConfig, BadModel
-from shared.messages import DraftReply, DraftRequest, Drain, Ready, ToDrafter, Welcome, WorkerInfo
+from shared.messages import DraftReply, DraftRequest, Drain, ToDrafter, Welcome, WorkerInfo
 from shared.supervise import EXIT_CONFIG
 from workers import blas, no_torch
 from workers.link import Link
@@ -99,7 +99,7 @@ class DrafterProcess:
         if self.engine is not None:
             self.engine.reset()
         if self.info is not None:
-            self.link.send(Ready(epoch=self.epoch, info=self.info))
+            self.link.ready(self.info)
 
     def _take_features(self, timeout_s: float) -> None:
         if self.features is not None and self.engine is not None:

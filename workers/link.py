@@ -16,7 +16,7 @@ import zmq
 from shared.beat import Beat
 from shared.config import Settings
 from shared.errors import BadMessage
-from shared.messages import Heartbeat, Hello, Message, Role, SayHello
+from shared.messages import Heartbeat, Hello, Message, Ready, Role, SayHello, WorkerInfo
 from shared.sockets import secure
 from shared.supervise import last_exit
 from shared.wire import Decoder, encode
@@ -66,6 +66,11 @@ class Link:
 
     def hello(self) -> None:
         self.send(Hello(role=self._role, instance_id=self.instance_id, pid=os.getpid(), last_exit=last_exit()))
+
+    def ready(self, info: WorkerInfo) -> None:
+        """Tell the scheduler and the supervisor that work can begin."""
+        self._file_beat.ready()
+        self.send(Ready(epoch=self.epoch, info=info))
 
     def send(self, message: Message) -> None:
         """Queue a message; ZeroMQ keeps it while the scheduler is away."""

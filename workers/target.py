@@ -21,7 +21,6 @@ from shared.messages import (
     ClearArchive,
     Drain,
     LoadBlocks,
-    Ready,
     Release,
     Shrink,
     Step,
@@ -217,7 +216,7 @@ class Target:
         self.link.epoch = greeting.epoch
         self.last_release = self.last_load = 0
         self.engine.reset()
-        self.link.send(Ready(epoch=self.epoch, info=self.info))
+        self.link.ready(self.info)
         if self.archiver is not None:
             self.archiver.reset()
             for message in self.archiver.everything(self.epoch):

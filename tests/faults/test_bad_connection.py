@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.faults.apart import Apart
 from tests.faults.load import Load
 from tests.faults.proxy import Faults, Proxy
-from tests.support.server import REPOSITORY, Server
+from tests.support.server import Server
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
-OUTER = ("frontend", "workers.target", "workers.drafter")
 RESTARTS = "tandem:worker_restarts_total"
 FAULTS = ("repeated", "swapped", "delayed", "lost")
 MAX_ROUNDS = 60
@@ -27,27 +24,18 @@ ANY_LOSS = Faults(repeat=0.02, swap=0.01, delay=0.02, lose=0.01)
 @pytest.fixture
 def connection(model: Path, tmp_path: Path) -> Iterator[tuple[Server, Proxy]]:
     """The four processes, with the proxy in the place of the scheduler for all others."""
-    server = Server(model, tmp_path, max_num_seqs=16, heartbeat_timeout_s=3, prefix_ssd_bytes=0)
     inner = tmp_path / "inner"
-    server.run_dir.mkdir()
     inner.mkdir()
+    server = Apart(
+        model, tmp_path, environments={"scheduler": {"TANDEM_RUN_DIR": str(inner)}}, max_num_seqs=16,
+        heartbeat_timeout_s=3, prefix_ssd_bytes=0,
+    )  # fmt: skip
+    server.run_dir.mkdir()
     proxy = Proxy(server.run_dir, inner)
-    started: list[subprocess.Popen[bytes]] = []
     try:
-        with server.log.open("ab") as log:
-            for module in ("scheduler", *OUTER):
-                folder = inner if module == "scheduler" else server.run_dir
-                environment = server.environment | {"TANDEM_RUN_DIR": str(folder)}
-                command = [sys.executable, "-m", "shared.supervise", module.rpartition(".")[2], "--"]
-                command += [sys.executable, "-m", module]
-                started.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log))
-        server.wait_ready()
-        yield server, proxy
+        with server:
+            yield server, proxy
     finally:
-        for process in started:
-            process.send_signal(signal.SIGTERM)
-        for process in started:
-            process.wait(timeout=20)
         proxy.stop()
 
 

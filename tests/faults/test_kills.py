@@ -60,7 +60,7 @@ def test_all_at_once_change_no_token(server: Server) -> None:
     check_nothing_leaked(server)
 
 
-@pytest.mark.parametrize("module", ["workers.target", "scheduler"] if IS_LONG else ["workers.target"])
+@pytest.mark.parametrize("module", list(MODULES) if IS_LONG else ["workers.target"])
 def test_a_stopped_process_is_replaced_and_a_pause_does_no_harm(server: Server, module: str) -> None:
     with Load(server, 4) as load:
         load.wait_progress()

@@ -11,7 +11,9 @@ import msgspec
 import openai
 import pytest
 
+from frontend.errors import response_of
 from shared.config import Settings
+from shared.errors import EngineFailure, PoisonRequest
 from shared.messages import Cancel, Heartbeat, Hello, Rejected, SayHello, Submit
 from tests.frontend.conftest import EOS, RunningServer, ids
 from tests.support.fake_engine import FakeEngine, says
@@ -225,3 +227,11 @@ def test_stopping_ends_live_requests_and_frees_the_engine(server: RunningServer,
     assert not server.thread.is_alive()
     assert answers[0].status_code == 503
     assert engine.wait_for(Cancel)[0].reason == "shutdown"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+def test_clients_are_told_not_to_send_a_poison_request_again(path: str) -> None:
+    """Their libraries repeat a 500 twice, and each time would take two processes with it."""
+    scope = {"type": "http", "path": path, "request_id": b"r"}
+    assert response_of(PoisonRequest("given up"), scope).headers["x-should-retry"] == "false"
+    assert "x-should-retry" not in response_of(EngineFailure("another"), scope).headers

@@ -73,6 +73,37 @@ def test_deaths_by_a_signal_from_outside_take_four() -> None:
     assert error_of(rig, "poison") == ("error", PoisonRequest.code)
 
 
+@pytest.mark.parametrize(("last_exit", "num_deaths"), [(SEGFAULT, 2), (1, 2), (KILLED, 4)])
+def test_a_death_that_was_seen_as_silence_counts_as_what_it_was(last_exit: int, num_deaths: int) -> None:
+    """Where the next process takes longer to say hello than the heartbeat's time-out."""
+    rig = Rig(worker_info())
+    rig.start_target()
+    rig.submit("poison", [1], 5)
+    rig.submit("waiting", [2], 5)
+    for number in range(1, num_deaths + 1):
+        assert rig.queue, f"given up before death {number}"
+        rig.now += rig.core.settings.heartbeat_timeout_s + 1
+        rig.core.peers.by_id("front").last_seen = rig.now
+        rig.deliver(rig.core.tick(rig.now))
+        assert rig.status is not None and rig.status.target == "absent"
+        rig.start_target(last_exit)
+    assert error_of(rig, "poison") == ("error", PoisonRequest.code)
+
+
+def test_a_target_that_was_only_silent_is_blamed_on_nobody() -> None:
+    rig = Rig(worker_info())
+    rig.start_target()
+    rig.submit("a", [1], 5)
+    for code in (0, -signal.SIGTERM) * 5:
+        rig.now += rig.core.settings.heartbeat_timeout_s + 1
+        rig.core.peers.by_id("front").last_seen = rig.now
+        rig.deliver(rig.core.tick(rig.now))
+        rig.start_target(code)
+        assert not rig.core.suspects
+    rig.assert_idle()
+    assert rig.tokens("a") == greedy([1], 5)
+
+
 def test_requests_that_go_on_between_crashes_are_never_given_up() -> None:
     rig = Rig(worker_info(num_slots=3))
     rig.start_target()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from shared import supervise
-from shared.beat import Watch
+from shared.beat import Watch, ready_path
 from shared.supervise import BACKOFF_S, EXIT_CONFIG, MAX_EARLY_DEATHS, Supervisor
 
 
@@ -51,6 +51,22 @@ def test_a_long_life_between_deaths_starts_the_count_anew(tmp_path: Path, monkey
     supervisor = Supervisor("child", ending_with([1] * 8, tmp_path), sleep=pauses.append)
     assert supervisor.run() == 0
     assert pauses == [BACKOFF_S[0]] * 8
+
+
+def test_a_worker_that_was_ready_is_always_started_again(tmp_path: Path) -> None:
+    """With growing pauses; only deaths before it is ready add up."""
+    beat, folder = tmp_path / "child.beat", tmp_path / "starts"
+    folder.mkdir()
+    is_ready = [True] * 7 + [False] * (MAX_EARLY_DEATHS - 1) + [True] + [False] * MAX_EARLY_DEATHS
+    program = (
+        f"import os; n = len(os.listdir({str(folder)!r})); open({str(folder)!r} + f'/{{n}}', 'x'); "
+        f"{is_ready}[n] and open({str(ready_path(beat))!r}, 'w').close(); os._exit(1)"
+    )
+    pauses: list[float] = []
+    supervisor = Supervisor("child", python(program), sleep=pauses.append, watch=Watch(beat, 100))
+    assert supervisor.run() == 1
+    assert len(list(folder.iterdir())) == len(is_ready)
+    assert pauses == [*BACKOFF_S, *[BACKOFF_S[-1]] * (len(is_ready) - 1 - len(BACKOFF_S))]
 
 
 def test_a_bad_setting_or_model_is_final_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -104,8 +104,7 @@ class Server:
 
     def worker(self, module: str) -> psutil.Process:
         """The process that runs `python -m MODULE` (not its supervisor)."""
-        assert self.process is not None
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        for child in self.tree():
             command = child.cmdline()
             if command[-2:] == ["-m", module] and "shared.supervise" not in command:
                 return child
