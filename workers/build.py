@@ -7,7 +7,6 @@ import logging
 import mlx.core as mx
 import msgspec
 import psutil
-from mlx.utils import tree_flatten
 
 from shared import tokenizer
 from shared.config import Settings
@@ -73,9 +72,7 @@ def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
         cuda.leave_out_graphs()
     loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
     if is_cpu():
-        parameters = tree_flatten(loaded.model.parameters())  # type: ignore[attr-defined]  # it is an nn.Module
-        weights = sum(array.nbytes for _, array in parameters)
-        mx.set_cache_limit(max(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * weights)))
+        mx.set_cache_limit(max(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * mx.get_active_memory())))
     return loaded
 
 
