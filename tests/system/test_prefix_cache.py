@@ -68,6 +68,7 @@ def test_the_paged_layout_gives_the_same_text_cold_cached_drafted_and_after_a_ki
         paged.worker("workers.target").kill()
         restarts = "tandem:worker_restarts_total"
         paged.wait_for(lambda: paged.metric(restarts, role="target") == 1, "the death noticed")
+        paged.wait_ready()
         text, cached = ask(paged, WORDS, max_tokens=40)
         assert (text, cached > 100) == (expected, True)
         assert paged.metric("tandem:prefix_hit_tokens_total", tier="archive") >= cached
