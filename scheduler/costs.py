@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from shared.messages import StepCost
@@ -12,9 +13,15 @@ DEFAULT_SLOPE = 0.08  # growth per extra token of width where nothing was measur
 
 
 class StepCosts:
-    """Batches are grouped by powers of two; widths between measured ones are interpolated."""
+    """Batches are grouped by powers of two; widths between measured ones are interpolated.
 
-    def __init__(self, seed: Iterable[StepCost] = ()) -> None:
+    Args:
+        is_by_token: steps cost by their tokens, however these are spread over rows: what was measured of few wide rows
+            tells of many narrow ones.
+    """
+
+    def __init__(self, seed: Iterable[StepCost] = (), is_by_token: bool = False) -> None:
+        self._is_by_token = is_by_token
         self._seconds: dict[tuple[int, int], float] = {}
         for cost in seed:
             self._seconds[batch_bucket(cost.batch), cost.width] = cost.seconds
@@ -28,6 +35,11 @@ class StepCosts:
         """Seconds; 0.0 only while nothing at all was measured."""
         bucket = batch_bucket(batch)
         points = sorted((w, s) for (b, w), s in self._seconds.items() if b == bucket)
+        if self._is_by_token and len(points) < 2:
+            like = self._of_other_batches(bucket, width)
+            known = self._of_other_batches(bucket, points[0][0]) if points else 0.0
+            if like is not None:
+                return like * points[0][1] / known if points and known else like
         if not points:
             nearest = min({b for b, _ in self._seconds}, key=lambda b: abs(b - bucket), default=None)
             return 0.0 if nearest is None else self.estimate(nearest, width)
@@ -42,6 +54,15 @@ class StepCosts:
             slope = (s0 - first) / (w0 - first_width) if w0 > first_width else DEFAULT_SLOPE * s0
             return s0 + max(0.0, slope) * (width - w0)
         return points[0][1]
+
+    def _of_other_batches(self, bucket: int, width: float) -> float | None:
+        """Seconds of as many tokens in rows of the nearest batch of which two widths are known; None: there is none."""
+        widths = Counter(b for b, _ in self._seconds if b != bucket)
+        known = [b for b, num in widths.items() if num > 1]
+        if not known:
+            return None
+        nearest = min(known, key=lambda b: abs(b - bucket))
+        return self.estimate(nearest, width * bucket / nearest)
 
 
 def follow(average: float, measured: float) -> float:

@@ -126,7 +126,7 @@ class Speculator:
         self._vocab_size = vocab_size
         self._target_epoch = epoch
         self.packs_rows = packs_rows
-        self.costs = StepCosts(step_costs)
+        self.costs = StepCosts(step_costs, is_by_token=packs_rows)
         self.policy.forget()
 
     def set_drafter(

@@ -339,6 +339,20 @@ def test_a_round_of_packed_rows_costs_by_its_drafts_and_one_of_padded_rows_by_it
     assert from_text(False, 0.050, 0.25).choose_k(8) == 0
 
 
+def test_costs_by_the_token_carry_over_to_batches_that_were_not_measured() -> None:
+    seed = [StepCost(batch=4, width=w, seconds=0.02 + 0.001 * 4 * w) for w in (1, 2, 4, 8)]
+    by_token, by_row = StepCosts(seed, is_by_token=True), StepCosts(seed)
+    assert by_token.estimate(32, 1) == pytest.approx(0.02 + 0.001 * 32)
+    assert by_token.estimate(32, 4) == pytest.approx(0.02 + 0.001 * 128)
+    assert by_token.estimate(4, 3) == by_row.estimate(4, 3) == pytest.approx(0.02 + 0.001 * 12)
+    assert by_row.estimate(32, 1) == pytest.approx(0.02 + 0.001 * 4), "as the nearest batch"
+    by_token.add(32, 1, 0.104)  # twice as long as it was told: the wide ones take twice as long, too
+    assert by_token.estimate(32, 4) == pytest.approx(0.296)
+    by_token.add(32, 4, 0.2)
+    assert by_token.estimate(32, 4) == pytest.approx(0.2)
+    assert StepCosts(is_by_token=True).estimate(8, 2) == 0.0
+
+
 def test_beside_prefills_packed_drafts_get_a_share_of_the_step() -> None:
     made = from_text(True, 0.020, 0.5)
     alone = made.choose_k(8)
