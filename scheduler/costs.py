@@ -35,13 +35,15 @@ class StepCosts:
         """Seconds; 0.0 only while nothing at all was measured."""
         bucket = batch_bucket(batch)
         points = sorted((w, s) for (b, w), s in self._seconds.items() if b == bucket)
-        if self._is_by_token and len(points) < 2:
-            like = self._of_other_batches(bucket, width)
-            known = self._of_other_batches(bucket, points[0][0]) if points else 0.0
-            if like is not None:
-                return like * points[0][1] / known if points and known else like
+        if self._is_by_token and len(points) < 2 and (nearest := self._nearest(bucket, num_widths=2)) is not None:
+            share = bucket / nearest  # so many rows of the nearest batch make one of this
+            carried = self.estimate(nearest, width * share)
+            if not points:
+                return carried
+            known_width, seconds = points[0]
+            return carried * seconds / self.estimate(nearest, known_width * share)
         if not points:
-            nearest = min({b for b, _ in self._seconds}, key=lambda b: abs(b - bucket), default=None)
+            nearest = self._nearest(bucket, num_widths=1)
             return 0.0 if nearest is None else self.estimate(nearest, width)
         below = [p for p in points if p[0] <= width]
         above = [p for p in points if p[0] >= width]
@@ -55,14 +57,10 @@ class StepCosts:
             return s0 + max(0.0, slope) * (width - w0)
         return points[0][1]
 
-    def _of_other_batches(self, bucket: int, width: float) -> float | None:
-        """Seconds of as many tokens in rows of the nearest batch of which two widths are known; None: there is none."""
-        widths = Counter(b for b, _ in self._seconds if b != bucket)
-        known = [b for b, num in widths.items() if num > 1]
-        if not known:
-            return None
-        nearest = min(known, key=lambda b: abs(b - bucket))
-        return self.estimate(nearest, width * bucket / nearest)
+    def _nearest(self, bucket: int, num_widths: int) -> int | None:
+        """The nearest other batch of which so many widths were measured; None: there is none."""
+        known = Counter(b for b, _ in self._seconds if b != bucket)
+        return min((b for b, n in known.items() if n >= num_widths), key=lambda b: abs(b - bucket), default=None)
 
 
 def follow(average: float, measured: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from scheduler.sequence import Sequence
 from shared.messages import Message, Output, Outputs, TokenLogprob, Verified
 
@@ -12,7 +14,7 @@ Envelope = tuple[str, Message]
 class Outbox:
     def __init__(self) -> None:
         self._envelopes: list[Envelope] = []
-        self._outputs: dict[str, list[Output]] = {}
+        self._outputs: defaultdict[str, list[Output]] = defaultdict(list)
 
     def send(self, receiver: str, message: Message) -> None:
         self._envelopes.append((receiver, message))
@@ -44,22 +46,17 @@ class Outbox:
         Args:
             start: output tokens before it.
         """
-        output = Output(request_id=sequence.submit.request_id, token_ids=token_ids, start=start, logprobs=logprobs)
-        outputs = self._outputs.get(sequence.frontend)
-        if outputs is None:
-            outputs = self._outputs[sequence.frontend] = []
-        outputs.append(output)
+        self._outputs[sequence.frontend].append(
+            Output(request_id=sequence.submit.request_id, token_ids=token_ids, start=start, logprobs=logprobs)
+        )
 
     def put(self, frontend: str, output: Output) -> None:
-        outputs = self._outputs.get(frontend)
-        if outputs is None:
-            outputs = self._outputs[frontend] = []
-        outputs.append(output)
+        self._outputs[frontend].append(output)
 
     def take(self) -> list[Envelope]:
         """All that is to be sent now."""
         for frontend, outputs in self._outputs.items():
             self._envelopes.append((frontend, Outputs(outputs=outputs)))
-        self._outputs = {}
+        self._outputs.clear()
         envelopes, self._envelopes = self._envelopes, []
         return envelopes

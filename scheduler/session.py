@@ -5,6 +5,7 @@ All that a lost target takes with it lives here; the core makes a new session fo
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence as Sequenced
 from dataclasses import dataclass
@@ -453,15 +454,15 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int, packs_rows: bool) -> 
         for row, sequence in zip((*plan.decodes, *plan.prefills), plan.sequences, strict=True)
         if row.is_sampled
     }
-    drafts = [row.num_drafts for row in plan.decodes] if k else [0]
-    width = 1 + (-(-sum(drafts) // max(1, len(drafts))) if packs_rows else max(drafts, default=0))
+    drafts = [row.num_drafts for row in plan.decodes] if k else []
+    longest = math.ceil(sum(drafts) / len(drafts)) if packs_rows and drafts else max(drafts, default=0)
     return InFlight(
         step.step_id,
         rows,
         now,
         k,
         len(plan.decodes),
-        width,
+        1 + longest,
         not (plan.prefills or plan.encodes),
         plan.num_tokens,
         [*plan.sequences, *plan.encoding],

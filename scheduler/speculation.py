@@ -29,6 +29,7 @@ MIN_CONFIDENCE = 0.25
 AVAILABLE_WEIGHT = 0.05
 HARDLY_MORE = 1.3  # than a plain step: a launch-bound GPU's verify step, never a CPU's
 SHARE_BESIDE_PREFILLS = 1 / 8  # of a step's tokens
+MIN_AVAILABLE = 0.1  # of the rows may come to have a proposal, whatever the average says
 SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
 
 
@@ -197,11 +198,15 @@ class Speculator:
         if self.forced_k is not None:
             return self.forced_k
         k = self.policy.choose(batch, self._candidates())
-        if k and has_prefills and self.costs.estimate(batch, k + 1) > HARDLY_MORE * self.costs.estimate(batch, 1):
-            if not self.packs_rows or self.is_neural:
-                return 0
-            return min(k, int(SHARE_BESIDE_PREFILLS * max_step_tokens / (batch * max(self._available, 0.1))))
-        return k
+        return self._beside_prefills(k, batch, max_step_tokens) if k and has_prefills else k
+
+    def _beside_prefills(self, k: int, batch: int, max_step_tokens: int) -> int:
+        if self.costs.estimate(batch, k + 1) <= HARDLY_MORE * self.costs.estimate(batch, 1):
+            return k
+        if not self.packs_rows or self.is_neural:
+            return 0
+        num_drafting = batch * max(self._available, MIN_AVAILABLE)
+        return min(k, int(SHARE_BESIDE_PREFILLS * max_step_tokens / num_drafting))
 
     def _candidates(self) -> list[int]:
         """One less than powers of two, which fill a padded verify row, and the longest draft."""

@@ -241,23 +241,20 @@ class Engine:
         return differing
 
     def _groups(self, step: Step) -> Iterator[list[StepRow]]:
-        """Rows that share a forward: all that can be packed, or decode rows (of one width where states are recurrent)
-        and prefills of one kind.
+        """Rows that share a forward: those that can be packed; of the others decode rows (of one width where states are
+        recurrent), and prefills of one kind.
         """
+        decodes, prefills = step.decodes, step.prefills
         if self.packs_rows:
-            packed = [row for row in (*step.decodes, *step.prefills) if not self._has_media(row)]
+            packed = [row for row in (*decodes, *prefills) if not self._has_media(row)]
             if packed:
                 yield packed
-            decodes = [row for row in step.decodes if self._has_media(row)]
-            if decodes:
-                yield decodes
-            yield from ([row] for row in step.prefills if self._has_media(row))
-            return
+            decodes, prefills = ([row for row in rows if self._has_media(row)] for rows in (decodes, prefills))
         if self.store.is_recurrent:
-            yield from self._recurrent_groups(step.decodes)
-        elif step.decodes:
-            yield step.decodes
-        yield from prefill_groups(step.prefills, self._prefill_kind, lambda row: self._padded(_width(row)))
+            yield from self._recurrent_groups(decodes)
+        elif decodes:
+            yield decodes
+        yield from prefill_groups(prefills, self._prefill_kind, lambda row: self._padded(_width(row)))
 
     def _prefill_kind(self, row: StepRow) -> tuple[int, ...] | None:
         """Prefills that begin at one position see the same keys behind each other: causal attention without a mask."""
@@ -294,7 +291,7 @@ class Engine:
     def _forward(self, group: list[StepRow]) -> list[tuple[StepRow, mx.array]]:
         """Run one forward; for each sampled row the hidden rows (n, H) whose logits are wanted."""
         slots, starts, widths = [r.slot for r in group], [r.start for r in group], [_width(r) for r in group]
-        if len(set(widths)) > 1 and self.packs_rows and not any(self._has_media(row) for row in group):
+        if self.packs_rows and len(set(widths)) > 1 and not self._has_media(group[0]):  # groups are all with or without
             batch = self.store.open_packed(slots, starts, widths)
             ordered = [group[i] for i in batch.order]
             inputs = self._packed_inputs(ordered)

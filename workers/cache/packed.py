@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from workers.cache.kv import BatchShape, KVLayer, KVView
 from workers.cache.placement import Run
-from workers.models.rope import Rotate, rotated
+from workers.models.rope import Rotate, rotated_pair
 
 
 @dataclass
@@ -93,8 +93,7 @@ class PackedView:
         sees_spans: bool = False,
     ) -> mx.array:
         """As `KVView.attend`, for q (1, num_heads, T, key_dim). There are no spans: rows with media are not packed."""
-        if rotation is not None:
-            q, k = rotated(q, rotation), None if k is None else rotated(k, rotation)
+        q, k = rotated_pair(q, k, rotation)
         if k is not None and v is not None:
             self.write(k, v)  # all before the first is read: a pool that is held twice would be copied
         outputs = [join(view.attend(part.cut(q), None, None, scale, window, sinks)) for part, view in self._parts]

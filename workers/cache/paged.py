@@ -175,7 +175,7 @@ class PagedStore(CacheStore):
 
     @property
     def packs_rows(self) -> bool:
-        """Its stock operations gather a row's blocks anyhow."""
+        """`PackedView` reads pools of slots; no view packs rows over block tables."""
         return False
 
     def _attention_layer(self, spec: AttentionSpec, dtype: mx.Dtype) -> PagedLayer:

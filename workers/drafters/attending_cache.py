@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from workers.cache.spec import AttentionSpec
-from workers.models.rope import Rotate, rotated
+from workers.models.rope import Rotate, rotated_pair
 
 
 class AttendingCache(KVCache):  # type: ignore[misc]  # mlx-lm has no annotations
@@ -28,11 +28,11 @@ class AttendingCache(KVCache):  # type: ignore[misc]  # mlx-lm has no annotation
         sees_spans: bool = False,
     ) -> mx.array:
         """As `KVView.attend`, for text: `sees_spans` has no meaning here."""
-        q = q if rotation is None else rotated(q, rotation)
+        q, k = rotated_pair(q, k, rotation)
         if k is None or v is None:  # another layer wrote this one's rows
             keys, values = self.state
         else:
-            keys, values = self.update_and_fetch(k if rotation is None else rotated(k, rotation), v)
+            keys, values = self.update_and_fetch(k, v)
         mask = _mask(q.shape[2], keys.shape[2], window if window is not None else self._window)
         out: mx.array = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
         return out

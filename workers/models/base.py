@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
-from workers.models.rope import Rotate, rotated
+from workers.models.rope import Rotate, rotated_pair
 
 
 class LayerCache(Protocol):
@@ -63,8 +63,7 @@ class NoCache:
         rotation: Rotate | None = None,
         sees_spans: bool = False,
     ) -> mx.array:
-        if rotation is not None:
-            q, k = rotated(q, rotation), None if k is None else rotated(k, rotation)
+        q, k = rotated_pair(q, k, rotation)
         if k is not None and v is not None:
             self._rows = k, v
         assert self._rows is not None, "shared keys were not written in this forward"

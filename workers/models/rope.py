@@ -206,6 +206,13 @@ def rotated(x: mx.array, rotate: Rotate) -> mx.array:
     return rotate(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
+def rotated_pair(q: mx.array, k: mx.array | None, rotate: Rotate | None) -> tuple[mx.array, mx.array | None]:
+    """Queries, and keys where there are any, each (B, heads, L, dim); as they are without a rotation."""
+    if rotate is None:
+        return q, k
+    return rotated(q, rotate), None if k is None else rotated(k, rotate)
+
+
 def rotate_halves(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]

@@ -9,7 +9,7 @@ GatedDeltaNet layers take no positions, so that an image changes nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_5_moe
 
-from shared.messages import MediaItem, MediaKind
+from shared.messages import MediaItem
 from workers.models.mlxlm import SplitMlxLmModel
 from workers.models.qwen.config import AddedVisionConfig
+from workers.models.qwen.media import QwenMedia
 from workers.models.qwen.model import VISION_PREFIXES
 from workers.models.qwen.positions import axial_positions
 from workers.models.qwen.text import AxialRope
@@ -111,7 +112,7 @@ class PlacedRope:
         return mx.concatenate([rotated(x[..., :dim], self._rotate), x[..., dim:]], axis=-1)
 
 
-class AddedVision(SplitMlxLmModel):
+class AddedVision(QwenMedia, SplitMlxLmModel):
     """Also a `MediaModel`, around a model of `CLASSES` that holds an image encoder."""
 
     def __init__(self, model: nn.Module, architecture: str) -> None:
@@ -122,28 +123,8 @@ class AddedVision(SplitMlxLmModel):
         for attention in attending:
             attention.pop("rope")  # a module, which would stay before the attribute
             attention.rope = self._rope
+        self.vision_tower = model.vision_tower
         super().__init__(model, architecture)
-
-    @property
-    def vision_tower(self) -> VisionTower:
-        return self.model.vision_tower
-
-    @property
-    def modalities(self) -> list[MediaKind]:
-        return ["image", "video"]
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
-
-    def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
-        """As `QwenVL.encode_media`."""
-        patches = self.vision_tower.patches(tensors["frames"], tensors["mean"], tensors["std"])
-        return self.vision_tower(patches, (grid[0], grid[1], grid[2]))
 
     def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray:
         assert self.config.vision is not None, "the model holds an image encoder"
@@ -159,12 +140,3 @@ class AddedVision(SplitMlxLmModel):
         """(B, L, H) after the final norm; `positions` as `TextDecoder.hidden` has them."""
         with self._rope.placed(positions):
             return super().hidden(inputs, cache, input_embeddings)
-
-    def __call__(
-        self,
-        inputs: mx.array,
-        cache: Sequence[object] | None = None,
-        input_embeddings: mx.array | None = None,
-        positions: mx.array | int | None = None,
-    ) -> mx.array:
-        return self.logits(self.hidden(inputs, cache, input_embeddings, positions))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import numpy as np
 from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
 from workers.models.qwen.config import QwenConfig
+from workers.models.qwen.media import QwenMedia
 from workers.models.qwen.positions import axial_positions
 from workers.models.qwen.text import TextDecoder
 from workers.models.qwen.vision import VisionTower
@@ -22,7 +23,7 @@ from workers.models.qwen.vision import VisionTower
 VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.")
 
 
-class QwenVL(nn.Module):
+class QwenVL(QwenMedia, nn.Module):
     """`SplitModel`, `TextModel` and `MediaModel` of workers/models/base.py."""
 
     packs_rows = True  # those without media
@@ -44,26 +45,13 @@ class QwenVL(nn.Module):
 
     @property
     def modalities(self) -> list[MediaKind]:
-        return ["image", "video"] if "vision_tower" in self else []
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
+        return super().modalities if "vision_tower" in self else []
 
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
 
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)
-
-    def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
-        """Tokens (1 + deep layers, n, H) of `frames` (T, height, width, 3) uint8 with `mean` and `std`."""
-        patches = self.vision_tower.patches(tensors["frames"], tensors["mean"], tensors["std"])
-        return self.vision_tower(patches, (grid[0], grid[1], grid[2]))
 
     def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray:
         return axial_positions(num_tokens, media, self.config.vision.merge_size, self.config.temporal_scale)
@@ -79,14 +67,6 @@ class QwenVL(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         return self.language_model.logits(hidden)
-
-    def __call__(
-        self,
-        inputs: mx.array,
-        cache: Sequence[Any] | None = None,
-        **more: Any,  # noqa: ANN401 - as TextDecoder has them
-    ) -> mx.array:
-        return self.logits(self.hidden(inputs, cache, **more))
 
     def fuse(self) -> None:
         self.language_model.fuse()
