@@ -20,9 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from mlx.utils import tree_map
-
+from bench.model_shapes import SHAPES, random_model
 from bench.report import print_last_line, provenance, write_json
 from scheduler.core import Core
 from scheduler.metrics import Metrics
@@ -48,43 +46,10 @@ from workers.build import make_engine, select_attention, warm_up
 from workers.calibrate import measure
 from workers.engine import Engine, PendingStep
 from workers.load import LoadedModel
-from workers.models.decoder import DecoderConfig, Model
 from workers.sampling.uniform import uniform
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": False,
-    },
-    "1b": {
-        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 MAX_K = 7
 REPEATS = 2  # of plain decoding and of the policy; the best counts
-
-
-def random_model(shape: str, dtype: str) -> LoadedModel:
-    """A model of this shape with random weights of the given type, on the device."""
-    config = SHAPES[shape]
-    model = Model(DecoderConfig.from_hf(config, int(config["max_position_embeddings"])))
-    kind = getattr(mx, dtype)
-    model.update(tree_map(lambda a: (mx.random.normal(a.shape) * 0.02).astype(kind), model.parameters()))
-    model.fuse()
-    mx.eval(model.parameters())
-    return LoadedModel(
-        model=model, config=config, name=f"random-{shape}", architecture="llama", fingerprint=f"random-{shape}",
-        eos_token_ids=[], max_model_len=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"]),
-        dtype=dtype,
-    )  # fmt: skip
 
 
 def speculating_engine(loaded: LoadedModel) -> tuple[Engine, WorkerInfo]:
@@ -107,6 +72,7 @@ class Loop:
         self.requests: list[DraftRequest] = []
         self.num_tokens = 0
         self.num_running = 0
+        self.first_token_at: float | None = None
         self.ended: tuple[float, int] | None = None  # when the first row did, and the tokens until then
         self.phases: dict[str, float] = dict.fromkeys(("begin", "finish", "draft", "core"), 0.0)  # seconds
         self.num_steps = 0
@@ -132,6 +98,7 @@ class Loop:
                 case DraftRequest():
                     self.requests.append(out)
                 case Outputs():
+                    self.first_token_at = self.first_token_at or time.perf_counter()
                     self.num_tokens += sum(len(o.token_ids) for o in out.outputs)
                     self.num_running -= sum(o.finish_reason is not None for o in out.outputs)
                     if self.ended is None and any(o.finish_reason is not None for o in out.outputs):

@@ -12,6 +12,7 @@ begin with `tandem.`.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
 NS = 1_000_000_000
+CLOSE_S = 1.0  # beside what connections take to close (frontend/server.py) within the supervisor's grace
 QUIET_PATHS = "health,metrics"  # asked for every few seconds, and of no use in a trace
 
 
@@ -48,7 +50,7 @@ class Tracing:
                 f"TANDEM_TRACING needs packages that are not installed ({error.name}): pip install 'mlx-tandem[otel]'"
             ) from error
         named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "tandem"}
-        self._provider: TracerProvider = TracerProvider(resource=Resource.create(named))
+        self._provider: TracerProvider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer: Tracer = self._provider.get_tracer("tandem")
         self._middleware = OpenTelemetryMiddleware
@@ -78,8 +80,10 @@ class Tracing:
         return SequenceSpan(self._tracer, self._tracer.start_span(f"generate_content {model}", attributes=attributes))
 
     def close(self) -> None:
-        """Send what is left; waits for that as long as OpenTelemetry's variables say."""
-        self._provider.shutdown()
+        """Send what is left. Where nobody takes it, it is given up after CLOSE_S: this process has to end in time."""
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(CLOSE_S)
 
 
 class SequenceSpan:

@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -153,13 +154,24 @@ class Supervisor:
 
     def _wait(self, child: subprocess.Popen[bytes]) -> int:
         """The child's exit code; one that hangs is killed."""
-        while True:
-            try:
-                return child.wait(None if self._watch is None else LOOK_S)
-            except subprocess.TimeoutExpired:
-                if self._watch is not None and self._watch.is_silent():
-                    self._say(f"{self.name} hangs; killing it")
-                    child.kill()
+        if self._watch is None:
+            return child.wait()
+        ended = threading.Event()
+        looking = threading.Thread(target=self._look, args=(child, self._watch, ended), daemon=True)
+        looking.start()
+        try:
+            return child.wait()  # with a time limit it would wake 20 times a second, in each of four idle supervisors
+        finally:
+            ended.set()
+            looking.join()
+
+    def _look(self, child: subprocess.Popen[bytes], watch: Watch, ended: threading.Event) -> None:
+        """Kill the child when it hangs. Runs in a thread that takes no signals: those are to wake `wait`."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while not ended.wait(LOOK_S):
+            if watch.is_silent():
+                self._say(f"{self.name} hangs; killing it")
+                child.kill()
 
     def _say(self, text: str) -> None:
         try:

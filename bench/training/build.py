@@ -15,7 +15,7 @@ from bench.training.parts import Params, Trained
 from bench.training.target import Target
 from shared.errors import BadModel
 from workers.drafters.checkpoint import detect
-from workers.drafters.tensors import load_arrays
+from workers.drafters.tensors import load_arrays, read_quantization
 
 UNROLL = {"eagle3": 4, "mtp": 3}
 
@@ -95,7 +95,7 @@ def read(folder: Path, of: Trained) -> Params:
     Raises:
         BadModel: tensors are missing, or there are others.
     """
-    arrays = load_arrays(folder, of.kind, mx.float32, None)
+    arrays = load_arrays(folder, of.kind, mx.float32, read_quantization(folder))
     wanted = {**{n: tuple(s) for n, s in of.matrices().items()}, **{n: (s,) for n, s in of.norms().items()}}
     if {n: tuple(a.shape) for n, a in arrays.items()} != wanted:
         different = sorted(set(wanted) ^ set(arrays)) or "shapes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 
 import openai
@@ -44,6 +46,22 @@ def test_stream_begins_with_the_role_and_ends_with_usage(client: openai.OpenAI, 
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(ids("Hello wörld")) + 1
+
+
+def test_a_delta_goes_out_when_it_comes(server: RunningServer, engine: FakeEngine) -> None:
+    """The next token is made only once this one was seen: a server that collects deltas for 10 ms would show it."""
+    body = {"model": "default", "messages": HELLO, "stream": True}
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        request_id = engine.wait_for(Submit)[0].request_id
+        lines = (line for line in answer.iter_lines() if '"content":"x"' in line)
+        seconds = []
+        for _ in range(150):
+            started = time.perf_counter()
+            engine.send_output(request_id, ids("x"))
+            next(lines)
+            seconds.append(time.perf_counter() - started)
+        engine.send_output(request_id, [EOS], finish_reason="stop")
+    assert statistics.median(seconds) < 0.008
 
 
 def lp(token_id: int, logprob: float, *top: tuple[int, float]) -> TokenLogprob:

@@ -225,4 +225,4 @@ def test_an_idle_server_hardly_uses_the_processor(server: Server) -> None:
     time.sleep(8.0)  # the measurement itself
     share = (used() - before) / (time.monotonic() - started)
     print(f"idle: {share:.2%} of one core")
-    assert share < 0.04  # the aim is 2 %; a busy machine's timer ticks count too
+    assert share < 0.03  # the aim is 2 %; a busy machine's timer ticks count too

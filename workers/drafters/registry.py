@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
-
 import mlx.core as mx
 
 from workers.drafters.assistant import AssistantDrafter
@@ -16,7 +12,7 @@ from workers.drafters.eagle3 import Eagle3Drafter
 from workers.drafters.fusion import FUSION_PREFIXES, Fusion, TapFusion, final_hidden, joined
 from workers.drafters.layers import Linear, Weights
 from workers.drafters.mtp import MTPDrafter
-from workers.drafters.tensors import load_arrays
+from workers.drafters.tensors import load_arrays, read_quantization
 
 
 def load_fusion(config: DrafterConfig, dtype: mx.Dtype) -> Fusion | None:
@@ -31,7 +27,7 @@ def load_fusion(config: DrafterConfig, dtype: mx.Dtype) -> Fusion | None:
         return final_hidden
     if config.feature == "hidden_and_kv":
         return joined
-    arrays = load_arrays(config.path, config.kind, dtype, _quantization(config), FUSION_PREFIXES)
+    arrays = load_arrays(config.path, config.kind, dtype, read_quantization(config.path), FUSION_PREFIXES)
     mx.eval(arrays)  # the file is read now, not in the first step
     return TapFusion(Weights(arrays, config), config)
 
@@ -51,7 +47,7 @@ def load_drafter(
         raise ValueError("a causal language model is wrapped by causal_lm.CausalLMDrafter")
     if config.kind == "assistant":
         return AssistantDrafter(config, dtype, embed)
-    arrays = load_arrays(config.path, config.kind, dtype, _quantization(config))
+    arrays = load_arrays(config.path, config.kind, dtype, read_quantization(config.path))
     if config.feature == "taps":  # the target's part stays there
         arrays = {name: array for name, array in arrays.items() if not name.startswith(FUSION_PREFIXES)}
     weights = Weights(arrays, config)
@@ -70,9 +66,3 @@ def load_drafter(
 def tables(embedding: mx.array, head: mx.array | None = None) -> tuple[Embed, Head]:
     """(embed, head) from the target's arrays, each (V, H); a tied head when only one is given."""
     return embedding.__getitem__, Linear(embedding if head is None else head)
-
-
-def _quantization(config: DrafterConfig) -> Mapping[str, Any] | None:
-    raw: dict[str, Any] = json.loads((config.path / "config.json").read_text())
-    found = raw.get("quantization")
-    return found if isinstance(found, Mapping) else None

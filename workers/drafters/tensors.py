@@ -101,6 +101,13 @@ def load_arrays(
     return {k: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in arrays.items()}
 
 
+def read_quantization(folder: Path) -> Mapping[str, Any] | None:
+    """`quantization` of a drafter's config.json, as `load_arrays` takes it."""
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    found = raw.get("quantization")
+    return found if isinstance(found, Mapping) else None
+
+
 def _quantization_of(stem: str, stored: str, quantization: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Settings of one module: its own, under our name for it or the file's, or those of all."""
     if not quantization:

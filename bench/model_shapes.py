@@ -1,0 +1,136 @@
+"""Models with random weights in the shapes of real ones: what a step costs does not depend on the values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+from workers.load import LoadedModel
+from workers.load.loader import cast
+from workers.models.own import OWN, adapted_to_caches
+
+MAX_MODEL_LEN = 8192
+
+_QWEN35_4B = {
+    "hidden_size": 2560, "num_hidden_layers": 32, "intermediate_size": 9216, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248320, "rms_norm_eps": 1e-6,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "tie_word_embeddings": True,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                        "mrope_section": [11, 11, 10], "mrope_interleaved": True},
+}  # fmt: skip
+_GEMMA4 = {
+    "model_type": "gemma4_text", "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "head_dim": 256,
+    "global_head_dim": 512, "rms_norm_eps": 1e-6, "final_logit_softcapping": 30.0, "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": MAX_MODEL_LEN, "sliding_window_pattern": 6,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        "sliding_attention": {"partial_rotary_factor": 1.0, "rope_theta": 1e4, "rope_type": "default"},
+    },
+}  # fmt: skip
+
+
+def _layer_types(num_layers: int) -> list[str]:
+    return ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(num_layers)]
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": MAX_MODEL_LEN,
+        "tie_word_embeddings": False,
+    },
+    "1b": {
+        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": MAX_MODEL_LEN,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": MAX_MODEL_LEN,
+        "tie_word_embeddings": True,
+    },
+    "qwen3.5-4b": {"model_type": "qwen3_5", "text_config": _QWEN35_4B},
+    "qwen3.5-tiny": {
+        "model_type": "qwen3_5",
+        "text_config": {
+            **_QWEN35_4B, "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "vocab_size": 512,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        },
+    },
+    "gemma4-e4b": {
+        **_GEMMA4, "hidden_size": 2560, "num_hidden_layers": 42, "intermediate_size": 10240, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "num_kv_shared_layers": 18, "hidden_size_per_layer_input": 256,
+        "sliding_window": 512, "use_double_wide_mlp": False, "layer_types": _layer_types(42),
+    },
+    "gemma4-26b-a4b": {
+        **_GEMMA4, "hidden_size": 2816, "num_hidden_layers": 30, "intermediate_size": 2112, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_global_key_value_heads": 2, "attention_k_eq_v": True, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0, "sliding_window": 1024, "use_double_wide_mlp": False,
+        "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+        "layer_types": _layer_types(30),
+    },
+    "gemma4-tiny": {
+        **_GEMMA4, "hidden_size": 64, "num_hidden_layers": 12, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "global_head_dim": 64, "vocab_size": 512,
+        "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 6, "hidden_size_per_layer_input": 32,
+        "sliding_window": 32, "use_double_wide_mlp": False, "enable_moe_block": True, "num_experts": 4,
+        "top_k_experts": 2, "moe_intermediate_size": 32, "layer_types": _layer_types(12),
+    },
+}  # fmt: skip
+
+
+def random_model(shape: str, dtype: str) -> LoadedModel:
+    """Our definition of the shape, on the device, ready for an engine."""
+    config = SHAPES[shape]
+    own = OWN.get(config["model_type"])
+    model = own.model(own.read_config(config, MAX_MODEL_LEN)) if own is not None else mlx_lm_model(shape)
+    _randomise(model, dtype)
+    if hasattr(model, "fuse"):
+        model.fuse()
+    mx.eval(model.parameters())
+    ready = model if own is not None else adapted_to_caches(model, config["model_type"])
+    text = config.get("text_config", config)
+    return LoadedModel(
+        model=ready, config=config, name=f"random-{shape}", architecture=config["model_type"],
+        fingerprint=f"random-{shape}", eos_token_ids=[], max_model_len=MAX_MODEL_LEN,
+        vocab_size=int(text["vocab_size"]), dtype=dtype,
+    )  # fmt: skip
+
+
+def random_mlx_lm_model(shape: str, dtype: str) -> nn.Module:
+    """mlx-lm's definition of the shape, on the device."""
+    model = mlx_lm_model(shape)
+    _randomise(model, dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def mlx_lm_model(shape: str) -> nn.Module:
+    from importlib import import_module
+
+    module = import_module(f"mlx_lm.models.{SHAPES[shape]['model_type']}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(SHAPES[shape]))
+    return model
+
+
+def _randomise(model: nn.Module, dtype: str) -> None:
+    """Small normal values in matrices, what the constructor gave elsewhere; each array is made when it is needed."""
+    kind = getattr(mx, dtype)
+
+    def drawn(_path: str, array: mx.array) -> mx.array:
+        if array.ndim < 2 or not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        return mx.random.normal(array.shape, dtype=kind) * 0.02
+
+    model.update(tree_map_with_path(drawn, model.parameters()))
+    cast(model, kind)
+    model.eval()
