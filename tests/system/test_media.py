@@ -50,7 +50,7 @@ def words(text: str) -> dict[str, Any]:
 
 
 def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return server.openai()
 
 
 def ask(client: openai.OpenAI, *content: dict[str, Any], max_tokens: int = 24) -> tuple[str, int, int]:
