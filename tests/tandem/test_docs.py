@@ -112,6 +112,7 @@ def test_the_lines_of_the_command_page_run(
 ) -> None:
     port = os.environ["TANDEM_PORT"]
     monkeypatch.setenv("TANDEM_MODEL", "Qwen/Qwen3-0.6B")
+    monkeypatch.setattr(sys, "argv", sys.argv)  # benchmarks change it
     ran = set()
     for shown in documented.lines(REPOSITORY / "docs/cli.md"):
         command, *arguments = shown.words[1:] if shown.in_block else ("",)
