@@ -16,7 +16,7 @@ from frontend.media.processors.base import Processed, Processor
 from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
-NEWER_TYPES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")
+NEWER_TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", *NEWER_TYPES)
 MAX_ASPECT_RATIO = 200
 
