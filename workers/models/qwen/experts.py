@@ -9,26 +9,38 @@ import re
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.qwen3_next import Qwen3NextMLP
 from mlx_lm.models.switch_layers import SwitchGLU
 
 _ONE = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj\.weight)")
 
 
 class SparseMLP(nn.Module):
-    """The weighted sum of what the experts chosen for each token give, under the names of mlx-lm's checkpoints."""
+    """The weighted sum of what the experts chosen for each token give, under the names of mlx-lm's checkpoints.
 
-    def __init__(self, hidden: int, inner: int, num_experts: int, num_chosen: int) -> None:
+    Args:
+        shared_inner: width of one more expert, which every token goes to by a gate of its own; 0: there is none.
+    """
+
+    def __init__(self, hidden: int, inner: int, num_experts: int, num_chosen: int, shared_inner: int = 0) -> None:
         super().__init__()
         self.num_chosen = num_chosen
         self.gate = nn.Linear(hidden, num_experts, bias=False)
         self.switch_mlp = SwitchGLU(hidden, inner, num_experts)
+        self.has_shared_expert = shared_inner > 0
+        if self.has_shared_expert:
+            self.shared_expert = Qwen3NextMLP(hidden, shared_inner)
+            self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (B, L, H). A softmax over the chosen scores equals one over all of them that is then normalised."""
         scores = self.gate(x).astype(mx.float32)
         chosen = mx.argpartition(scores, kth=-self.num_chosen, axis=-1)[..., -self.num_chosen :]
         weights = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1).astype(x.dtype)
-        return (self.switch_mlp(x, chosen) * weights[..., None]).sum(axis=-2)
+        out = (self.switch_mlp(x, chosen) * weights[..., None]).sum(axis=-2)
+        if self.has_shared_expert:
+            out = out + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return out
 
 
 def split_experts(weights: dict[str, mx.array], hidden: int) -> dict[str, mx.array]:
