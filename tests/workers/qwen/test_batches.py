@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from shared.messages import Hello, Ready, Release, SamplingParams, Step
+from shared.messages import SamplingParams, Step
 from tests.support.engine_rig import EngineRig, make_engine
 from tests.workers.qwen import hf
-from workers.media import SlotMedia
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -46,11 +45,9 @@ def requests_of(model):
 class MediaRig(EngineRig):
     """Its target takes images and video; `steps` are all it was sent."""
 
-    def __init__(self, model, **more):
+    def __init__(self, model, engine=None, block_size=None, **more):
         self.steps = []
-        super().__init__(
-            make_engine(model, classes=CLASSES, **{k: more.pop(k) for k in ("block_size",) if k in more}), **more
-        )
+        super().__init__(engine or make_engine(model, classes=CLASSES, block_size=block_size), **more)
         self.core.target.info = msgspec.structs.replace(self.core.target.info, modalities=model.modalities)
 
     def start(self, made, names, max_tokens=12):
@@ -131,18 +128,8 @@ def test_a_lost_target_in_the_middle_of_an_image_changes_nothing(pair, expected)
     item = made["two"].media[1]
     while not any(item.start < p.start < item.start + item.num_tokens for s in rig.steps for p in s.prefills):
         assert rig.work()
-    rig.queue.clear()
-    info = msgspec.structs.replace(rig.core.target.info, max_step_tokens=8)
-    rig.engine.reset()
-    rig.engine.media = SlotMedia(model)
-    rig.send("target2", Hello(role="target", instance_id="target2", pid=9))
-    rig._deliver(rig.core.handle("target2", Ready(epoch=rig.epochs["target2"], info=info), rig.now))
-    while rig.queue:
-        message = rig.queue.popleft()
-        if isinstance(message, Release):
-            rig.engine.release(message.slots, message.stores)
-            continue
-        rig.send("target2", rig.engine.finish(rig.engine.begin(message)))
+    rig.lose_target()
+    rig.drain()
     assert {name: rig.tokens(name) for name in ("two", "text")} == {n: expected[n] for n in ("two", "text")}
 
 
