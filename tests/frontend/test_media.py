@@ -229,9 +229,10 @@ def test_a_processor_is_chosen_by_the_configuration(tmp_path):
         (0.5,) * 3,
         {"image": 7},
     )
-    hybrid = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "qwen3_5_moe"}
-    (tmp_path / "config.json").write_text(json.dumps(hybrid))
-    assert processor_of(tmp_path) == found
+    for model_type in ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"):
+        hybrid = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type}
+        (tmp_path / "config.json").write_text(json.dumps(hybrid))
+        assert processor_of(tmp_path) == found
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_5", "text_config": {}}')
     assert processor_of(tmp_path) is None, "a conversion that left the image encoder out"
     (tmp_path / "config.json").write_text(json.dumps(hybrid))

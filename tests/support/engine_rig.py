@@ -57,6 +57,7 @@ from workers.cache.spec import LayerSpec
 from workers.engine import Engine
 from workers.features import Bits
 from workers.load.folder import mlx_lm_classes
+from workers.media import SlotMedia
 from workers.models import decoder
 from workers.models.base import TextModel
 from workers.models.mlxlm import adapted
@@ -207,6 +208,7 @@ class EngineRig:
         self.queue: deque[Step | Release | LoadBlocks] = deque()
         self.outputs: dict[str, list[Output]] = {}
         self.num_steps = 0
+        self.target = "target"  # as the core knows it; another name for the one that follows a lost one
         self.send("front", Hello(role="frontend", instance_id="front", pid=1))
         classes = engine.store.placement.capacities
         info = worker_info(
@@ -286,8 +288,21 @@ class EngineRig:
                 self.drafter.take_features(rows, features[1][at : at + rows.num_rows])
                 at += rows.num_rows
         self.now += STEP_S
-        self.send("target", result)
+        self.send(self.target, result)
         return True
+
+    def lose_target(self) -> None:
+        """The target dies with the steps in its hands; the one that follows knows nothing."""
+        info = self.core.target.info
+        assert info is not None, "a target that was ready"
+        info = msgspec.structs.replace(info, max_step_tokens=self.session.planner.max_prefill_tokens)
+        self.queue.clear()
+        self.engine.reset()
+        if self.engine.media is not None:
+            self.engine.media = SlotMedia(self.engine.model.model)
+        self.target += "+"
+        self.send(self.target, Hello(role="target", instance_id=self.target, pid=9))
+        self.send(self.target, Ready(epoch=self.epochs[self.target], info=info))
 
     def drain(self) -> None:
         for _ in range(100_000):

@@ -1,4 +1,4 @@
-"""Images through HTTP, the OpenAI SDK and the real processes, with a tiny Qwen2-VL."""
+"""Images through HTTP, the OpenAI SDK and the real processes, with a tiny Qwen2-VL and a tiny Qwen3.5 that drafts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.support import tiny_model
+from tests.frontend.test_media import BAD
+from tests.support import tiny_model, tiny_qwen35
 from tests.support.server import Server
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
@@ -188,18 +189,51 @@ def stream_and_kill(server: Server, client: openai.OpenAI) -> tuple[str, bool]:
     return text, is_killed
 
 
-def test_bad_images_are_400s_and_the_server_goes_on(vision_server: Server) -> None:
-    with client_of(vision_server) as client:
-        good = part(1)
-        whole = base64.b64decode(good["image_url"]["url"].partition(",")[2])
-        for data, why in ((b"", "no bytes"), (whole[:200], "damaged"), (b"GIF89a", "supported format")):
-            with pytest.raises(openai.BadRequestError, match=why):
-                ask(client, {"type": "image_url", "image_url": {"url": uri(data)}})
-        with pytest.raises(openai.BadRequestError, match="images"):
-            ask(client, *[good] * 200)
-        with pytest.raises(openai.BadRequestError, match=str(tiny_model.MAX_POSITIONS)):
-            ask(client, *[good] * 40)  # more tokens than the context holds
-        assert ask(client, good)[1] > IMAGE_TOKENS
+@pytest.fixture(scope="module")
+def hybrid_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A Qwen3.5 whose own MTP head drafts."""
+    folder = tiny_qwen35.write(tmp_path_factory.mktemp("hybrid") / "tiny")
+    # Where the drafter shares the target's cores, the policy would draft nothing.
+    with Server(
+        folder, tmp_path_factory.mktemp("hybrid_server"), max_num_seqs=4, draft_model=folder, draft_tokens=2
+    ) as running:
+        running.wait_for(lambda: running.metric("tandem:worker_up", role="drafter") == 1, "drafter ready", 120.0)
+        yield running
+
+
+def test_qwen35_sees_images_and_drafts_behind_them(hybrid_server: Server) -> None:
+    with client_of(hybrid_server) as client:
+        content = [words("What is it? "), part(1), words("and this?"), part(2)]
+        text, num_tokens, _ = ask(client, *content)
+        _, without, _ = ask(client, words("What is it? and this?"))
+        assert num_tokens == without + 2 * (IMAGE_TOKENS + 2)
+        again, _, cached = ask(client, *content)
+        assert again == text
+        assert cached > 2 * IMAGE_TOKENS, "recurrent states are found again too"
+        others = {ask(client, words("What is it? "), part(1), words("and this?"), part(i))[0] for i in range(3, 7)}
+        assert others != {text}, "the pixels change the answer"
+        assert hybrid_server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
+        messages: list[Any] = [{"role": "user", "content": content}]
+        stream = client.chat.completions.create(
+            model="default", messages=messages, max_tokens=24, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == text
+    assert httpx.get(f"{hybrid_server.url}/health").json()["input_modalities"] == ["text", "image"]
+
+
+def test_bad_images_are_400s_and_the_servers_go_on(vision_server: Server, hybrid_server: Server) -> None:
+    good = part(1)
+    for running in (vision_server, hybrid_server):
+        with client_of(running) as client:
+            for data, why in BAD.values():
+                with pytest.raises(openai.BadRequestError, match=why):
+                    ask(client, {"type": "image_url", "image_url": {"url": uri(data)}})
+            with pytest.raises(openai.BadRequestError, match="images"):
+                ask(client, *[good] * 200)
+            with pytest.raises(openai.BadRequestError, match=str(tiny_model.MAX_POSITIONS)):
+                ask(client, *[good] * 40)  # more tokens than the context holds
+            assert ask(client, good)[1] > IMAGE_TOKENS
 
 
 def test_modalities_are_told_and_a_text_model_refuses_images(vision_server: Server, server: Server) -> None:

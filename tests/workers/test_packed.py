@@ -13,17 +13,51 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.support.engine_rig import VOCAB, WINDOW, EngineRig, ForcedDrafts, decoder_target, make_engine, make_prompts
+from tests.support.engine_rig import (
+    VOCAB,
+    WINDOW,
+    EngineRig,
+    ForcedDrafts,
+    decoder_target,
+    make_engine,
+    make_prompts,
+    shuffle_weights,
+)
 from tests.workers.gemma.test_sliding import TARGETS as GEMMA
 from tests.workers.gemma.test_sliding import make_target as gemma_target
 from workers.cache.packed import join, stretches
 from workers.cache.store import CacheStore
+from workers.models.qwen.config import QwenConfig
+from workers.models.qwen.model import QwenVL
 
 pytestmark = pytest.mark.mlx
+
+
+def experts_target():
+    """Qwen3-VL with experts in every second layer, without its image encoder."""
+    text = {
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB, "num_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "decoder_sparse_step": 2, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1],
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 24,
+        "num_position_embeddings": 4,
+    }  # fmt: skip
+    mx.random.seed(0)
+    config = {"model_type": "qwen3_vl_moe", "text_config": text, "vision_config": vision}
+    model = QwenVL(QwenConfig.from_hf(config, 256))
+    model.pop("vision_tower")
+    shuffle_weights(model)
+    return model
+
 
 TARGETS = {
     "plain": decoder_target,
     "sliding": lambda: decoder_target(window=WINDOW),
+    "experts": experts_target,
     **{name: lambda name=name: gemma_target(name) for name in GEMMA},
 }
 LENGTHS = [3, 40, 17, 9, 60, 26]  # two classes of slots; some beyond the window's ring

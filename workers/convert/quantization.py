@@ -28,7 +28,7 @@ ENCODERS = frozenset({
     "embed_audio",
 })  # fmt: skip
 # A wrong choice of experts costs more than its few weights.
-_ROUTER = re.compile(r"\.router\.proj$")
+_ROUTER = re.compile(r"\.(router\.proj|mlp\.gate)$")
 _ROUTER_RULE = {"group_size": 64, "bits": 8}
 
 Rule = Callable[[str, nn.Module], bool | dict[str, Any]]

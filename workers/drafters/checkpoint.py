@@ -173,12 +173,9 @@ def _eagle3(folder: Path, config: Config, index: TensorIndex, target: Config | N
 def _mtp(folder: Path, config: Config, index: TensorIndex) -> DrafterConfig:
     body = _section(config)
     names = index.normalised("mtp")
-    _require(
-        folder,
-        "mtp",
-        names,
-        [f"{n}.weight" for n in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "layers.0.mlp.up_proj")],
-    )
+    has_experts = f"{_MTP_MLP}gate.weight" in names
+    needed = [f"{n}.weight" for n in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")]
+    _require(folder, "mtp", names, needed + ([] if has_experts else [f"{_MTP_MLP}up_proj.weight"]))
     if any(name.startswith("layers.1.") for name in names):
         raise BadModel(f"{folder}: an MTP head with more than one layer is not supported")
     common = _common(folder, "mtp", config, body, names, index)
@@ -188,7 +185,32 @@ def _mtp(folder: Path, config: Config, index: TensorIndex) -> DrafterConfig:
         max_draft_tokens=MAX_RECURSIVE_TOKENS,
         feature="final_hidden",
         has_zero_centred_norms=is_gated and not index.is_mlx,
+        **(_experts(folder, body, names, index) if has_experts else {}),
     )
+
+
+_MTP_MLP = "layers.0.mlp."
+
+
+def _experts(folder: Path, body: Config, names: Mapping[str, str], index: TensorIndex) -> dict[str, Any]:
+    """The fields of an MTP head with experts, which are fused, split or stored one by one."""
+    num_experts, num_chosen = index.shapes[names[f"{_MTP_MLP}gate.weight"]][0], int(body.get("num_experts_per_tok", 0))
+    if not 0 < num_chosen <= num_experts:
+        raise BadModel(f"{folder}: {num_chosen} of {num_experts} experts")
+    if not body.get("norm_topk_prob", True):
+        raise BadModel(f"{folder}: an MTP head with norm_topk_prob false is not supported")
+    projections = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    if any(name.startswith(f"{_MTP_MLP}switch_mlp.") for name in names):
+        needed = [f"switch_mlp.{name}" for name in projections]
+    elif any(name.startswith(f"{_MTP_MLP}experts.0.") for name in names):
+        needed = [f"experts.{i}.{name}" for i in range(num_experts) for name in projections]
+    else:
+        needed = ["experts.gate_up_proj", "experts.down_proj"]
+    has_shared = bool(body.get("shared_expert_intermediate_size"))
+    if has_shared:
+        needed += ["shared_expert_gate.weight", *(f"shared_expert.{name}" for name in projections)]
+    _require(folder, "mtp", names, [_MTP_MLP + name for name in needed])
+    return {"num_chosen_experts": num_chosen, "has_shared_expert": has_shared}
 
 
 # ---------------------------------------------------------------- parts of a config
@@ -351,7 +373,8 @@ def _proposed_tokens(config: Config) -> int | None:
 def _require(folder: Path, kind: str, names: Mapping[str, str], needed: list[str]) -> None:
     missing = [name for name in needed if name not in names]
     if missing:
-        raise BadModel(f"{folder} is no {kind} drafter that is supported: it lacks {', '.join(missing)}")
+        more = f" and {len(missing) - 5} more" if missing[5:] else ""
+        raise BadModel(f"{folder} is no {kind} drafter that is supported: it lacks {', '.join(missing[:5])}{more}")
 
 
 def _section(config: Config) -> Config:

@@ -51,6 +51,10 @@ class DrafterConfig(Struct, frozen=True, kw_only=True):
     logit_multiplier: float = 1.0  # applied before the softcap
     logit_softcap: float | None = None
 
+    # MTP
+    num_chosen_experts: int = 0  # for each token; 0: an MLP in place of experts
+    has_shared_expert: bool = False
+
     # EAGLE-3
     norm_before_residual: bool = False
     norm_output: bool = False  # the recursion is fed the row after the output norm

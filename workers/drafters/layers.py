@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import initialize_rope
 
 from shared.errors import BadModel
 from workers.drafters.config import DrafterConfig
+from workers.models.qwen.experts import SparseMLP
 
 
 class Linear:
@@ -137,6 +139,22 @@ class MLP:
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def sparse_mlp(weights: Weights, prefix: str, config: DrafterConfig) -> SparseMLP:
+    """Experts in place of `MLP`, in the form that `split_experts` gives.
+
+    Raises:
+        BadModel: a tensor is missing or misshapen.
+    """
+    shared = weights.array(prefix + "shared_expert.up_proj.weight").shape[0] if config.has_shared_expert else 0
+    num_experts, inner, _ = weights.array(prefix + "switch_mlp.up_proj.weight").shape
+    made = SparseMLP(config.hidden_size, inner, num_experts, config.num_chosen_experts, shared)
+    try:
+        made.load_weights([(name, weights.array(prefix + name)) for name, _ in tree_flatten(made.parameters())])
+    except ValueError as error:
+        raise BadModel(f"{config.path}: {prefix}{error}") from error
+    return made
 
 
 def rows_at_own_positions(attention: Attention, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:

@@ -1,7 +1,8 @@
 """A multi-token-prediction head: fc([norm(embedding) ; norm(hidden)]), one block, norm, the target's head.
 
 The hidden rows are the target's *after* its final norm, and the recursion is fed the head's own post-norm row. Plain
-RMSNorm and the Qwen3.5 form (zero-centred norms, output gate, q/k norms, partial rope) differ only in the checkpoint.
+RMSNorm and the Qwen3.5 form (zero-centred norms, output gate, q/k norms, partial rope) differ only in the checkpoint;
+an MLP and experts too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from workers.cache.spec import AttentionSpec
 from workers.drafters.base import Embed, Head
 from workers.drafters.config import DrafterConfig
 from workers.drafters.context import Contexts
-from workers.drafters.layers import MLP, Attention, Weights
+from workers.drafters.layers import MLP, Attention, Weights, sparse_mlp
 from workers.drafters.recursive import RecursiveDrafter
 from workers.drafters.vocabulary import Vocabulary
 
@@ -24,7 +25,8 @@ class MTPDrafter(RecursiveDrafter):
         self.attention = Attention(weights, "layers.0.self_attn.", config)
         spec = AttentionSpec(config.num_kv_heads, config.head_dim, config.head_dim)
         self.contexts = Contexts([spec], weights.dtype)
-        self.mlp = MLP(weights, "layers.0.mlp.")
+        prefix = "layers.0.mlp."
+        self.mlp = sparse_mlp(weights, prefix, config) if config.num_chosen_experts else MLP(weights, prefix)
         self.fc = weights.linear("fc")
         self.embedding_norm = weights.norm("pre_fc_norm_embedding")
         self.hidden_norm = weights.norm("pre_fc_norm_hidden")

@@ -13,6 +13,7 @@ from workers.drafters.fusion import FUSION_PREFIXES, Fusion, TapFusion, final_hi
 from workers.drafters.layers import Linear, Weights
 from workers.drafters.mtp import MTPDrafter
 from workers.drafters.tensors import load_arrays, read_quantization
+from workers.models.qwen.experts import split_experts
 
 
 def load_fusion(config: DrafterConfig, dtype: mx.Dtype) -> Fusion | None:
@@ -50,6 +51,8 @@ def load_drafter(
     arrays = load_arrays(config.path, config.kind, dtype, read_quantization(config.path))
     if config.feature == "taps":  # the target's part stays there
         arrays = {name: array for name, array in arrays.items() if not name.startswith(FUSION_PREFIXES)}
+    if config.num_chosen_experts:
+        arrays = split_experts(arrays, config.hidden_size)
     weights = Weights(arrays, config)
     drafter: Drafter
     match config.kind:

@@ -19,7 +19,7 @@ from frontend.media.processors.qwen_video import VideoRules, times, with_times
 from frontend.media.video import decode_video
 from shared.messages import MediaKind
 
-NEWER_TYPES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")
+NEWER_TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", *NEWER_TYPES)
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -216,11 +216,11 @@ def test_refusals_say_why(tmp_path):
     refuse(folder, "no .safetensors")
 
 
-def test_mixture_of_experts_mtp_is_refused(tmp_path):
+def test_experts_of_an_mtp_head_without_a_router_are_refused(tmp_path):
     folder, arrays = tiny.mtp(tmp_path)
     make = tiny.Maker()
     make.arrays = {"mtp." + k: v for k, v in arrays.items() if ".mlp." not in k}
-    make.matrix("mtp.layers.0.mlp.experts.up_proj", 4, tiny.FFN, tiny.H)
+    make.matrix("mtp.layers.0.mlp.experts.gate_up_proj", 4, 2 * tiny.FFN, tiny.H)
     make.write(folder, json.loads((folder / "config.json").read_text()))
     refuse(folder, r"layers\.0\.mlp\.up_proj")
 

@@ -69,6 +69,18 @@ def mlp(w, prefix, x):
     return (gate * torch.sigmoid(gate) * (x @ w[prefix + "up_proj.weight"].T)) @ w[prefix + "down_proj.weight"].T
 
 
+def sparse_mlp(w, prefix, x, num_chosen):
+    """Experts fused as (E, 2F, H) and (E, H, F), token by token; the shared one goes to all."""
+    out = mlp(w, prefix + "shared_expert.", x) * torch.sigmoid(x @ w[prefix + "shared_expert_gate.weight"].T)
+    chances = (x @ w[prefix + "gate.weight"].T).softmax(-1)
+    for i, row in enumerate(x):
+        values, chosen = chances[i].topk(num_chosen)
+        for value, expert in zip(values / values.sum(), chosen, strict=True):
+            gate, up = (w[prefix + "experts.gate_up_proj"][expert] @ row).chunk(2)
+            out[i] += value * (w[prefix + "experts.down_proj"][expert] @ (gate * torch.sigmoid(gate) * up))
+    return out
+
+
 # ---------------------------------------------------------------- recursive heads
 
 
@@ -104,8 +116,8 @@ def eagle3(w, d, embed, head, features, tokens, num_tokens, choose, before_resid
     return _recursive(run, features, tokens, num_tokens, choose, shift)
 
 
-def mtp(w, d, embed, head, features, tokens, num_tokens, choose, shift=0):
-    """features (P, H) = target rows after its final norm."""
+def mtp(w, d, embed, head, features, tokens, num_tokens, choose, shift=0, num_chosen=0):
+    """features (P, H) = target rows after its final norm; num_chosen experts a token, 0: an MLP."""
 
     def run(hidden, ids, positions):
         e = d.norm(embed[ids], w["pre_fc_norm_embedding.weight"])
@@ -115,7 +127,8 @@ def mtp(w, d, embed, head, features, tokens, num_tokens, choose, shift=0):
         k, v = keys_values(w, "layers.0.self_attn.", n, positions, d)
         size = len(ids)
         h = x + attend(w, "layers.0.self_attn.", q, k, v, torch.ones(size, size).tril().bool(), gate, d)
-        h = h + mlp(w, "layers.0.mlp.", d.norm(h, w["layers.0.post_attention_layernorm.weight"]))
+        n = d.norm(h, w["layers.0.post_attention_layernorm.weight"])
+        h = h + (sparse_mlp(w, "layers.0.mlp.", n, num_chosen) if num_chosen else mlp(w, "layers.0.mlp.", n))
         normed = d.norm(h, w["norm.weight"])
         return (normed @ head.T)[-1], normed[-1]
 

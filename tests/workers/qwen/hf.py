@@ -44,14 +44,12 @@ TEXT_HYBRID = {
         "rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
     },
 }  # fmt: skip
-MOE = {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
-}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 TEXTS = {
-    "qwen2_vl": TEXT_2, "qwen2_5_vl": TEXT_2, "qwen3_vl": TEXT_3, "qwen3_5": TEXT_HYBRID,
-    "qwen3_5_moe": TEXT_HYBRID | MOE,
+    "qwen2_vl": TEXT_2, "qwen2_5_vl": TEXT_2, "qwen3_vl": TEXT_3, "qwen3_vl_moe": TEXT_3 | MOE, "qwen3_5": TEXT_HYBRID,
+    "qwen3_5_moe": TEXT_HYBRID | MOE | {"shared_expert_intermediate_size": 24},
 }  # fmt: skip
-NAMES_TIMES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")  # their prompts name each pair of frames' time
+NAMES_TIMES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # their prompts name each pair of frames' time
 VISION = {
     "qwen2_vl": {"depth": 3, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4},
     "qwen2_5_vl": {
@@ -63,6 +61,7 @@ VISION = {
         "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2],
     },
 }  # fmt: skip
+VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
 VISION["qwen3_5"] = VISION["qwen3_5_moe"] = {
     name: value for name, value in VISION["qwen3_vl"].items() if name != "deepstack_visual_indexes"
 }

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from shared.messages import Hello, Ready, Release, SamplingParams, Step
+from shared.messages import SamplingParams, Step
 from tests.support.engine_rig import EngineRig, make_engine
 from tests.workers.qwen import hf
-from workers.media import SlotMedia
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -24,7 +23,8 @@ MODEL_TYPES = list(hf.TEXTS)
 
 @pytest.fixture(scope="module", params=MODEL_TYPES)
 def pair(request, transformers, tmp_path_factory):
-    return hf.make(transformers, tmp_path_factory.mktemp(request.param), request.param, seed=7, scale=0.3)
+    seed = 10 if request.param == "qwen3_vl_moe" else 7  # with the other its texts repeat one token
+    return hf.make(transformers, tmp_path_factory.mktemp(request.param), request.param, seed=seed, scale=0.3)
 
 
 def requests_of(model):
@@ -45,11 +45,9 @@ def requests_of(model):
 class MediaRig(EngineRig):
     """Its target takes images and video; `steps` are all it was sent."""
 
-    def __init__(self, model, **more):
+    def __init__(self, model, engine=None, block_size=None, **more):
         self.steps = []
-        super().__init__(
-            make_engine(model, classes=CLASSES, **{k: more.pop(k) for k in ("block_size",) if k in more}), **more
-        )
+        super().__init__(engine or make_engine(model, classes=CLASSES, block_size=block_size), **more)
         self.core.target.info = msgspec.structs.replace(self.core.target.info, modalities=model.modalities)
 
     def start(self, made, names, max_tokens=12):
@@ -130,18 +128,8 @@ def test_a_lost_target_in_the_middle_of_an_image_changes_nothing(pair, expected)
     item = made["two"].media[1]
     while not any(item.start < p.start < item.start + item.num_tokens for s in rig.steps for p in s.prefills):
         assert rig.work()
-    rig.queue.clear()
-    info = msgspec.structs.replace(rig.core.target.info, max_step_tokens=8)
-    rig.engine.reset()
-    rig.engine.media = SlotMedia(model)
-    rig.send("target2", Hello(role="target", instance_id="target2", pid=9))
-    rig._deliver(rig.core.handle("target2", Ready(epoch=rig.epochs["target2"], info=info), rig.now))
-    while rig.queue:
-        message = rig.queue.popleft()
-        if isinstance(message, Release):
-            rig.engine.release(message.slots, message.stores)
-            continue
-        rig.send("target2", rig.engine.finish(rig.engine.begin(message)))
+    rig.lose_target()
+    rig.drain()
     assert {name: rig.tokens(name) for name in ("two", "text")} == {n: expected[n] for n in ("two", "text")}
 
 
@@ -251,7 +239,7 @@ def _mlx_name(name):
     return "language_model." + name.replace("model.language_model.", "model.")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_mlx_names_and_layout_of_the_newer_families_give_the_same(transformers, tmp_path, model_type, is_tied):
     from safetensors.numpy import load_file, save_file
@@ -269,6 +257,64 @@ def test_mlx_names_and_layout_of_the_newer_families_give_the_same(transformers, 
     loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
     made = hf.prompt([[5, 6], hf.item("image", hf.image(24, 40)[None], model.config.vision), [7]])
     np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
+
+
+def _experts(weights, form):
+    """The experts of transformers' files (E, outputs, inputs) in other forms."""
+    made = {}
+    for name, weight in weights.items():
+        if ".experts." not in name:
+            made[name] = weight
+            continue
+        base, part = name.split(".experts.")
+        parts = {"gate_proj": weight[:, :24], "up_proj": weight[:, 24:]} if part == "gate_up_proj" else {part: weight}
+        if form == "inputs first":
+            made[name] = weight.swapaxes(1, 2).copy()
+        elif form == "each expert":
+            for n, a in parts.items():
+                made |= {f"{base}.experts.{i}.{n}.weight": one.copy() for i, one in enumerate(a)}
+        else:
+            made |= {f"{base}.switch_mlp.{n}.weight": a.copy() for n, a in parts.items()}
+    return made
+
+
+@pytest.mark.parametrize("form", ["inputs first", "each expert", "split"])
+def test_experts_in_every_form_of_checkpoints_give_the_same(transformers, tmp_path, form):
+    import torch
+    from safetensors.numpy import load_file, save_file
+
+    from shared.model_files import ModelFiles
+    from workers.load import load
+
+    reference, model = hf.make(transformers, tmp_path, "qwen3_vl_moe", {"moe_intermediate_size": 24})
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {w.shape for n, w in weights.items() if ".experts." in n} == {(4, 48, 32), (4, 32, 24)}
+    save_file(_experts(weights, form), tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
+    made = hf.prompt([[5, 6, 7, 8, 9]])
+    np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
+    if form == "inputs first":  # as Qwen's own checkpoints are, which transformers turns
+        read = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(read.parameters(), reference.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_experts_per_tok": 5}, "5 of 4 experts"),
+        ({"num_experts": None}, "num_experts' is missing"),
+        ({"moe_intermediate_size": "wide"}, "malformed configuration"),
+    ],
+)
+def test_a_configuration_whose_experts_cannot_be_is_refused(changes, told):
+    from shared.errors import BadModel
+    from workers.models.qwen.config import QwenConfig
+
+    text = {name: v for name, v in (hf.TEXTS["qwen3_vl_moe"] | changes).items() if v is not None}
+    with pytest.raises(BadModel, match=told):
+        QwenConfig.from_hf(
+            {"model_type": "qwen3_vl_moe", "text_config": text, "vision_config": hf.VISION["qwen3_vl"]}, 0
+        )
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -307,7 +353,7 @@ def test_a_checkpoint_in_mlx_layout_gives_the_same(transformers, tmp_path, bits)
         assert 0 < np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
 def test_a_checkpoint_converted_to_8_bits_agrees_within_its_error(transformers, tmp_path, model_type):
     from safetensors.numpy import load_file
 
@@ -316,11 +362,17 @@ def test_a_checkpoint_converted_to_8_bits_agrees_within_its_error(transformers, 
     from workers.load import load
 
     # Every token goes to every expert: where the two best were chosen, a small error would choose others.
-    all_experts = {"num_experts_per_tok": hf.MOE["num_experts"]} if model_type == "qwen3_5_moe" else {}
-    _, model = hf.make(transformers, tmp_path / "source", model_type, all_experts)
+    has_experts = model_type.endswith("_moe")
+    text = {"hidden_size": 64} | ({"num_experts_per_tok": hf.MOE["num_experts"]} if has_experts else {})
+    _, model = hf.make(transformers, tmp_path / "source", model_type, text, {"out_hidden_size": 64})
     convert(str(tmp_path / "source"), tmp_path / "packed", mode="affine", bits=8, group_size=32)
     names = load_file(tmp_path / "packed" / "model.safetensors")
     assert any(name.endswith("proj.scales") for name in names), "nothing was packed"
+    if has_experts:
+        packing = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization"]
+        assert "language_model.model.layers.0.mlp.switch_mlp.down_proj.scales" not in names, "rows of 16"
+        assert "language_model.model.layers.0.mlp.switch_mlp.gate_proj.scales" in names
+        assert packing["language_model.model.layers.0.mlp.gate"] == {"group_size": 64, "bits": 8}
     loaded = load(ModelFiles(name="m", folder=tmp_path / "packed"), "float32").model
     made = hf.prompt([[5, 6], hf.item("image", hf.image(24, 40)[None], model.config.vision), [7]])
     modules = (m if isinstance(m, nn.Module) else m.model for m in (model, loaded))

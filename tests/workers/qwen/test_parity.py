@@ -20,6 +20,12 @@ CASES = {
         "qwen3_vl", {"attention_bias": True, "num_key_value_heads": 4}, {"deepstack_visual_indexes": []}, {},
     ),
     "qwen3_vl tied": ("qwen3_vl", {}, {"hidden_act": "silu"}, {"tie_word_embeddings": True}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", {}, {}, {}),
+    "qwen3_vl_moe tied, some layers without experts, one expert a token": (
+        "qwen3_vl_moe",
+        {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "num_experts_per_tok": 1},
+        {}, {"tie_word_embeddings": True},
+    ),
     "qwen3_5": ("qwen3_5", {}, {}, {}),
     "qwen3_5 tied, biased, a quarter turns, every second layer attends": (
         "qwen3_5",

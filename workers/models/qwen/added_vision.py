@@ -8,7 +8,6 @@ GatedDeltaNet layers take no positions, so that an image changes nothing else.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,15 +20,13 @@ from mlx_lm.models import qwen3_5, qwen3_5_moe
 from shared.messages import MediaItem
 from workers.models.mlxlm import SplitMlxLmModel
 from workers.models.qwen.config import AddedVisionConfig
+from workers.models.qwen.experts import split_experts
 from workers.models.qwen.media import QwenMedia
 from workers.models.qwen.model import VISION_PREFIXES
 from workers.models.qwen.positions import axial_positions
 from workers.models.qwen.text import AxialRope
 from workers.models.qwen.vision import VisionTower
 from workers.models.rope import Rotate, rotated
-
-# mtp.* has experts too, which stay as they are: the text decoder drops them.
-_EXPERT = re.compile(r"((?!mtp\.).*\.mlp)\.experts\.(\d+)\.((?:gate|up|down)_proj\.weight)")
 
 
 class _WithVision(nn.Module):
@@ -62,20 +59,7 @@ class Qwen35(_WithVision, qwen3_5.Model):
 
 class Qwen35MoE(_WithVision, qwen3_5_moe.Model):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        return super().sanitize(joined_experts(weights))
-
-
-def joined_experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """One array for all experts of a layer, where a checkpoint has one for each (as transformers 5 saves them)."""
-    made: dict[str, mx.array] = {}
-    found: dict[str, dict[int, mx.array]] = {}
-    for name, weight in weights.items():
-        match = _EXPERT.fullmatch(name)
-        if match is None:
-            made[name] = weight
-        else:
-            found.setdefault(f"{match[1]}.switch_mlp.{match[3]}", {})[int(match[2])] = weight
-    return made | {name: mx.stack([each[i] for i in sorted(each)]) for name, each in found.items()}
+        return super().sanitize(split_experts(weights, self.language_model.args.hidden_size))
 
 
 CLASSES: dict[str, tuple[type[nn.Module], Any]] = {

@@ -11,7 +11,8 @@ from shared.errors import BadModel
 from workers.models.decoder import DecoderConfig
 from workers.models.rope import RopeParameters, rope_parameters
 
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+THIRD = ("qwen3_vl", "qwen3_vl_moe")
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", *THIRD)
 MLX_LM_TYPES = ("qwen3_5", "qwen3_5_moe")  # mlx-lm's text decoder, our image encoder
 
 _ACTIVATIONS = ("quick_gelu", "gelu_pytorch_tanh", "gelu", "silu")
@@ -40,10 +41,37 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """`layers` have experts, the others an MLP."""
+
+    num_experts: int
+    num_chosen: int  # for each token
+    intermediate_size: int  # of one expert
+    layers: frozenset[int]
+
+    @classmethod
+    def from_hf(cls, text: dict[str, Any]) -> ExpertShape:
+        """Raises KeyError and such where fields are missing or malformed, BadModel where they contradict each other."""
+        dense, step = text.get("mlp_only_layers") or (), int(text.get("decoder_sparse_step") or 1)
+        made = cls(
+            num_experts=int(text.get("num_local_experts") or text["num_experts"]),  # transformers 5 and before
+            num_chosen=int(text["num_experts_per_tok"]),
+            intermediate_size=int(text["moe_intermediate_size"]),
+            layers=frozenset(
+                i for i in range(int(text["num_hidden_layers"])) if i not in dense and (i + 1) % step == 0
+            ),
+        )
+        if not 0 < made.num_chosen <= made.num_experts:
+            raise BadModel(f"{made.num_chosen} of {made.num_experts} experts")
+        return made
+
+
+@dataclass(frozen=True)
 class QwenConfig:
     model_type: str
     text: DecoderConfig
     vision: VisionConfig
+    experts: ExpertShape | None
     sections: tuple[int, int, int]  # rotary frequencies that time, height and width turn
     is_interleaved: bool  # height and width take every third frequency; False: axes lie one behind the other
     temporal_scale: float  # position steps per second of video; 0: frames count as one step each
@@ -57,23 +85,24 @@ class QwenConfig:
         """
         model_type = config["model_type"]
         text = {**(config.get("text_config") or config)}
-        text["model_type"] = "qwen3" if model_type == "qwen3_vl" else "qwen2"
+        is_third = model_type in THIRD
+        text["model_type"] = "qwen3" if is_third else "qwen2"
         text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
         decoder = DecoderConfig.from_hf(text, max_model_len)
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        default = [24, 20, 20] if model_type == "qwen3_vl" else [16, 24, 24]
+        default = [24, 20, 20] if is_third else [16, 24, 24]
         try:
             sections = tuple(int(n) for n in rope.get("mrope_section", default))
             vision = _vision(config["vision_config"], model_type, decoder.hidden_size)
             scale = float(config["vision_config"].get("tokens_per_second", 4)) if model_type == "qwen2_5_vl" else 0.0
+            experts = ExpertShape.from_hf(text) if model_type == "qwen3_vl_moe" else None
         except KeyError as missing:
             raise BadModel(f"{model_type}: {missing} is missing from the model's configuration") from missing
         except (TypeError, ValueError, AttributeError) as error:
             raise BadModel(f"{model_type}: malformed configuration: {error}") from error
-        is_interleaved = model_type == "qwen3_vl"
-        if len(sections) != 3 or (not is_interleaved and sum(sections) * 2 != decoder.head_dim):
+        if len(sections) != 3 or (not is_third and sum(sections) * 2 != decoder.head_dim):
             raise BadModel(f"{model_type}: mrope_section {sections} does not fit heads of {decoder.head_dim}")
-        return cls(model_type, decoder, vision, (sections[0], sections[1], sections[2]), is_interleaved, scale)
+        return cls(model_type, decoder, vision, experts, (sections[0], sections[1], sections[2]), is_third, scale)
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,8 @@ def _set_interval(text: dict[str, Any], model_type: str) -> None:
 
 
 _VISION_KINDS: dict[str, Literal["layer", "window", "deep"]] = {
-    "qwen2_vl": "layer", "qwen2_5_vl": "window", "qwen3_vl": "deep", "qwen3_5": "deep", "qwen3_5_moe": "deep",
+    "qwen2_vl": "layer", "qwen2_5_vl": "window", "qwen3_vl": "deep", "qwen3_vl_moe": "deep", "qwen3_5": "deep",
+    "qwen3_5_moe": "deep",
 }  # fmt: skip
 
 

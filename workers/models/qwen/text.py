@@ -1,4 +1,6 @@
-"""The text decoder of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: Qwen2's or Qwen3's with positions on three axes."""
+"""The text decoder of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: Qwen2's or Qwen3's with positions on three axes, and experts
+in place of MLPs where the configuration has them.
+"""
 
 # mypy: disable-error-code="misc, no-any-return"
 # mlx.nn has no types, so its modules are Any to mypy.
@@ -14,6 +16,7 @@ import numpy as np
 from workers.models import decoder
 from workers.models.base import LayerCache, NoCache
 from workers.models.qwen.config import QwenConfig
+from workers.models.qwen.experts import SparseMLP, split_experts
 from workers.models.rope import Rope, RopeParameters, Rotate, rotate_halves
 
 
@@ -42,6 +45,11 @@ class TextDecoder(decoder.Model):
     def __init__(self, config: QwenConfig) -> None:
         super().__init__(config.text)
         self._axial_rope = AxialRope(config.text.rope, config.sections, config.is_interleaved)
+        if (shape := config.experts) is not None:
+            for i in shape.layers:
+                self.model.layers[i].mlp = SparseMLP(
+                    config.text.hidden_size, shape.intermediate_size, shape.num_experts, shape.num_chosen
+                )
 
     def hidden(
         self,
@@ -71,3 +79,7 @@ class TextDecoder(decoder.Model):
             if i < num_deep and deep_embeddings is not None:
                 x = x + deep_embeddings[i]
         return self.model.norm(x)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """As `decoder.Model.sanitize`; experts in the form that the layers have."""
+        return super().sanitize(split_experts(weights, self.config.hidden_size))
