@@ -206,16 +206,23 @@ class Planner:
             budget -= n
             if self.prefix is not None and (store := self.prefix.store_prefilled(sequence)) is not None:
                 plan.stores.append(store)
+                self._charge(sequence)
 
-    @staticmethod
-    def _restore(sequence: Sequence, prefix: PrefixCache) -> bool:
+    def _restore(self, sequence: Sequence, prefix: PrefixCache) -> bool:
         """Before a sequence's first row: take what is cached. False: what it needs is on its way."""
         if not sequence.is_started:
             sequence.is_held = prefix.must_wait(sequence)
             if sequence.is_held:
                 return False
             prefix.start(sequence)
+            self._charge(sequence)
         return True
+
+    def _charge(self, sequence: Sequence) -> None:
+        """The cache pays for blocks that the sequence shares with it."""
+        if self.prefix is not None and self.prefix.sharing is not None:
+            assert sequence.slot is not None, "a sequence with blocks holds a slot"
+            self.slots.share(sequence.slot, self.prefix.sharing.num_tokens(sequence))
 
     def _next_prefill(self, prefilling: list[Sequence]) -> Sequence | None:
         """The first in order of those that prefill already and those that wait for a slot."""
@@ -236,14 +243,17 @@ class Planner:
         """Give the head of the queue a slot if there is one and its capacity fits."""
         if self.slots.num_free_slots == 0 or (self.is_short and self.running):
             return False
+        shared = self.prefix.share(sequence) if self.prefix is not None else 0
         wanted = min(sequence.submit.max_tokens, INITIAL_OUTPUT_TOKENS) + len(sequence.token_ids)
         capacity = self.slots.class_for(min(wanted, self.slots.capacity_classes[-1]))
-        if capacity is None or not self.slots.can_hold(capacity):
+        if capacity is None or not self.slots.can_hold(capacity - shared):
             capacity = self.slots.class_for(len(sequence.token_ids) + 1)
-        if capacity is None or not self.slots.can_hold(capacity):
+        if capacity is None or not self.slots.can_hold(capacity - shared):
+            if self.prefix is not None and self.prefix.sharing is not None:
+                self.prefix.sharing.release(sequence)
             return False
         self.waiting.admit(sequence)
-        sequence.slot = self.slots.allocate(capacity)
+        sequence.slot = self.slots.allocate(capacity, shared)
         sequence.capacity = capacity
         self.running.append(sequence)
         return True

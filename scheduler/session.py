@@ -440,11 +440,18 @@ class Session:
         held = [s.slot for s in self.running] + ([self._check.slot] if self._check is not None else [])
         assert len(held) == len(set(held)), "two sequences write to one slot"
         assert len(held) + self.slots.num_free_slots == self.slots.num_slots, "free + used != total"
+        if self.prefix is not None and self.prefix.sharing is not None:
+            assert self.prefix.sharing.num_sequences <= len(self.running), "a sequence without a slot shares blocks"
         drafted = {id(s): n for step in self._in_flight for s, i, n in step.rows.values() if i == s.incarnation}
         for s in self.running:
             # A row with k drafts is scheduled k positions beyond the one token that is certain to come.
             assert s.num_remaining >= -max(0, drafted.get(id(s), 0) - 1), "scheduled beyond the sequence's end"
             assert s.num_scheduled <= s.capacity, "scheduled beyond the slot's capacity"
+            if self.prefix is not None and self.prefix.sharing is not None:
+                assert s.slot is not None, "running without a slot"
+                assert self.slots.num_shared(s.slot) == self.prefix.sharing.num_tokens(s), (
+                    "shared blocks are miscounted"
+                )
             assert s.finish_reason is None, "a finished request holds a slot"
 
 

@@ -50,6 +50,7 @@ class PrefixCacheInfo(Part, frozen=True, kw_only=True):
     is_checkable: bool = True  # blocks hold keys and values that can be compared with a new computation
     num_states: int = 0
     state_bytes: int = 0
+    is_shared: bool = False  # sequences refer to cached blocks, of every layer, in place of copying them
 
 
 class Exactness(Part, frozen=True, kw_only=True):

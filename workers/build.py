@@ -212,6 +212,7 @@ def prefix_cache_info(
         ring_tokens=min(rings) - RING_MARGIN if rings else 0,
         is_recurrent=any(isinstance(s, RecurrentSpec) for s in leaves(specs)),
         is_checkable=any(s.window is None for s in attention),
+        is_shared=store.shares_blocks and not rings and not any(isinstance(s, RecurrentSpec) for s in leaves(specs)),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from scheduler.prefix.counts import PrefixCounts
 from scheduler.prefix.hashing import chain_seed, extend_chain
 from scheduler.prefix.index import Entry, PrefixIndex
+from scheduler.prefix.sharing import Sharing
 from scheduler.sequence import Sequence
 from shared.messages import (
     ArchivedBlock,
@@ -59,6 +60,7 @@ class PrefixCache:
         self.info = info
         self.counts = counts
         self.index = PrefixIndex(info.num_blocks, info.num_states)
+        self.sharing = Sharing(self.index, info.block_size) if info.is_shared else None
         self.to_load: list[LoadBlocks] = []  # to be sent by the owner, epoch not yet set
         self.to_check: list[tuple[list[int], list[bytes]]] = []  # (tokens, hashes) of hits to compute again
         self.num_checked = 0  # blocks of the comparison that is on its way
@@ -73,6 +75,15 @@ class PrefixCache:
         self._random = random.Random(seed)
 
     # ------------------------------------------------ before a sequence's first row
+
+    def share(self, sequence: Sequence) -> int:
+        """Hold the cached blocks that a sequence will start from; the positions they save its slot."""
+        if self.sharing is None:
+            return 0
+        limit = self._restorable(sequence)
+        chain = self.index.chain(self._hashes(sequence, limit), limit)
+        self.sharing.hold(sequence, self._usable(chain[: _num_ready(chain)]).entries)
+        return self.sharing.num_tokens(sequence)
 
     def must_wait(self, sequence: Sequence) -> bool:
         """Whether the sequence's start is worth putting off: its next block is being computed or loaded."""
@@ -117,6 +128,8 @@ class PrefixCache:
             return
         self.index.touch(hashes[:n])
         self.index.pin(hit.entries)
+        if self.sharing is not None:
+            self.sharing.hold(sequence, hit.entries)
         self._restored += hit.entries
         sequence.num_scheduled = n * self.info.block_size
         sequence.restore = [e.block_id for e in hit.entries if e.block_id is not None]
@@ -224,6 +237,7 @@ class PrefixCache:
         """The sequence gives up its slot: its output's blocks are worth keeping."""
         self._stop_computing(sequence)
         if not sequence.is_started:
+            self._let_go(sequence)
             return None
         computed = min(sequence.num_scheduled, len(sequence.token_ids))
         num_stored = len(self._stored)
@@ -233,6 +247,7 @@ class PrefixCache:
         del self._stored[num_stored:]
         self.forget_state(sequence)
         self.index.touch(sequence.block_hashes[: sequence.num_kept_blocks])
+        self._let_go(sequence)
         return store
 
     def drop(self, sequence: Sequence) -> None:
@@ -241,6 +256,11 @@ class PrefixCache:
         self.forget_state(sequence)
         for block_hash in sequence.stored_hashes:
             self.index.discard(block_hash)
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if self.sharing is not None:
+            self.sharing.release(sequence)
 
     def _intact_from(self, end: int) -> int:
         """First position whose sliding rows are still in the ring of a sequence that ends at `end`."""
@@ -282,6 +302,8 @@ class PrefixCache:
         sequence.num_kept_blocks = max(sequence.num_kept_blocks, end)
         if not entries:
             return None
+        if self.sharing is not None:
+            self.sharing.hold(sequence, entries)
         self._stored += entries
         assert sequence.slot is not None, "only a sequence with a slot has blocks to store"
         return BlockStore(

@@ -20,6 +20,7 @@ KINDS = {
     "full": {},
     "sliding": {"window": 6, "ring_tokens": 24},
     "recurrent": {"is_recurrent": True, "num_states": 3},
+    "shared": {"is_shared": True},
 }
 
 
@@ -60,6 +61,31 @@ def test_requests_that_arrive_together_compute_a_shared_prefix_once() -> None:
         together.work()
     assert num_computed <= len(prefix) + 3 * SIZE, "a prefix was computed more than once"
     assert [together.tokens(f"r{i}") for i in range(3)] == [greedy([*prefix, i], 3) for i in range(3)]
+
+
+@pytest.mark.parametrize(("kind", "num_together"), [("full", 2), ("shared", 6)])
+def test_a_shared_prefix_is_charged_once_where_blocks_are_referred_to(kind: str, num_together: int) -> None:
+    """Slots for 80 tokens: two sequences of 32, or many that have 24 of their 32 in common."""
+    cache = cache_info(kind, num_blocks=30)
+    agents = Rig(
+        worker_info(prefix_cache=cache, num_slots=8, kv_capacity_tokens=80, max_model_len=32, capacity_classes=[32])
+    )
+    agents.start_target()
+    prefix = [random.Random(1).randrange(3) for _ in range(24)]
+    agents.submit("first", [*prefix, 0], 1)
+    agents.drain()
+    for i in range(6):
+        agents.submit(f"r{i}", [*prefix, i % 3, i // 3], 6)
+    most = 0
+    while agents.queue:
+        most = max(most, len(agents.core.running))
+        agents.work()
+    assert most == num_together
+    assert [agents.tokens(f"r{i}") for i in range(6)] == [greedy([*prefix, i % 3, i // 3], 6) for i in range(6)]
+    session = agents.core.session
+    assert session is not None and session.slots.used_tokens == 0
+    assert session.prefix is not None
+    assert all(entry.num_pins == 0 for entry in session.prefix.index.chain(list(session.prefix.index._entries), 100))
 
 
 def test_one_that_waits_for_a_prefix_goes_on_when_its_computer_is_cancelled() -> None:

@@ -72,6 +72,7 @@ class Slot:
     last: int | None = None  # last sampled token, as if on the device
     in_window: set[int] = field(default_factory=set)  # positions whose rows the sliding layers hold
     state: list[int] | None = field(default_factory=list)  # tokens that the recurrent state has seen
+    num_shared: int = 0  # blocks that the cache names too, where it does not copy them
 
 
 @dataclass
@@ -151,6 +152,7 @@ class FakeTarget:
             if block.has_window:
                 slot.in_window |= set(range(i * size, (i + 1) * size))
         slot.tokens = start.token_ids[:end]
+        slot.num_shared = len(start.restore)
         if self.cache.is_recurrent:
             assert start.restore_state is not None, "a recurrent model restored without a state"
             slot.state = self.states[start.restore_state]
@@ -166,13 +168,21 @@ class FakeTarget:
         assert all(len(r.token_ids or [0]) <= budget for r in rows), "a row wider than the caches take"
         for start in step.starts:
             self._bind(start)
-        assert sum(s.capacity for s in self.slots.values()) <= self.info.kv_capacity_tokens, "over the KV budget"
+        self._check_budget(step)
         results = [r for row in rows if (r := self._row(row)) is not None]
         for store in step.stores:
             self._store(store)
         differing = [h for check in step.checks for h in self._differing(check)]
         phases = {"device": 0.001}
         return StepResult(epoch=step.epoch, step_id=step.step_id, rows=results, phases=phases, differing=differing)
+
+    def _check_budget(self, step: Step) -> None:
+        """Slots hold no more than there is for them; blocks that the cache holds as well are paid by the cache."""
+        size = self.cache.block_size if self.cache is not None and self.cache.is_shared else 0
+        for store in step.stores:
+            self.slots[store.slot].num_shared += len(store.indices)
+        held = sum(s.capacity - s.num_shared * size for s in self.slots.values())
+        assert held <= self.info.kv_capacity_tokens, "over the KV budget"
 
     def _bind(self, start: SequenceStart) -> None:
         assert start.slot not in self.slots, "a slot bound while in use"

@@ -173,6 +173,8 @@ class PagedStore(CacheStore):
         self.tables: dict[int | None, BlockTables] = {}  # by window
         super().__init__(specs, capacity_classes, max_width, dtype, is_exact, slack)
 
+    shares_blocks = True
+
     @property
     def packs_rows(self) -> bool:
         """`PackedView` reads pools of slots; no view packs rows over block tables."""

@@ -63,6 +63,8 @@ class CacheStore:
         is_exact: attend to exact lengths (CPU); otherwise lengths are rounded up to a few shapes (GPU).
     """
 
+    shares_blocks = False  # a restored block of keys and values is a copy, not a reference
+
     def __init__(
         self,
         specs: list[LayerSpec],
