@@ -151,14 +151,12 @@ async def encode_chat(
     Raises:
         InvalidRequest: a medium cannot be used.
     """
-    if media and service.media is not None:
-        service.media.check(media)
-        text = service.media.rewrite(text)
-    token_ids = await service.encode(text, add_special_tokens=False, param=param)
     if not media:
-        return token_ids, []
+        return await service.encode(text, add_special_tokens=False, param=param), []
     assert service.media is not None, "media were collected for a model that takes text only"
-    return await service.media.attach(token_ids, media)
+    loaded = await service.media.load(media)
+    text = service.media.rewrite(text, loaded)
+    return service.media.place(await service.encode(text, add_special_tokens=False, param=param), loaded)
 
 
 async def encode_prompts(

@@ -376,7 +376,8 @@ class Core:
             if is_resumed:  # accepted before this scheduler started: it waits for the target
                 return None
             return "no_target", Unavailable("the model is not ready", retry_after_s=5.0)
-        if any(not 0 <= t < info.vocab_size for t in (*submit.prompt_token_ids, *submit.output_token_ids)):
+        token_ids = submit.prompt_token_ids + submit.output_token_ids
+        if min(token_ids) < 0 or max(token_ids) >= info.vocab_size:
             return "bad_request", InvalidRequest(f"token ids must lie in 0..{info.vocab_size - 1}")
         if submit.pooling is not None and not info.embedding_size:
             return "bad_request", InvalidRequest(f"the hidden rows of {info.architecture} cannot be seen")

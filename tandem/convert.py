@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+MLX_WRITES = "[write] "  # how MLX begins the error of a write that failed; it tells no more
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 CARD = """---
 library_name: mlx
@@ -120,6 +121,10 @@ def _appearing(target: Path) -> Iterator[Path]:
             place.replace(target)
     except OSError as error:
         raise BadConfig(f"{target} cannot be written: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith(MLX_WRITES):
+            raise
+        raise BadConfig(f"{target} cannot be written: the disk is full, free some space") from error
 
 
 def _free_place(target: Path) -> Path:

@@ -7,12 +7,14 @@ a drafter helps most when the machine is not full, and so that texts do not depe
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 from msgspec import Struct, to_builtins
+from tqdm import tqdm
 
 from shared.errors import BadConfig, Unavailable
 from tandem.draft_counters import DraftCounters, parse, total
@@ -67,7 +69,9 @@ def race(draft_model: str, model: str, prompts: Sequence[str], max_tokens: int) 
     Raises:
         Unavailable: a server did not become ready, or ended.
     """
-    arms = [play(model, drafter, prompts, max_tokens) for drafter in ("none", draft_model)]
+    drafters = ("none", draft_model)
+    with tqdm(total=len(drafters) * len(prompts), unit="prompt", file=sys.stderr, disable=None) as bar:
+        arms = [play(model, drafter, prompts, max_tokens, bar) for drafter in drafters]
     plain, drafted = arms
     pairs = list(zip(plain.answers, drafted.answers, strict=True))
     return {
@@ -81,12 +85,18 @@ def race(draft_model: str, model: str, prompts: Sequence[str], max_tokens: int) 
     }
 
 
-def play(model: str, drafter: str, prompts: Sequence[str], max_tokens: int) -> Arm:
+def play(model: str, drafter: str, prompts: Sequence[str], max_tokens: int, bar: tqdm[Any]) -> Arm:
     """All prompts through a server with this drafter, after one that warms it up."""
+    name = "plain" if drafter == "none" else Path(drafter).name
+    bar.set_description(f"{name}: starting")
+    answers = []
     with own_server({"MODEL": model, "DRAFT_MODEL": drafter}) as client:
         _ask(client, prompts[0], max_tokens)
         before = _counters(client)
-        answers = [_ask(client, prompt, max_tokens) for prompt in prompts]
+        bar.set_description(name)
+        for prompt in prompts:
+            answers.append(_ask(client, prompt, max_tokens))
+            bar.update(1)
         counts = _counters(client).since(before)
     return Arm(
         drafter=drafter,

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import msgspec
 
@@ -19,6 +20,14 @@ from shared.messages import MediaItem, MediaTensor
 MAX_ITEMS = 64  # of one request
 MAX_PREPARED_BYTES = 48 * 1024 * 1024  # of one request's arrays, which go to the target in one message
 NUM_THREADS = 2  # each decodes one item at a time: memory has a bound, whatever comes in
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A request's media in order, not placed yet."""
+
+    items: list[MediaItem]
+    leads: list[list[str]]  # of each video, what the prompt says before each of its parts
 
 
 class MediaLoader:
@@ -42,47 +51,60 @@ class MediaLoader:
             InvalidRequest: too many items, or a kind that the model does not take.
         """
         if len(parts) > MAX_ITEMS:
-            raise InvalidRequest(f"messages: {len(parts)} images; {MAX_ITEMS} are allowed", param="messages")
+            raise InvalidRequest(
+                f"messages: {len(parts)} images, videos and clips; {MAX_ITEMS} are allowed", param="messages"
+            )
         for part in parts:
             if part.kind not in self._processor.modalities:
                 raise InvalidRequest(
                     f"{part.param}: {part.kind} input is not supported for this model", param=part.param
                 )
 
-    def rewrite(self, prompt: str) -> str:
-        """As `Processor.rewrite`."""
-        return self._processor.rewrite(prompt)
-
-    async def attach(self, token_ids: list[int], parts: Sequence[MediaPart]) -> tuple[list[int], list[MediaItem]]:
-        """A rendered prompt's tokens with each placeholder repeated as often as its item has rows, and the items.
-
-        Raises:
-            InvalidRequest: an item cannot be read, decoded or prepared, or the prompt does not name each one once.
+    async def load(self, parts: Sequence[MediaPart]) -> Loaded:
+        """Raises:
+        InvalidRequest: an item cannot be read, decoded or prepared.
         """
         self.check(parts)
-        items: list[MediaItem] = []
+        loaded = Loaded([], [])
         num_bytes = 0
         for part in parts:  # one after the other: a request cannot keep the threads from the others
             data = await part.read(self._settings)
-            item = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, part, data)
-            num_bytes += sum(len(tensor.data) for tensor in item.tensors)
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, part, data)
+            items = [make_item(part, processed) for processed in found]
+            num_bytes += sum(len(tensor.data) for item in items for tensor in item.tensors)
             if num_bytes > MAX_PREPARED_BYTES:
-                raise InvalidRequest("messages: the images of this request are too large together", param="messages")
-            items.append(item)
-        return self._place(token_ids, items)
+                raise InvalidRequest(
+                    "messages: the images and videos of this request are too large together", param="messages"
+                )
+            loaded.items.extend(items)
+            if part.kind == "video":
+                loaded.leads.append([processed.lead for processed in found])
+        return loaded
 
-    def _prepare(self, part: MediaPart, data: bytes) -> MediaItem:
+    def rewrite(self, prompt: str, loaded: Loaded) -> str:
+        """As `Processor.rewrite`."""
+        return self._processor.rewrite(prompt, loaded.leads)
+
+    def _prepare(self, part: MediaPart, data: bytes) -> list[Processed]:
         try:
-            if part.kind == "audio":
-                processed = self._processor.audio(data, part.param)
-            else:
-                processed = self._processor.image(decode_image(data, part.param))
+            match part.kind:
+                case "audio":
+                    return [self._processor.audio(data, part.param)]
+                case "video":
+                    return self._processor.video(data, part.param)
+                case "image":
+                    return [self._processor.image(decode_image(data, part.param))]
         except InvalidRequest as error:
             told = error.message if error.message.startswith(part.param) else f"{part.param}: {error.message}"
             raise InvalidRequest(told, param=part.param) from error
-        return make_item(part, processed)
 
-    def _place(self, token_ids: list[int], items: Sequence[MediaItem]) -> tuple[list[int], list[MediaItem]]:
+    def place(self, token_ids: list[int], loaded: Loaded) -> tuple[list[int], list[MediaItem]]:
+        """A rendered prompt's tokens with each placeholder repeated as often as its item has rows, and the items.
+
+        Raises:
+            InvalidRequest: the prompt does not name each item once.
+        """
+        items = loaded.items
         kinds = {token: kind for kind, token in self._processor.placeholders.items()}
         expanded: list[int] = []
         placed: list[MediaItem] = []
@@ -92,19 +114,20 @@ class MediaLoader:
                 continue
             item = items[len(placed)] if len(placed) < len(items) else None
             if item is None or item.kind != kinds[token]:
-                raise InvalidRequest("messages: the prompt has a placeholder without an image", param="messages")
+                text = "messages: the prompt has a placeholder without an image, clip or video"
+                raise InvalidRequest(text, param="messages")
             tokens, offset = self._processor.expansion(item.kind, item.num_tokens)
             placed.append(msgspec.structs.replace(item, start=len(expanded) + offset))
             expanded += tokens
         if len(placed) != len(items):
-            text = f"messages: the chat template shows {len(placed)} of {len(items)} images"
+            text = f"messages: the chat template shows {len(placed)} of {len(items)} images, videos and clips"
             raise InvalidRequest(text, param="messages")
         return expanded, placed
 
 
 def make_item(part: MediaPart, processed: Processed) -> MediaItem:
     """Not placed yet. Equal content gives an equal hash, whatever file it came in."""
-    digest = hashlib.sha256(repr((part.kind, processed.grid)).encode())
+    digest = hashlib.sha256(repr((part.kind, processed.grid, processed.seconds_per_grid)).encode())
     tensors = []
     for name, array in sorted(processed.arrays.items()):
         data = array.tobytes()
@@ -118,4 +141,5 @@ def make_item(part: MediaPart, processed: Processed) -> MediaItem:
         content_hash=digest.digest(),
         tensors=tensors,
         grid=processed.grid,
+        seconds_per_grid=processed.seconds_per_grid,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 
 import click
 import httpx
@@ -38,6 +39,7 @@ def command(name: str | None, arguments: tuple[str, ...]) -> int:
     if importlib.util.find_spec(f"bench.{name}") is None:
         raise BadConfig(f"this installation has no benchmark {name!r}")
     try:
+        sys.argv = [f"bench.{name}", *arguments]  # what a result says of how it was made
         code: int = importlib.import_module(f"bench.{name}").main(list(arguments))
     except httpx.TransportError as error:
         raise Unavailable(f"the server cannot be reached ({error}): start one, or give its --url") from error

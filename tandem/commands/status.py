@@ -53,15 +53,8 @@ def _next(client: httpx.Client, before: Snapshot, interval: float) -> tuple[Stat
 
 
 def table(status: Status) -> Group:
-    """Two tables: processes, and what they do."""
-    processes = Table(
-        "process",
-        "state",
-        "restarts",
-        "memory",
-        title=f"{escape(status.model)} at {escape(status.url)}",
-        title_justify="left",
-    )
+    """Which server, its processes, and what they do."""
+    processes = Table("process", "state", "restarts", "memory")
     for process in status.processes:
         colour = _COLOURS.get(process.state, "yellow")
         processes.add_row(
@@ -84,7 +77,7 @@ def table(status: Status) -> Group:
         ("cache hits", _cache(status)),
     ):
         facts.add_row(name, value)
-    return Group(processes, facts)
+    return Group(f"{escape(status.model)} at {escape(status.url)}", processes, facts)
 
 
 def _count(number: int | None) -> str:

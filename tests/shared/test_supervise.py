@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -75,7 +76,7 @@ def test_a_bad_setting_or_model_is_final_at_once(tmp_path: Path, capfd: pytest.C
     assert "child refused to start" in capfd.readouterr().err
 
 
-def start(program: str, **options: object) -> subprocess.Popen[str]:
+def start(program: str) -> subprocess.Popen[str]:
     """The supervisor as a process; its child says "up" once it runs."""
     command = [sys.executable, "-m", "shared.supervise", "child", "--", *python(program)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -113,6 +114,17 @@ def test_a_child_does_not_outlive_a_killed_supervisor() -> None:
     process.communicate(timeout=20)
     psutil.wait_procs([child], timeout=20)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_supervisor_sleeps_while_its_child_runs() -> None:
+    """Four of them wait beside an idle server: one that asked for its child's state every 50 ms would wake 40 times."""
+    process = start(WAITS.format(handler="None"))
+    supervisor = psutil.Process(process.pid)
+    before = supervisor.num_ctx_switches().voluntary
+    time.sleep(2.0)  # the measurement itself
+    assert supervisor.num_ctx_switches().voluntary - before < 15
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
 
 
 def test_a_child_learns_how_the_one_before_it_ended(tmp_path: Path) -> None:

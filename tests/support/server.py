@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -81,6 +82,11 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def openai(self, **options: object) -> openai.OpenAI:
+        """A client of the server, to be closed; it does not try again by itself."""
+        given: dict[str, object] = {"api_key": "none", "max_retries": 0, "timeout": 120, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **given)  # type: ignore[arg-type]  # a test's own keywords
 
     def health(self) -> int:
         try:

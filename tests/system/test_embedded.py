@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from tests.support.server import Server
@@ -18,7 +17,7 @@ def test_the_embedded_model_streams_why_the_sky_is_blue(tmp_path: Path) -> None:
     try:
         server.wait_ready(220)  # on a fresh machine this downloads the weights
         messages: list[Any] = [{"role": "user", "content": "Why is the sky blue?"}]
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        with server.openai() as client:
             stream = client.chat.completions.create(
                 model="default", messages=messages, stream=True, max_tokens=48, temperature=0
             )

@@ -36,7 +36,7 @@ def embedder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def client(embedder: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{embedder.url}/v1", api_key="none", max_retries=0) as client:
+    with embedder.openai() as client:
         yield client
 
 

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tandem import race
 from tests.support.server import REPOSITORY
+from tests.support.terminal import Terminal
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
@@ -49,6 +52,21 @@ def test_a_model_that_does_not_exist_is_told_with_the_servers_own_words(tmp_path
     assert done.returncode == 1
     assert "nothing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_in_the_middle_of_a_race_ends_its_server(model: Path, tmp_path: Path) -> None:
+    with Terminal(tmp_path, "race", "--model", str(model), "--draft-model", "ngram") as running:
+        running.expect("plain: starting")
+        tree = []
+        while len(tree) < 5:  # honcho and what it starts
+            tree = psutil.Process(running.child.pid).children(recursive=True)
+            time.sleep(0.05)
+        running.ctrl_c()
+        code, said = running.end()
+    assert code == 130
+    assert "Traceback" not in said
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert not alive
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
+    with server.openai(timeout=60) as sdk:
         yield sdk
 
 

@@ -134,7 +134,7 @@ def test_no_broken_utf8_leaves_the_server_though_the_model_puts_out_random_bytes
 
 
 def test_the_openai_sdk_streams_lists_models_and_gets_logprobs_and_errors(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    client = server.openai()
     (listed,) = client.models.list().data
     assert client.models.retrieve(listed.id).id == listed.id
     messages: list[Any] = [{"role": "user", "content": "hello"}]
@@ -164,7 +164,7 @@ def test_the_openai_sdk_streams_lists_models_and_gets_logprobs_and_errors(server
 
 def test_a_stream_that_is_abandoned_half_way_frees_its_slot(server: Server) -> None:
     before = server.metric("tandem:requests_cancelled_total")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    client = server.openai()
     stream = client.completions.create(
         model="default", prompt="abc", stream=True, max_tokens=450, extra_body={"ignore_eos": True}
     )

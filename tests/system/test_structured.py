@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
-import openai
 import pydantic
 import pytest
 
@@ -52,7 +51,7 @@ def ask(server: Server, seed: int) -> Any:
 
 
 def test_sdk_parses_a_pydantic_model(server: Server) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120) as client:
+    with server.openai() as client:
         for seed in range(3):
             answer = client.chat.completions.parse(
                 model="default",

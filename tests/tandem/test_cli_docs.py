@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import click
@@ -14,6 +13,7 @@ from tandem import cli
 from tandem.cli import ALIASES, main
 from tandem.config_page import page
 from tandem.layers import effective
+from tests.support import documented
 from tests.support.server import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -23,16 +23,11 @@ NAMES = cli.tandem.list_commands(CONTEXT)  # type: ignore[attr-defined] # a grou
 
 # What needs no server, no network and no second model.
 OFFLINE = frozenset({"bench", "config", "keys", "completion", "models"})
-
-
-def documented() -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", CLI, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
-    return [shlex.split(re.sub(r'^eval "\$\((.*)\)"$', r"\1", line)) for line in lines]
+SHOWN = [shown.words for shown in documented.lines(DOCS / "cli.md") if shown.in_block]
 
 
 def test_every_command_has_a_section_with_an_example() -> None:
-    shown = {words[1] for words in documented()}
+    shown = {words[1] for words in SHOWN}
     ours = [name for name in NAMES if cli._MODULES[name].startswith("tandem.commands.")]
     for name in ours:
         assert f"\n## {name}\n" in CLI
@@ -41,22 +36,14 @@ def test_every_command_has_a_section_with_an_example() -> None:
         assert f"`{alias}`" in CLI
 
 
-@pytest.mark.parametrize("words", documented(), ids=" ".join)
-def test_documented_commands_are_understood(words: list[str]) -> None:
-    assert words[0] == "tandem"
-    command = cli.tandem.get_command(CONTEXT, words[1])  # type: ignore[attr-defined] # a group
-    assert command is not None
-    command.make_context(words[1], words[2:])  # raises where an option or a value is none
-
-
-@pytest.mark.parametrize("words", [w for w in documented() if w[1] in OFFLINE and len(w) < 5], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in SHOWN if w[1] in OFFLINE and len(w) < 5], ids=" ".join)
 def test_documented_commands_run(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert main(words[1:]) == 0
+    assert main(list(words[1:])) == 0
     output, errors = capsys.readouterr()
     assert output and not errors
 

@@ -1,4 +1,4 @@
-"""The examples of docs/python-api.md and docs/convert.md, and those of docstrings, run as they stand.
+"""The examples of docs/python-api.md, docs/convert.md and docs/cli.md, and those of docstrings, run as they stand.
 
 They run in a folder where the models that they name lie, tiny and random, and with a server on TANDEM_PORT whose engine
 is played.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
 import shlex
 import sys
@@ -24,7 +25,7 @@ from shared.config import Settings
 from shared.messages import CacheReply
 from tandem.cli import main
 from tests.frontend.conftest import EOS, RunningServer, byte_text, ids
-from tests.support import tiny_model
+from tests.support import documented, tiny_model
 from tests.support.fake_engine import FakeEngine, says
 from tests.support.server import REPOSITORY
 
@@ -33,6 +34,14 @@ pytestmark = pytest.mark.mlx
 _BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # A docstring's example: indented lines from one that imports tandem to the next line that is not indented.
 _EXAMPLE = re.compile(r"^ {4}from tandem.*(?:\n(?: {4}.*|\s*))*", re.MULTILINE)
+# Commands whose lines in docs/cli.md run elsewhere, since they need a server of their own, a terminal or a network.
+ELSEWHERE = {
+    "serve": "tests/system/test_start_stop.py", "chat": "tests/system/test_cli_server.py",
+    "run": "tests/system/test_cli_server.py", "restart": "tests/system/test_cli_server.py",
+    "doctor": "tests/system/test_cli_server.py", "race": "tests/system/test_race.py",
+    "pull": "tests/tandem/test_terminal.py", "split-mtp": "tests/workers/qwen/test_mtp.py",
+    **dict.fromkeys(("models", "config", "keys", "completion"), "tests/tandem/test_cli_docs.py"),
+}  # fmt: skip
 TEMPLATE = "{% if tools %}{{ tools }}{% endif %}" + tiny_model.TEMPLATE
 
 
@@ -45,8 +54,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         tiny_model.write(tmp_path / model, template=TEMPLATE)
     tiny_model.write_eagle3(tmp_path / "org/eagle3-drafter", tmp_path / "Qwen/Qwen3-0.6B")
     tiny_model.write_qwen2_vl(tmp_path / "Qwen/Qwen2-VL-2B-Instruct")
+    tiny_model.write_qwen2_vl(tmp_path / "org/name")
+    tiny_model.write_eagle3(tmp_path / "org/drafter", tmp_path / "org/name")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    for name in ("cat.png", "a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {}, "additionalProperties": false}')
     (tmp_path / "question.txt").write_text("What is a tandem?")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TANDEM_REASONING_PARSER", "think")
@@ -92,6 +105,33 @@ def _run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdin", io.StringIO(Path(arguments[place + 1]).read_text()))
         arguments = arguments[:place]
     assert main(arguments) == 0, line
+
+
+def test_the_lines_of_the_command_page_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = os.environ["TANDEM_PORT"]
+    monkeypatch.setenv("TANDEM_MODEL", "Qwen/Qwen3-0.6B")
+    monkeypatch.setattr(sys, "argv", sys.argv)  # benchmarks change it
+    ran = set()
+    for shown in documented.lines(REPOSITORY / "docs/cli.md"):
+        command, *arguments = shown.words[1:] if shown.in_block else ("",)
+        if not command or command in ELSEWHERE or "--upload" in arguments:
+            continue
+        arguments = [re.sub(r"^9000$|8080$", port, a) for a in arguments]
+        match command:
+            case "status" if "--once" not in arguments:
+                arguments.append("--once")  # it would go on until Ctrl-C
+            case "generate" if "--max-tokens" not in arguments:
+                arguments += ["--max-tokens", "8"]
+            case "bench" if "prefix" in arguments:
+                continue  # minutes, with servers of its own: `make bench`
+        assert main([command, *arguments]) == 0, shown
+        assert capsys.readouterr().out.strip(), shown
+        ran.add(command)
+    assert ran == {"generate", "convert", "status", "bench"}
+    for command, test in ELSEWHERE.items():
+        assert f'"{command}"' in (REPOSITORY / test).read_text() or command == "serve", (command, test)
 
 
 @pytest.mark.parametrize("module", ["tandem", "tandem.api", "tandem.client", "tandem.convert"])

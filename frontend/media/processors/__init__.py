@@ -34,8 +34,13 @@ def processor_of(folder: Path) -> Processor | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """preprocessor_config.json; newer checkpoints have processor_config.json with sections in its place."""
-    return _read(folder / "processor_config.json") | _read(folder / "preprocessor_config.json")
+    """preprocessor_config.json; newer checkpoints have processor_config.json with sections in its place.
+
+    What is for videos is the section `video_processor`, or lies in a file of its own.
+    """
+    found = _read(folder / "processor_config.json") | _read(folder / "preprocessor_config.json")
+    video = _read(folder / "video_preprocessor_config.json")
+    return found | ({"video_processor": video} if video else {})
 
 
 def _read(path: Path) -> dict[str, Any]:

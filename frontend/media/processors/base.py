@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,11 +15,13 @@ from shared.messages import MediaKind
 
 @dataclass(frozen=True)
 class Processed:
-    """One image, ready for the encoder. `arrays` go to the target as they are."""
+    """One item, ready for the encoder. `arrays` go to the target as they are."""
 
     arrays: dict[str, np.ndarray]
     grid: list[int]  # frames, rows, columns of patches
     num_tokens: int  # that stand for it in the prompt
+    seconds_per_grid: float = 1.0  # of a video: between two frames of `grid`
+    lead: str = ""  # of a part of a video: what the prompt says before it
 
 
 class Processor(Protocol):
@@ -47,8 +50,20 @@ class Processor(Protocol):
         """
         raise InvalidRequest("audio input is not supported for this model", param=param)
 
-    def rewrite(self, prompt: str) -> str:
-        """The rendered conversation, where the family writes something around its placeholders."""
+    def video(self, data: bytes, param: str) -> list[Processed]:
+        """A video file, in one part or several.
+
+        Raises:
+            InvalidRequest: it cannot be read, or its form does not suit the model.
+        """
+        raise InvalidRequest("video input is not supported for this model", param=param)
+
+    def rewrite(self, prompt: str, leads: Sequence[Sequence[str]] = ()) -> str:
+        """The rendered conversation, where the family writes something around its placeholders.
+
+        Args:
+            leads: of each part of each video, in their order.
+        """
         return prompt
 
     def expansion(self, kind: MediaKind, num_tokens: int) -> tuple[list[int], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class GemmaProcessor(Processor):
     def placeholders(self) -> dict[MediaKind, int]:
         return {kind: self.around[kind][0] if self.is_opened else token for kind, token in self.repeated.items()}
 
-    def rewrite(self, prompt: str) -> str:
+    def rewrite(self, prompt: str, leads: Sequence[Sequence[str]] = ()) -> str:
         """Gemma 3 has an empty line on both sides of an image, which has to be there when the text is tokenized."""
         return prompt.replace(OPENING, f"\n\n{OPENING}\n\n") if self.is_opened else prompt
 
