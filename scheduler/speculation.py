@@ -250,6 +250,7 @@ class Speculator:
                     continue
             if self.is_neural:
                 start, sampling = state.num_sent, sequence.submit.sampling
+                media = sequence.submit.media if start == 0 else []
                 wanted.append(
                     DraftRow(
                         request_id=sequence.submit.request_id,
@@ -257,6 +258,7 @@ class Speculator:
                         token_ids=sequence.token_ids[start:],
                         num_tokens=min(k, self._max_neural),
                         sampling=sampling if draws(sampling) else None,
+                        media=[replace(item, tensors=[]) for item in media],
                     )
                 )
                 state.num_sent = len(sequence.token_ids)

@@ -544,6 +544,7 @@ class DraftRow(Part, frozen=True, kw_only=True):
     token_ids: list[int]
     num_tokens: int
     sampling: SamplingParams | None = None  # None: the most likely tokens; else drawn, with their distribution
+    media: list[MediaItem] = field(default_factory=list)  # of the prompt, with `start` 0; without their tensors
 
 
 class DraftRequest(Message, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from workers.arrays import to_list
 from workers.drafters.base import Drafter
 from workers.drafters.context import ContextState
 from workers.drafters.draw import DraftSampler
+from workers.drafters.places import TokenPlaces
 from workers.features import Bits, from_bits
 
 MAX_SEQUENCES = 1024  # beyond what the scheduler ends; the least recently used goes first
@@ -31,6 +32,7 @@ class DraftedSequence:
     features: list[Bits] = field(default_factory=list)  # rows not taken in yet, (n, H) each, without gaps
     num_features: int = 0  # position after the last of them
     start: int = 0  # position of the first of them, while nothing was taken in
+    places: TokenPlaces | None = None
 
     def keep_features(self, length: int) -> None:
         """Forget rows from position `length` on, as far as they were not taken in (those are of committed tokens)."""
@@ -122,6 +124,8 @@ class DraftEngine:
         """Committed ids. Only the tail that the scheduler knows we lack is sent; a repeated part is the same."""
         sequence = self._sequence(row.request_id)
         sequence.tokens[row.start :] = row.token_ids
+        if row.media:
+            sequence.places = self.drafter.places(row.media)
 
     def is_complete(self, row: DraftRow) -> bool:
         """Whether the features of every position before the anchor have come (those after a gap count)."""
@@ -180,6 +184,7 @@ class DraftEngine:
                 return None
         if sequence.state is None:
             sequence.state = self.drafter.new_state(sequence.start if self.needs_features else 0)
+            sequence.state.places = sequence.places
         state = sequence.state
         if state.length > anchor:
             self.drafter.truncate(state, anchor)

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from shared.messages import MediaItem
 from workers.drafters.context import Contexts, ContextState
+from workers.drafters.places import TokenPlaces
 from workers.kernels.choice import AttentionChoice
 
 Sampler = Callable[[mx.array, int], mx.array]
@@ -40,6 +42,10 @@ class Drafter(ABC):
     @abstractmethod
     def new_state(self, start: int = 0) -> ContextState:
         """An empty state whose first row will be position `start` (not 0 when earlier features are gone)."""
+
+    def places(self, media: Sequence[MediaItem]) -> TokenPlaces | None:
+        """Where a sequence's tokens lie, for its states; None where this drafter counts positions in any case."""
+        return None
 
     def release(self, state: ContextState) -> None:  # noqa: B027 - a drafter may have nothing to free
         """The sequence is over."""

@@ -17,6 +17,7 @@ from shared.errors import BadModel
 from workers.drafters import assistant
 from workers.drafters.config import KINDS, DrafterConfig, Kind
 from workers.drafters.tensors import TensorIndex
+from workers.models.rope import rope_parameters
 
 MAX_RECURSIVE_TOKENS = 8  # a recursive head has no limit of its own; acceptance is near nothing beyond
 MAX_MODEL_TOKENS = 16
@@ -185,8 +186,21 @@ def _mtp(folder: Path, config: Config, index: TensorIndex) -> DrafterConfig:
         max_draft_tokens=MAX_RECURSIVE_TOKENS,
         feature="final_hidden",
         has_zero_centred_norms=is_gated and not index.is_mlx,
+        **_axes(folder, body, common["rope_dims"]),
         **(_experts(folder, body, names, index) if has_experts else {}),
     )
+
+
+def _axes(folder: Path, body: Config, rope_dims: int) -> dict[str, Any]:
+    """The fields of a head whose target counts positions on three axes."""
+    rope = {**(body.get("rope_parameters") or body.get("rope_scaling") or {}), "partial_rotary_factor": None}
+    sections = rope.get("mrope_section")
+    if not sections:
+        return {}
+    if len(sections) != 3:
+        raise BadModel(f"{folder}: mrope_section {sections} is not one number for each of three axes")
+    plain = {**body, "rope_parameters": rope, "partial_rotary_factor": None}
+    return {"rope_sections": tuple(int(n) for n in sections), "axial_rope": rope_parameters(plain, rope_dims, 0)}
 
 
 _MTP_MLP = "layers.0.mlp."

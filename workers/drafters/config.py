@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 from msgspec import Struct
 
+from workers.models.rope import RopeParameters
+
 Kind = Literal["dflash", "eagle3", "mtp", "assistant", "model"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -43,6 +45,8 @@ class DrafterConfig(Struct, frozen=True, kw_only=True):
     rope_dims: int = 0
     rope_traditional: bool = False  # False: half-split (NeoX) pairs
     rope_scaling: dict[str, Any] | None = None
+    rope_sections: tuple[int, ...] = ()  # frequencies that time, height and width turn; empty: there is one axis
+    axial_rope: RopeParameters | None = None  # of those
     max_position_embeddings: int = 0
     has_zero_centred_norms: bool = False  # stored weight w means a factor 1 + w
     has_own_embedding: bool = False  # otherwise the target's rows, unscaled, times embedding_scale

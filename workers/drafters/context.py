@@ -15,6 +15,7 @@ from workers.arrays import start_evaluating
 from workers.cache.kv import KVView
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
+from workers.drafters.places import TokenPlaces
 from workers.kernels.choice import AttentionChoice
 from workers.machine import is_cpu
 
@@ -33,6 +34,7 @@ class ContextState:
         self.num_written = 0  # rows ever in use: those beyond num_rows were truncated, and may lie over older ones
         self.slot = slot
         self.has_pending = False  # recursive heads: the feature of position length-1 waits for its token
+        self.places: TokenPlaces | None = None  # None: rope positions are counted
 
 
 @dataclass(frozen=True)

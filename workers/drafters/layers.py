@@ -12,6 +12,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 from shared.errors import BadModel
 from workers.drafters.config import DrafterConfig
 from workers.models.qwen.experts import SparseMLP
+from workers.models.qwen.text import AxialRope
+from workers.models.rope import rotated
 
 
 class Linear:
@@ -100,9 +102,17 @@ class Attention:
             config.rope_scaling,
             config.max_position_embeddings or None,
         )
+        self._axial: AxialRope | None = None
+        if config.axial_rope is not None:
+            self._axial = AxialRope(config.axial_rope, config.rope_sections, is_interleaved=True)
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether positions may lie on three axes."""
+        return self._axial is not None
 
     def queries(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Queries (B, heads, T, D) and gate (B, T, heads*D) or None; `positions` (B,) int32 are those of rows 0."""
+        """Queries (B, heads, T, D) and gate (B, T, heads*D) or None; `positions` as `_rotated` has them."""
         b, t, _ = x.shape
         q = self.q_proj(x).reshape(b, t, self.num_heads, -1)
         gate = None
@@ -111,7 +121,7 @@ class Attention:
             gate = gate.reshape(b, t, -1)
         if self.q_norm is not None:
             q = self.q_norm(q)
-        return self._rope(q.transpose(0, 2, 1, 3), offset=positions), gate
+        return self._rotated(q.transpose(0, 2, 1, 3), positions), gate
 
     def keys_values(self, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
         """Keys (roped) and values, each (B, kv heads, T, D)."""
@@ -120,7 +130,17 @@ class Attention:
         if self.k_norm is not None:
             k = self.k_norm(k)
         v = self.v_proj(x).reshape(b, t, self.num_kv_heads, self.head_dim)
-        return self._rope(k.transpose(0, 2, 1, 3), offset=positions), v.transpose(0, 2, 1, 3)
+        return self._rotated(k.transpose(0, 2, 1, 3), positions), v.transpose(0, 2, 1, 3)
+
+    def _rotated(self, x: mx.array, positions: mx.array) -> mx.array:
+        """x (B, heads, T, D) at int32 positions of rows 0, the others follow: (B,), or (3, B) on three axes."""
+        if positions.ndim == 1:
+            turned: mx.array = self._rope(x, offset=positions)
+            return turned
+        assert self._axial is not None, "positions on three axes for a drafter that has one"
+        dim = self._axial.dim
+        rotate = self._axial.at_positions(positions[:, :, None] + mx.arange(x.shape[2]))
+        return mx.concatenate([rotated(x[..., :dim], rotate), x[..., dim:]], axis=-1)
 
     def output(self, attended: mx.array, gate: mx.array | None) -> mx.array:
         """Output rows (B, T, H) of what the heads put out (B, heads, T, D)."""
@@ -158,6 +178,6 @@ def sparse_mlp(weights: Weights, prefix: str, config: DrafterConfig) -> SparseML
 
 
 def rows_at_own_positions(attention: Attention, x: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-    """Keys and values, each (N, kv heads, D), of N unrelated rows (N, H) at N positions: one rope offset per row."""
+    """Keys and values, each (N, kv heads, D), of N unrelated rows (N, H) at positions (N,), or (3, N) on three axes."""
     k, v = attention.keys_values(x[:, None], positions)
     return k[:, :, 0], v[:, :, 0]

@@ -7,13 +7,17 @@ an MLP and experts too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
+from shared.messages import MediaItem
 from workers.cache.spec import AttentionSpec
 from workers.drafters.base import Embed, Head
 from workers.drafters.config import DrafterConfig
 from workers.drafters.context import Contexts
 from workers.drafters.layers import MLP, Attention, Weights, sparse_mlp
+from workers.drafters.places import TokenPlaces
 from workers.drafters.recursive import RecursiveDrafter
 from workers.drafters.vocabulary import Vocabulary
 
@@ -33,6 +37,9 @@ class MTPDrafter(RecursiveDrafter):
         self.attention_norm = weights.norm("layers.0.input_layernorm")
         self.mlp_norm = weights.norm("layers.0.post_attention_layernorm")
         self.norm = weights.norm("norm")
+
+    def places(self, media: Sequence[MediaItem]) -> TokenPlaces | None:
+        return TokenPlaces(media) if self.attention.has_axes else None
 
     def combine(self, features: mx.array, embeddings: mx.array) -> tuple[mx.array, mx.array]:
         pair = mx.concatenate([self.embedding_norm(embeddings), self.hidden_norm(features)], axis=-1)

@@ -1,8 +1,9 @@
 """Heads that draft one token at a time from (feature, next token) pairs: the common part of EAGLE-3 and MTP.
 
-The pair of position i is (feature of position i, token at position i+1) and its key sits at rope position i. With a
-single layer a pair's key and value depend on nothing but the pair, so context rows are made without attention. The
-feature of the last position waits (`Contexts.keep_pending`) for its token: the anchor, at draft time.
+The pair of position i is (feature of position i, token at position i+1) and its key sits at the rope position of token
+i: that is i, or where the target has it behind an image. With a single layer a pair's key and value depend on nothing
+but the pair, so context rows are made without attention. The feature of the last position waits
+(`Contexts.keep_pending`) for its token: the anchor, at draft time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from workers.drafters.base import Drafts, FeatureDrafter, Sampler, arranged, in_order, row_counts
 from workers.drafters.context import ContextState
@@ -79,9 +81,9 @@ class RecursiveDrafter(FeatureDrafter):
         self, states: Sequence[ContextState], counts: Sequence[int], rows: mx.array, tokens: Sequence[int]
     ) -> None:
         places = self.contexts.places(states, counts)
-        positions = [s.start + s.num_rows + i for s, n in zip(states, counts, strict=True) for i in range(n)]
+        at = [(s, s.start + s.num_rows + i) for s, n in zip(states, counts, strict=True) for i in range(n)]
         x, _ = self.combine(rows, self.vocabulary.embed(mx.array(list(tokens), dtype=mx.int32)))
-        self.contexts.write(0, places, *rows_at_own_positions(self.attention, x, mx.array(positions, dtype=mx.int32)))
+        self.contexts.write(0, places, *rows_at_own_positions(self.attention, x, rope_positions(at)))
         self.contexts.advance(states, counts)
 
     def draft(
@@ -94,12 +96,12 @@ class RecursiveDrafter(FeatureDrafter):
         owners = [states[i] for i in order]
         feature = self.contexts.pending(owners)[:, None]
         tokens = mx.array([anchors[i] for i in order], dtype=mx.int32)
-        positions = mx.array([s.length - 1 for s in owners], dtype=mx.int32)
         drafted = []
         for step in range(num_tokens):
             x, residual = self.combine(feature, self.vocabulary.embed(tokens)[:, None])
-            q, gate = self.attention.queries(x, positions + step)
-            k, v = self.attention.keys_values(x, positions + step)
+            positions = rope_positions([(state, state.length - 1 + step) for state in owners])
+            q, gate = self.attention.queries(x, positions)
+            k, v = self.attention.keys_values(x, positions)
             (view,) = self.contexts.views(owners, 1, step)
             attended = self.attention.output(view.attend(q, k, v, self.attention.scale), gate)
             row, feature = self.finish(residual, attended)
@@ -116,3 +118,11 @@ class RecursiveDrafter(FeatureDrafter):
         state.length = max(length - 1, state.start)
         state.num_rows = min(state.num_rows, state.length - state.start)
         return state.length
+
+
+def rope_positions(tokens: Sequence[tuple[ContextState, int]]) -> mx.array:
+    """Of tokens, each by its state and its place in the sequence: (n,), or (3, n) where one lies on three axes."""
+    if all(state.places is None for state, _ in tokens):
+        return mx.array([index for _, index in tokens], dtype=mx.int32)
+    found = [state.places.at(index) if state.places else np.full((3,), index) for state, index in tokens]
+    return mx.array(np.stack(found, axis=1), dtype=mx.int32)

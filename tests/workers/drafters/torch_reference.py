@@ -17,9 +17,15 @@ def rope(x, positions, theta, dims):
     """Half-split rotation of the first `dims` of each head. x (T, heads, D), positions (T,)."""
     half = dims // 2
     freq = theta ** (-torch.arange(half, dtype=torch.float64) * 2 / dims)
-    angle = positions.double()[:, None, None] * freq
+    angle = positions.double()[:, None, None] * freq if positions.dim() == 1 else axial_angles(positions, freq)
     a, b, rest = x[..., :half], x[..., half:dims], x[..., dims:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1)
+
+
+def axial_angles(positions, freq):
+    """positions (3, T) of time, height and width, which turn frequencies in turn; all but the first 6 turn by time."""
+    axis = torch.tensor([i % 3 if i < 6 else 0 for i in range(len(freq))])
+    return (positions.double()[axis].T * freq)[:, None]
 
 
 class Dims:
@@ -84,12 +90,12 @@ def sparse_mlp(w, prefix, x, num_chosen):
 # ---------------------------------------------------------------- recursive heads
 
 
-def _recursive(pairs_to_rows, features, tokens, num_tokens, choose, shift=0):
-    """Logits (num_tokens, ...) of the recursion; pair i = (feature i, token i+1) at rope position i."""
+def _recursive(pairs_to_rows, features, tokens, num_tokens, choose, shift=0, axes=None):
+    """Logits (num_tokens, ...) of the recursion; pair i = (feature i, token i+1) at rope position i, or axes[:, i]."""
     features, tokens = list(features), list(tokens[1:])
     logits = []
     for _ in range(num_tokens):
-        positions = torch.arange(len(features)) + shift
+        positions = torch.arange(len(features)) + shift if axes is None else axes[:, : len(features)]
         row, fed_back = pairs_to_rows(torch.stack(features), tokens, positions)
         logits.append(row)
         tokens.append(choose(row))
@@ -116,8 +122,11 @@ def eagle3(w, d, embed, head, features, tokens, num_tokens, choose, before_resid
     return _recursive(run, features, tokens, num_tokens, choose, shift)
 
 
-def mtp(w, d, embed, head, features, tokens, num_tokens, choose, shift=0, num_chosen=0):
-    """features (P, H) = target rows after its final norm; num_chosen experts a token, 0: an MLP."""
+def mtp(w, d, embed, head, features, tokens, num_tokens, choose, shift=0, num_chosen=0, axes=None):
+    """features (P, H) = target rows after its final norm; num_chosen experts a token, 0: an MLP.
+
+    axes (3, P + num_tokens): rope positions of tokens on three axes.
+    """
 
     def run(hidden, ids, positions):
         e = d.norm(embed[ids], w["pre_fc_norm_embedding.weight"])
@@ -132,7 +141,7 @@ def mtp(w, d, embed, head, features, tokens, num_tokens, choose, shift=0, num_ch
         normed = d.norm(h, w["norm.weight"])
         return (normed @ head.T)[-1], normed[-1]
 
-    return _recursive(run, features, tokens, num_tokens, choose, shift)
+    return _recursive(run, features, tokens, num_tokens, choose, shift, axes)
 
 
 # ---------------------------------------------------------------- block drafters

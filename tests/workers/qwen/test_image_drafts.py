@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import msgspec
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from shared.messages import SamplingParams
+from shared.messages import DraftRow, FeatureRows, SamplingParams
 from tests.support.engine_rig import make_engine
+from tests.workers.drafters import torch_reference
 from tests.workers.qwen import hf
 from tests.workers.qwen.test_batches import CLASSES, MediaRig
 from tests.workers.test_speculation import Corrected
@@ -64,8 +66,13 @@ def write_drafter(kind, folder):
 
 
 @pytest.fixture(scope="module")
-def model(transformers, tmp_path_factory):
-    return hf.make(transformers, tmp_path_factory.mktemp("qwen3_5"), "qwen3_5", seed=7, scale=0.3)[1]
+def pair(transformers, tmp_path_factory):
+    return hf.make(transformers, tmp_path_factory.mktemp("qwen3_5"), "qwen3_5", seed=7, scale=0.3)
+
+
+@pytest.fixture(scope="module")
+def model(pair):
+    return pair[1]
 
 
 def requests_of(model):
@@ -129,6 +136,60 @@ def check(rig, made, expected, again=""):
         assert drafted > NUM_TOKENS / 4, f"hardly anything was drafted for {name}"
         assert 0 < accepted < drafted, "drafts are right and wrong"
     assert rig.drafter.num_drafted > NUM_TOKENS / 2, "the drafter itself could not draft"
+
+
+def test_the_mtp_head_counts_positions_behind_images_as_transformers_does(pair, tmp_path):
+    """Its pairs lie where the target's tokens do. Tokens of an image are embedded as placeholders."""
+    import torch
+
+    reference, model = pair
+    made = requests_of(model)["two"]
+    inputs = hf.hf_inputs(model, made)
+    ids = torch.tensor([made.tokens])
+    with torch.no_grad():
+        hidden = reference.model(ids, use_cache=False, **inputs).last_hidden_state[0]
+        places = {name: inputs[name] for name in ("mm_token_type_ids", "image_grid_thw")}
+        axes = reference.model.get_rope_index(ids, **places)[0][:, 0]
+    axes = torch.cat([axes, axes.max() + 1 + torch.arange(4).expand(3, 4)], dim=1)
+    assert axes[0, -1] < len(made.tokens), "the images drew them together"
+    folder = write_drafter("mtp", tmp_path)
+    weights = {
+        n.removeprefix("mtp."): torch.from_numpy(a).double() for n, a in load_file(folder / "model.safetensors").items()
+    }
+    dims = torch_reference.Dims(4, 2, 16, hf.TEXT["rms_norm_eps"], 10_000.0, 8, gated=True)
+    embed, head = (
+        m().weight.detach().double() for m in (reference.get_input_embeddings, reference.get_output_embeddings)
+    )
+    anchor = 33
+    want = torch_reference.mtp(
+        weights, dims, embed, head, hidden.double(), [*made.tokens, anchor], 4, lambda row: int(row.argmax()), axes=axes
+    )
+    drafter = load_drafter(detect(folder), mx.float32, model.embed, model.logits)
+    state, logits = drafter.new_state(), []
+    state.places = drafter.places(made.media)
+    drafter.extend([state], [mx.array(hidden.numpy())], [made.tokens])
+    drafter.draft([state], [anchor], 4, lambda rows, _step: logits.append(rows) or mx.argmax(rows, axis=-1))
+    np.testing.assert_allclose(np.concatenate([np.array(rows) for rows in logits]), want, atol=1e-4, rtol=1e-4)
+    # The same from what the scheduler and the target send.
+    engine = DraftEngine(drafter, needs_features=True)
+    media = [msgspec.structs.replace(item, tensors=[]) for item in made.media]
+    row = DraftRow(request_id="r", start=0, token_ids=[*made.tokens, anchor], num_tokens=4, media=media)
+    engine.take_tokens(row)
+    engine.take_features(FeatureRows(request_id="r", start=0, num_rows=len(made.tokens)), hidden.numpy())
+    assert engine.draft([row])[0].token_ids == want.argmax(-1).tolist()
+
+
+def test_the_drafter_is_told_where_a_prompts_images_lie(drafted, model):
+    made, rows = requests_of(model), []
+    taken = drafted.drafter.take_tokens
+    drafted.drafter.take_tokens = lambda row: rows.append(row) or taken(row)
+    submit(drafted, made)
+    drafted.drain()
+    told = {row.request_id: row.media for row in rows if row.start == 0}
+    assert {name: [(m.start, m.grid, m.tensors) for m in media] for name, media in told.items()} == {
+        name: [(m.start, m.grid, []) for m in prompt.media] for name, prompt in made.items()
+    }
+    assert not any(row.media for row in rows if row.start), "once is enough"
 
 
 def test_images_leave_the_text_as_it_is(drafted, model, expected):
