@@ -110,7 +110,9 @@ class MediaLoader:
                 continue
             item = items[len(placed)] if len(placed) < len(items) else None
             if item is None or item.kind != kinds[token]:
-                raise InvalidRequest("messages: the prompt has a placeholder without an image, clip or video", param="messages")
+                raise InvalidRequest(
+                    "messages: the prompt has a placeholder without an image, clip or video", param="messages"
+                )
             tokens, offset = self._processor.expansion(item.kind, item.num_tokens)
             placed.append(msgspec.structs.replace(item, start=len(expanded) + offset))
             expanded += tokens
