@@ -51,7 +51,9 @@ class MediaLoader:
             InvalidRequest: too many items, or a kind that the model does not take.
         """
         if len(parts) > MAX_ITEMS:
-            raise InvalidRequest(f"messages: {len(parts)} media items; {MAX_ITEMS} are allowed", param="messages")
+            raise InvalidRequest(
+                f"messages: {len(parts)} images, videos and clips; {MAX_ITEMS} are allowed", param="messages"
+            )
         for part in parts:
             if part.kind not in self._processor.modalities:
                 raise InvalidRequest(
@@ -71,7 +73,9 @@ class MediaLoader:
             items = [make_item(part, processed) for processed in found]
             num_bytes += sum(len(tensor.data) for item in items for tensor in item.tensors)
             if num_bytes > MAX_PREPARED_BYTES:
-                raise InvalidRequest("messages: the media of this request are too large together", param="messages")
+                raise InvalidRequest(
+                    "messages: the images and videos of this request are too large together", param="messages"
+                )
             loaded.items.extend(items)
             if part.kind == "video":
                 loaded.leads.append([processed.lead for processed in found])
@@ -110,14 +114,13 @@ class MediaLoader:
                 continue
             item = items[len(placed)] if len(placed) < len(items) else None
             if item is None or item.kind != kinds[token]:
-                raise InvalidRequest(
-                    "messages: the prompt has a placeholder without an image, clip or video", param="messages"
-                )
+                text = "messages: the prompt has a placeholder without an image, clip or video"
+                raise InvalidRequest(text, param="messages")
             tokens, offset = self._processor.expansion(item.kind, item.num_tokens)
             placed.append(msgspec.structs.replace(item, start=len(expanded) + offset))
             expanded += tokens
         if len(placed) != len(items):
-            text = f"messages: the chat template shows {len(placed)} of {len(items)} media items"
+            text = f"messages: the chat template shows {len(placed)} of {len(items)} images, videos and clips"
             raise InvalidRequest(text, param="messages")
         return expanded, placed
 

@@ -1,4 +1,4 @@
-"""Mutated images and audio files: read, or refused with a clear 400; never another exception, never a hang."""
+"""Mutated images, videos and audio files: read, or refused with a clear 400; never another exception, never a hang."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from PIL import Image
 
 from frontend.media import audio
 from frontend.media.decode import decode_image
+from frontend.media.processors.qwen_video import VideoRules
+from frontend.media.video import decode_video
 from shared.errors import InvalidRequest
 from tests.frontend.media.test_audio import LOSSLESS, LOSSY, RATE
 from tests.fuzz.scale import SEED, count
 from tests.fuzz.test_model_files import damaged
+from tests.support.clips import moving, written
 
 MAX_S = 30.0
 HEAD_BYTES = 200  # where most of what a decoder believes stands
@@ -50,6 +53,22 @@ def test_a_mutated_image_is_read_or_refused() -> None:
         except InvalidRequest:
             num_refused += 1
     assert count(20, 200) < num_refused < count(200, 2000), "both happen"
+
+
+@pytest.mark.parametrize(
+    ("form", "codec"), [("mp4", "libx264"), ("mp4", "mpeg4"), ("webm", "libvpx"), ("avi", "mpeg4"), ("gif", "gif")]
+)
+def test_a_mutated_video_is_read_or_refused(form: str, codec: str) -> None:
+    rng, num_refused = random.Random(SEED), 0
+    whole = written(moving(12), 6, form, codec)
+    rules = VideoRules(is_timed=True, fps=2, min_frames=4, max_frames=8, min_pixels=64, max_pixels=4096)
+    for _ in range(count(60, 2000)):
+        try:
+            frames, source, indices = decode_video(mutated(whole, rng), "video", lambda s: rules.plan(s, 8, 2))
+            assert frames.dtype == np.uint8 and len(frames) == len(indices) > 0 and source.num_frames > 0
+        except InvalidRequest:
+            num_refused += 1
+    assert num_refused > 0
 
 
 @pytest.mark.parametrize("name", [*LOSSLESS, *LOSSY])

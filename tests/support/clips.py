@@ -32,7 +32,7 @@ def _write(path: str, frames: np.ndarray, fps: int, form: str, codec: str, optio
     with av.open(path, "w", format=form, options=options) as box:
         video: Any = box.add_stream(codec, rate=fps)
         video.width, video.height = frames.shape[2], frames.shape[1]
-        video.pix_fmt = "yuv420p"
+        video.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         for frame in frames:
             box.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         box.mux(video.encode())

@@ -21,6 +21,7 @@ TEMPLATE = (
 VISION_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif p.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
@@ -128,6 +129,9 @@ def write_qwen2_vl(folder: Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"patch_size": PATCH, "merge_size": 2, "min_pixels": 64, "max_pixels": 4096})
+    )
+    (folder / "video_preprocessor_config.json").write_text(
+        json.dumps({"size": {"shortest_edge": 64, "longest_edge": 4096}})
     )
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = VISION_TEMPLATE

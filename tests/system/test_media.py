@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.frontend.test_media import BAD
 from tests.support import tiny_model, tiny_qwen35
+from tests.support.clips import moving, written
 from tests.support.server import Server
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
@@ -219,7 +220,7 @@ def test_qwen35_sees_images_and_drafts_behind_them(hybrid_server: Server) -> Non
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == text
-    assert httpx.get(f"{hybrid_server.url}/health").json()["input_modalities"] == ["text", "image"]
+    assert httpx.get(f"{hybrid_server.url}/health").json()["input_modalities"] == ["text", "image", "video"]
 
 
 def test_bad_images_are_400s_and_the_servers_go_on(vision_server: Server, hybrid_server: Server) -> None:
@@ -236,8 +237,42 @@ def test_bad_images_are_400s_and_the_servers_go_on(vision_server: Server, hybrid
             assert ask(client, good)[1] > IMAGE_TOKENS
 
 
+def clip(seed: int) -> dict[str, Any]:
+    """Three seconds: two frames a second are looked at."""
+    data = base64.b64encode(written(moving(30, seed=seed), fps=10)).decode()
+    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
+
+
+@pytest.mark.parametrize("family", ["vision_server", "hybrid_server"])
+def test_videos_are_seen_beside_images_and_text(family: str, request: pytest.FixtureRequest) -> None:
+    server: Server = request.getfixturevalue(family)
+    with server.openai() as client:
+        alone, num_tokens, _ = ask(client, words("Watch "), clip(1), part(1))
+        again, _, cached = ask(client, words("Watch "), clip(1), part(1))
+        assert again == alone and cached > num_tokens // 2
+        other, _, cached_other = ask(client, words("Watch "), clip(2), part(1))
+        assert other != alone and cached_other < cached, "other frames are another prefix and another answer"
+        contents = [
+            [words("Watch "), clip(1), part(1)],
+            [words("Hello there")],
+            [part(2), clip(2)],
+            [words("Watch "), part(1)],
+        ]
+        singly = [ask(client, *content)[0] for content in contents]
+        with ThreadPoolExecutor(len(contents)) as pool:
+            together = list(pool.map(lambda content: ask(client, *content)[0], contents))
+    assert together == singly and singly[0] == alone
+
+
+def test_a_bad_video_is_a_400_and_the_server_goes_on(vision_server: Server) -> None:
+    with vision_server.openai() as client:
+        with pytest.raises(openai.BadRequestError, match="cannot be read as any of mp4"):
+            ask(client, {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}})
+        ask(client, words("Still there?"))
+
+
 def test_modalities_are_told_and_a_text_model_refuses_images(vision_server: Server, server: Server) -> None:
-    for running, modalities in ((vision_server, ["text", "image"]), (server, ["text"])):
+    for running, modalities in ((vision_server, ["text", "image", "video"]), (server, ["text"])):
         assert httpx.get(f"{running.url}/health").json()["input_modalities"] == modalities
         assert httpx.get(f"{running.url}/v1/models").json()["data"][0]["input_modalities"] == modalities
     with client_of(server) as client, pytest.raises(openai.BadRequestError, match="takes text only"):
