@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from frontend.media.audio import decode
+from frontend.media.audio import BLOCK, decode
 from frontend.media.loader import MediaLoader
 from frontend.media.log_mel import LogMel
 from frontend.media.processors.gemma import from_configs
@@ -125,6 +125,37 @@ BAD = {
     "no bytes": (b"", "input_audio"),
     "an image": (b"\x89PNG\r\n\x1a\n" + bytes(200), "cannot be read"),
 }
+
+
+def long_silence(kind):
+    """Three hours, 345 MB as floats: a minute whose frames are repeated (MP3), or a file written in blocks."""
+    file = io.BytesIO()
+    minute, num_minutes = np.zeros((60 * 8000,), np.int16), 180
+    with soundfile.SoundFile(file, "w", 8000, 1, format=kind) as out:
+        for _ in range(1 if kind == "MP3" else num_minutes):
+            out.write(minute)
+    return file.getvalue() * (num_minutes if kind == "MP3" else 1)
+
+
+@pytest.mark.parametrize("kind", ["FLAC", "MP3"])
+def test_three_hours_are_refused_before_they_are_decoded(audio_server, kind, monkeypatch):
+    content = long_silence(kind)
+    num_frames = 0
+    blocks = soundfile.SoundFile.blocks
+
+    def counted(self, *args, **kwargs):
+        nonlocal num_frames
+        for block in blocks(self, *args, **kwargs):
+            num_frames += len(block)
+            yield block
+
+    monkeypatch.setattr(soundfile.SoundFile, "blocks", counted)
+    reply = ask(audio_server, audio(content, kind.lower()))
+    assert reply.status_code == 400
+    assert "longer than the 30 s" in reply.json()["error"]["message"]
+    assert reply.json()["error"]["param"].startswith("messages[0].content[0].input_audio")
+    assert 30 * 8000 < num_frames <= 30 * 8000 + BLOCK, "as much as tells it, whatever the file holds"
+    assert ask(audio_server, text("still there")).status_code == 200
 
 
 @pytest.mark.parametrize("case", BAD)

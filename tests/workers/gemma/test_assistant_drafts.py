@@ -54,6 +54,16 @@ def made(transformers, tmp_path_factory):
     return get
 
 
+class PerRequest(Recorder):
+    """Remembers proposals by request, then anchor."""
+
+    def draft(self, rows):
+        drafts = self._engine.draft(rows)
+        for d in drafts:
+            self.proposed.setdefault(d.request_id, {})[d.anchor] = d.token_ids
+        return drafts
+
+
 def drafted(model, folder, config, is_shifted=False, **options):
     """(engine, draft engine); shifted, each position of the one sequence gets the keys and values before it."""
     engine = make_engine(model, **options)
@@ -70,6 +80,15 @@ def drafted(model, folder, config, is_shifted=False, **options):
 
         drafter.extend_rows = shifted
     return engine, DraftEngine(drafter, needs_features=True)
+
+
+def expect_same_drafts(got, expected, at_least):
+    """At common anchors; how many tokens are asked for depends on the room left in a step."""
+    common = got.keys() & expected.keys()
+    assert len(common) >= at_least, "hardly anything was drafted"
+    for anchor in common:
+        n = min(len(got[anchor]), len(expected[anchor]))
+        assert got[anchor][:n] == expected[anchor][:n]
 
 
 @pytest.fixture
@@ -141,23 +160,9 @@ def test_a_batch_drafts_for_each_row_what_it_drafts_alone(pair):
         EngineRig(engine, (recorder := Recorder(drafts)), k=K).run({name: prompt}, NUM_TOKENS)
         alone[name] = recorder.proposed
         drafts.reset()
-    together = {name: {} for name in prompts}
-    original = drafts.draft
-
-    def draft(rows):
-        proposed = original(rows)
-        for d in proposed:
-            together[d.request_id][d.anchor] = d.token_ids
-        return proposed
-
-    drafts.draft = draft
-    EngineRig(engine, drafts, k=K).run(prompts, NUM_TOKENS)
+    EngineRig(engine, (recorder := PerRequest(drafts)), k=K).run(prompts, NUM_TOKENS)
     for name in prompts:
-        common = alone[name].keys() & together[name].keys()
-        assert len(common) >= 4
-        for anchor in common:
-            n = min(len(alone[name][anchor]), len(together[name][anchor]))
-            assert together[name][anchor][:n] == alone[name][anchor][:n]
+        expect_same_drafts(recorder.proposed[name], alone[name], at_least=4)
 
 
 def test_keys_and_values_of_the_wrong_position_are_noticed(pair):
@@ -193,6 +198,38 @@ def test_drafts_after_a_prefix_hit_are_those_without_one(pair, layout):
     assert warm.proposed == cold.proposed
     assert len(warm.proposed) >= 4
     assert warm.num_rows >= len(prompt), "the restored positions' rows were not sent"
+
+
+@pytest.mark.parametrize("layout", ["slots", "paged"])
+@pytest.mark.parametrize("event", ["preempted", "preempted, blocks kept", "target lost"])
+def test_what_interrupts_a_request_leaves_its_drafts_as_they_are(pair, event, layout):
+    """In the third window of a text; then everything is computed again, or only what follows the cached blocks."""
+    *_, engine, drafts = pair("shared keys", num_slots=4, block_size=4 if "kept" in event else None, layout=layout)
+    prompts = {name: PROMPTS[name] for name in ("r0", "r1", "r2")}
+    alone = {}
+    for name, prompt in prompts.items():
+        rig = EngineRig(engine, (recorder := Recorder(drafts)), k=K, num_blocks=60)
+        alone[name] = rig.run({name: prompt}, NUM_TOKENS)[name], recorder.proposed
+        drafts.reset()
+    rig = EngineRig(engine, (recorder := PerRequest(drafts)), k=K, num_blocks=60)
+    for name, prompt in prompts.items():
+        rig.submit(name, prompt, NUM_TOKENS)
+    while len(rig.tokens("r1")) < NUM_TOKENS // 2:
+        assert rig.work(), "the moment was missed"
+    recorder.proposed.clear()
+    if event == "target lost":
+        rig.lose_target()
+        drafts.use_epoch(rig.epochs[rig.target])
+    else:
+        sequence = next(s for s in rig.core.running if s.submit.request_id == "r1")
+        rig.core.session.preempt(sequence)
+        rig._deliver(rig.core._finish(rig.now))
+    rig.drain()
+    for name, (text, undisturbed) in alone.items():
+        assert rig.tokens(name) == text
+        expect_same_drafts(recorder.proposed[name], undisturbed, at_least=2)
+    timings = rig.outputs["r1"][-1].timings
+    assert timings.num_preemptions == int(event != "target lost")
 
 
 def test_a_quantised_assistant_drafts_nearly_the_same(made, tmp_path):

@@ -9,13 +9,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save_file
 
+from frontend.media.processors import processor_of
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
 from tests.support.cached_logits import cached_logits
 from tests.workers.gemma import hf
 from workers.load import load
+from workers.models.base import MediaModel
 from workers.models.gemma.config import GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig, canonical_name
 
@@ -89,11 +92,16 @@ def test_what_only_shared_layers_would_use_is_left_out(transformers, tmp_path):
     expect_logits(tmp_path, hf.hf_logits(reference, TOKENS))
 
 
+THEIR_DEFAULTS = {  # said, because mlx-lm fills in other values than transformers
+    "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("overrides", [E2B, MOE], ids=["E2B", "experts"])
 def test_mixed_quantisation_by_layer(tmp_path, overrides):
-    """4 bits in general, 8 for what the configuration names, some layers not packed: as mlx-vlm's converter writes."""
-    text = {**hf.GEMMA4, **overrides, "model_type": "gemma4_text"}
-    config = {"model_type": "gemma4", "text_config": text, "tie_word_embeddings": True}
+    """4 bits, 8 for what the configuration names, some plain, as mlx-vlm's converter writes; mlx-lm agrees."""
+    text = {**hf.GEMMA4, **THEIR_DEFAULTS, **overrides, "model_type": "gemma4_text"}
+    config = {"model_type": "gemma4", "text_config": text, "tie_word_embeddings": True, "vocab_size": hf.VOCAB}
     mx.random.seed(3)
     model = Gemma(MultimodalConfig.from_hf(config, 0))
     plain = {"language_model.model.layers.1.mlp.down_proj", "language_model.model.layers.2.self_attn.o_proj"}
@@ -115,6 +123,8 @@ def test_mixed_quantisation_by_layer(tmp_path, overrides):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights, tmp_path / "model.safetensors", {"format": "mlx"})
     expect_logits(tmp_path, np.array(model(mx.array(TOKENS))))
+    theirs, _ = load_model(tmp_path)
+    expect_logits(tmp_path, np.array(theirs(mx.array(TOKENS))))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +176,40 @@ GEMMA3N_CASES = {
 }  # fmt: skip
 
 
+def add_encoders(folder):
+    """What a released checkpoint has besides its text model."""
+    weights = load_file(folder / "model.safetensors")
+    for name in ("vision_tower.timm_model.conv_stem.conv", "audio_tower.conformer.0.norm", "embed_audio.embedding"):
+        weights[f"model.{name}.weight"] = np.ones((3, 3), np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vision_config": {}, "audio_config": {}}))
+
+
+@pytest.mark.oracle
+def test_gemma4_unified_with_its_projections_serves_text_and_no_media(transformers, tmp_path):
+    import torch
+
+    text = {"vocab_size": hf.VOCAB, "model_type": "gemma4_unified_text"} | {
+        k: v for k, v in hf.GEMMA4.items() if "per_layer" not in k
+    }
+    config = transformers.Gemma4UnifiedConfig(
+        text_config=text,
+        vision_config={"mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32, "patch_size": 2},
+        audio_config={"audio_embed_dim": 16},
+    )
+    config._attn_implementation = "eager"
+    reference = hf.randomise(transformers.Gemma4UnifiedForConditionalGeneration(config)).eval()
+    reference.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any("embed_vision." in n for n in saved), "projections to leave out"
+    assert any("embed_audio." in n for n in saved), "projections to leave out"
+    with torch.no_grad():
+        expected = reference(torch.tensor(TOKENS)).logits.numpy()
+    assert expect_logits(tmp_path, expected).modalities == []
+    assert processor_of(tmp_path) is None, "so that a request with media is refused"
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", GEMMA3N_CASES)
 def test_gemma3n_through_the_adapter_equals_transformers(transformers, tmp_path, case):
@@ -184,6 +228,9 @@ def test_gemma3n_through_the_adapter_equals_transformers(transformers, tmp_path,
             weights[f"model.layers.{layer}.self_attn.{name}"] = np.zeros_like(unread)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     as_released(tmp_path, released)
+    add_encoders(tmp_path)
     model = load(ModelFiles(name="m", folder=tmp_path), "float32").model
+    assert not isinstance(model, MediaModel), "its encoders are not served"
+    assert processor_of(tmp_path) is None, "so that a request with media is refused"
     expected = hf.hf_logits(reference, TOKENS)
     np.testing.assert_allclose(cached_logits(model, TOKENS), expected, rtol=0, atol=1e-4)
