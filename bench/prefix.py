@@ -34,12 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_path = Path(args.log).expanduser()
     with tempfile.TemporaryDirectory(prefix="tandem-prefix-") as scratch, log_path.open("wb") as log:
         bench = Bench(args, Path(scratch), log)
-        result = report.provenance("prefix") | {"ttft": bench.ttft(), "agents": bench.agents()}
+        result = report.provenance("prefix") | {"ttft": bench.ttft(), "agents": {"agents": args.agents}}
+        keep(args.json, result)
+        for name, is_cached, turns in (("cached", True, args.turns), ("plain", False, args.turns_without)):
+            if turns:
+                result["agents"][name] = bench.agents(is_cached, turns)
+                keep(args.json, result)
     print(markdown(result), file=sys.stderr)
-    if args.json:
-        report.write_json(args.json, result)
     report.print_last_line({k: result[k] for k in ("benchmark", "ttft", "agents")})
     return 0
+
+
+def keep(path: str | None, result: dict[str, Any]) -> None:
+    """What there is so far: the last measurement takes as long as all others, and may fail."""
+    if path:
+        report.write_json(path, result)
 
 
 class Bench:
@@ -111,28 +120,24 @@ class Bench:
 
     # ------------------------------------------------ agents
 
-    def agents(self) -> dict[str, Any]:
-        """Turns of several agents at once, with the cache and (fewer turns, since each computes all) without."""
+    def agents(self, is_cached: bool, turns: int) -> dict[str, Any]:
+        """Turns of several agents at once."""
         args = self._args
-        result: dict[str, Any] = {"agents": args.agents, "turns": args.turns}
-        for name, is_cached, turns in (("cached", True, args.turns), ("plain", False, args.turns_without)):
-            if turns == 0:
-                continue
-            with self._server(is_cached) as target:
-                count, close = choose_counter(target.url, target.model, None)
-                system = fit(random.Random(args.seed), args.system_tokens, count, "You are an agent with these tools:")
-                close()
-                by_turn = asyncio.run(self._play_agents(target, system, turns))
-            later = [r for turn in by_turn[1:] for r in turn] or by_turn[0]
-            prompt_tokens = sum(r.prompt_tokens or 0 for r in later)
-            result[name] = {
-                "turns": turns,
-                "first_turn_ttft_s": report.spread([r.ttft_s for r in by_turn[0] if r.ttft_s is not None]),
-                "later_ttft_s": report.spread([r.ttft_s for r in later if r.ttft_s is not None]),
-                "later_prompt_tokens": prompt_tokens,
-                "later_cached_share": sum(r.cached_tokens or 0 for r in later) / prompt_tokens,
-            }
-        return result
+        with self._server(is_cached) as target:
+            target = msgspec.structs.replace(target, timeout_s=args.timeout)
+            count, close = choose_counter(target.url, target.model, None)
+            system = fit(random.Random(args.seed), args.system_tokens, count, "You are an agent with these tools:")
+            close()
+            by_turn = asyncio.run(self._play_agents(target, system, turns))
+        later = [r for turn in by_turn[1:] for r in turn] or by_turn[0]
+        prompt_tokens = sum(r.prompt_tokens or 0 for r in later)
+        return {
+            "turns": turns,
+            "first_turn_ttft_s": report.spread([r.ttft_s for r in by_turn[0] if r.ttft_s is not None]),
+            "later_ttft_s": report.spread([r.ttft_s for r in later if r.ttft_s is not None]),
+            "later_prompt_tokens": prompt_tokens,
+            "later_cached_share": sum(r.cached_tokens or 0 for r in later) / prompt_tokens,
+        }
 
     async def _play_agents(self, target: Target, system: str, turns: int) -> list[list[Record]]:
         """Records by turn. Each agent sends its whole conversation every time, as agents do."""
@@ -200,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system-tokens", type=int, default=6000)
     parser.add_argument("--turn-tokens", type=int, default=40, help="new tokens of a user's turn")
     parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one answer of an agent")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", help="write the result to this file")
     parser.add_argument("--log", default="/dev/null", help="the servers' output")
