@@ -70,7 +70,7 @@ def race(draft_model: str, model: str, prompts: Sequence[str], max_tokens: int) 
         Unavailable: a server did not become ready, or ended.
     """
     drafters = ("none", draft_model)
-    with tqdm(total=len(drafters) * len(prompts), unit="prompt", file=sys.stderr, disable=None) as bar:
+    with tqdm(total=len(drafters) * len(prompts), unit="prompt", file=sys.stderr, disable=None, leave=False) as bar:
         arms = [play(model, drafter, prompts, max_tokens, bar) for drafter in drafters]
     plain, drafted = arms
     pairs = list(zip(plain.answers, drafted.answers, strict=True))

@@ -9,8 +9,8 @@ import httpx
 import msgspec
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tandem.connection import connect, server_options
 from tandem.layers import Effective
@@ -77,7 +77,7 @@ def table(status: Status) -> Group:
         ("cache hits", _cache(status)),
     ):
         facts.add_row(name, value)
-    return Group(f"{escape(status.model)} at {escape(status.url)}", processes, facts)
+    return Group(Text(f"{status.model} at {status.url}"), processes, facts)
 
 
 def _count(number: int | None) -> str:

@@ -20,6 +20,7 @@ from shared.errors import BadConfig, BadModel, EngineFailure, InvalidRequest, Un
 from tandem import LocalModel, generate, load, stream_generate
 from tandem.options import Options
 from tests.support import tiny_model
+from tests.support.clips import moving, written
 
 pytestmark = pytest.mark.mlx
 
@@ -226,7 +227,7 @@ def test_images_come_by_path_and_stand_before_the_text(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(paths[-1])
     folder = tiny_model.write_qwen2_vl(tmp_path / "vision")
     with load(str(folder), "none", dtype="float32", blas_threads=1) as seeing:
-        assert seeing.modalities == ["text", "image"]
+        assert seeing.modalities == ["text", "image", "video"]
         uri = "data:image/png;base64," + base64.b64encode(paths[0].read_bytes()).decode()
         parts = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What?"}]
         question = [{"role": "user", "content": "What?"}]
@@ -234,6 +235,11 @@ def test_images_come_by_path_and_stand_before_the_text(tmp_path: Path) -> None:
         assert by_path.token_ids == generate(seeing, [{"role": "user", "content": parts}], **GREEDY).token_ids
         assert by_path.token_ids != generate(seeing, question, images=[str(paths[1])], **GREEDY).token_ids
         assert generate(seeing, question, images=paths, **GREEDY).stats.num_prompt_tokens > 30
+        for seed in range(2):
+            (tmp_path / f"{seed}.mp4").write_bytes(written(moving(30, seed=seed)))
+        watched = [generate(seeing, question, videos=[tmp_path / f"{seed}.mp4"], **GREEDY) for seed in range(2)]
+        assert watched[0].token_ids != watched[1].token_ids
+        assert watched[0].stats.num_prompt_tokens > 100
         with pytest.raises(InvalidRequest, match="No such file"):
             generate(seeing, question, images=[tmp_path / "nowhere.png"])
         with pytest.raises(InvalidRequest, match="audio input is not supported for this model"):

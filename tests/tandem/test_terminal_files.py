@@ -64,7 +64,8 @@ def test_a_full_disk_in_the_middle_of_a_conversion(model: Path, tmp_path: Path) 
 def test_a_model_that_is_not_there_without_a_network(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
     code, said = tandem(tmp_path, *arguments, HF_ENDPOINT=NOBODY)
     assert code in (1, EXIT_CONFIG)
-    assert said.count("\n") == 1 and said.startswith("tandem: ") and told in said, said
+    line = said.rpartition("\r")[2] if arguments[0] == "race" else said  # its bar is gone by then
+    assert said.count("\n") == 1 and line.startswith("tandem: ") and told in line, said
 
 
 def test_a_model_without_a_head_has_none_to_split(model: Path, tmp_path: Path) -> None:
