@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.server import Server
+from tests.support import documented
+from tests.support.server import REPOSITORY, Server
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx, pytest.mark.embedded]
 
@@ -27,5 +30,17 @@ def test_the_embedded_model_streams_why_the_sky_is_blue(tmp_path: Path) -> None:
         assert "sky" in answer
         assert "light" in answer or "scatter" in answer or "atmosphere" in answer
         assert all(character.isprintable() or character.isspace() for character in answer)
+        if shutil.which("curl"):
+            assert_readme_streams(server.port)
     finally:
         server.stop()
+
+
+def assert_readme_streams(port: int) -> None:
+    """The README's own command."""
+    (shown,) = [line for line in documented.lines(REPOSITORY / "README.md") if line.words[0] == "curl"]
+    command = [word.replace("8080", str(port)) for word in shown.words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert len(lines) > 40 and lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: {") for line in lines[:-1])
