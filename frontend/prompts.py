@@ -123,12 +123,16 @@ def _content(content: str | list[dict[str, Any]] | None, place: str, media: _Med
     if not isinstance(content, list):
         return content or ""
     parts = [
-        media.add(part, f"{place}[{i}]") if part.get("type") in MEDIA_TYPES else _text_part(part, f"{place}[{i}]")
+        media.add(part, f"{place}[{i}]") if _is_medium(part.get("type")) else _text_part(part, f"{place}[{i}]")
         for i, part in enumerate(content)
     ]
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
     return parts
+
+
+def _is_medium(kind: object) -> bool:
+    return isinstance(kind, str) and kind in MEDIA_TYPES  # JSON may have put a list there, which no dict knows
 
 
 def _text_part(part: dict[str, Any], place: str) -> dict[str, str]:

@@ -57,6 +57,7 @@ from shared.messages import (
 )
 
 MAX_SLOTS = 1 << 16
+MAX_DRAFT_TOKENS = 1 << 10
 NGRAM_DRAFT_TOKENS = 7
 
 
@@ -211,7 +212,7 @@ class Core:
             if peer.info != message.info:
                 self.metrics.dropped["unexpected"].inc()
             return
-        if peer.role == "target" and not _is_plausible(message.info):
+        if not (_is_plausible(message.info) if peer.role == "target" else _drafts_plausibly(message.info)):
             self.metrics.dropped["bad"].inc()
             return
         peer.info = message.info
@@ -562,7 +563,13 @@ def _is_plausible(info: WorkerInfo) -> bool:
         and info.kv_capacity_tokens >= classes[-1] >= info.max_model_len >= 1
         and info.max_step_tokens >= 1
         and info.vocab_size >= 1
+        and _drafts_plausibly(info)
     )
+
+
+def _drafts_plausibly(info: WorkerInfo) -> bool:
+    """Whether a draft, or what is verified of one, can be that long: a rate is kept for each of its places."""
+    return 0 <= info.max_draft_tokens <= MAX_DRAFT_TOKENS
 
 
 def _is_overdue(sequence: Sequence, now: float) -> bool:

@@ -166,6 +166,13 @@ def test_unknown_fields_of_a_part_are_named(media_server):
     assert ask(media_server, [wrong]).json()["error"]["param"] == "messages[0].content[0].image_url.size"
 
 
+@pytest.mark.parametrize("kind", [[[]], {"a": 1}, None, 5])
+def test_a_type_that_is_no_text_is_a_400(media_server, kind):
+    answer = ask(media_server, [{"type": kind, "text": "a"}])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[0].type"
+
+
 def test_200_images_and_a_video_are_400s(media_server):
     small = part(encoded(picture(8, 8)))
     answer = ask(media_server, [small] * 200)

@@ -20,6 +20,7 @@ from shared.messages import (
     Ready,
     Release,
     RequestId,
+    Role,
     SamplingParams,
     SayHello,
     Step,
@@ -246,6 +247,17 @@ def test_a_drafter_whose_ready_was_lost_says_hello_again() -> None:
         heartbeat = Heartbeat(instance_id="drafter", epoch=epoch, is_idle=True)
         envelopes = rig.core.handle("drafter", heartbeat, rig.now)
         assert (("drafter", SayHello()) in envelopes) == is_noticed
+
+
+@pytest.mark.parametrize("longest", [-1, 1 << 62])
+@pytest.mark.parametrize("role", ["target", "drafter"])
+def test_a_worker_that_drafts_implausibly_is_not_taken(role: Role, longest: int) -> None:
+    rig = Rig(worker_info())
+    answers = rig.core.handle("wild", Hello(role=role, instance_id="wild", pid=4), rig.now)
+    epoch = next(m.epoch for _, m in answers if isinstance(m, Welcome))
+    info = msgspec.structs.replace(rig.info, draft_kind="eagle3", max_draft_tokens=longest)
+    rig.core.handle("wild", Ready(epoch=epoch, info=info), rig.now)
+    assert rig.core.session is None and not rig.core.speculator.is_neural
 
 
 def test_a_frontend_is_never_taken_for_a_worker_that_lost_a_message() -> None:
