@@ -22,6 +22,7 @@ from workers.cache.layouts import make_block_pool, make_store
 from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
+from workers.early_start import install_starts
 from workers.engine import Engine
 from workers.exactness import probe
 from workers.kernels.select import select
@@ -142,6 +143,8 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     if prefix is not None:
         budget -= prefix.num_blocks * prefix.block_bytes
     blocks = make_block_pool(store, BLOCK_SIZE) if prefix is not None else None
+    if has_own_memory() and not is_cpu():
+        install_starts(loaded.model)
     engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size, blocks)
     info = WorkerInfo(
         model=loaded.name,

@@ -67,7 +67,7 @@ def test_what_does_not_finish_in_time_ends_with_a_clear_error(model: Path, tmp_p
         assert end_of(server, family, 1 + STOP_S) == 0
         stream.join(10)
         assert "the server is shutting down" in stream.error
-        assert 3 <= len(stream.tokens) < NUM_TOKENS
+        assert len(stream.tokens) < NUM_TOKENS
         assert "Traceback" not in server.log.read_text()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from workers.kernels import delta
 from workers.kernels.cuda import header, kernel_bodies
 
 nvidia = pytest.importorskip("nvidia", reason="no NVIDIA packages")
@@ -29,16 +30,17 @@ using Shape = cuda::std::array<int32_t, 10>;
 using Strides = cuda::std::array<int64_t, 10>;
 }
 """
+DELTA = {"gated_delta": (delta.INPUTS, ["y", "after"], delta.BODY)}
 BF16, FP16, FP32 = "__nv_bfloat16", "__half", "float"
 NOT_T = {
     "table": "int", "starts": "int", "params": "int", "old": "int", "inv_freq": "float", "sinks": "float",
-    "partial": "float", "stats": "float",
+    "partial": "float", "stats": "float", "g": "float", "state": "float", "is_real": "bool", "after": "float",
 }  # fmt: skip
 
 
 def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str, str]:
     """The text MLX generates around a body, and the function's name, which holds the template's values."""
-    inputs, outputs, body = kernel_bodies()[kernel]
+    inputs, outputs, body = (kernel_bodies() | DELTA)[kernel]
     name = "_".join(["custom_kernel_tandem", kernel, *(str(v) for v in template.values())])
     arguments = []
     for each in inputs:
@@ -49,9 +51,10 @@ def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str
     for each in outputs:
         arguments.append(f"{'float' if kernel == 'attend_split' else NOT_T.get(each, dtype)}* {each}")
     constants = "".join(f"constexpr int {k} = {v};\n" for k, v in template.items())
+    constants += f"using TG = float; using TB = {dtype};\n"
     signature = f"__global__ void {name}({', '.join(arguments)})"
     function = f"{signature} {{\nusing T = {dtype};\n{constants}{body}\n}}"
-    return f"{PRELUDE}{header()}namespace mlx::core::cu {{\n{function}\n}}\n", name
+    return f"{PRELUDE}{header()}{delta.header()}namespace mlx::core::cu {{\n{function}\n}}\n", name
 
 
 def compile_log(text: str, name: str) -> str:
@@ -80,6 +83,9 @@ def compile_log(text: str, name: str) -> str:
         ("combine", BF16, {"D": 96, "G": 4}),
         ("append", BF16, {"D": 128, "SHIFT": 0}),
         ("append_after", FP32, {"D": 64, "SHIFT": 5}),
+        ("gated_delta", BF16, {"DK": 128, "ROWS": 2, "VECTOR": 0, "MASKED": 0}),
+        ("gated_delta", FP16, {"DK": 192, "ROWS": 2, "VECTOR": 0, "MASKED": 1}),
+        ("gated_delta", FP32, {"DK": 16, "ROWS": 2, "VECTOR": 1, "MASKED": 1}),
     ],
 )
 def test_nvrtc_compiles(kernel: str, dtype: str, template: dict[str, int]) -> None:

@@ -58,6 +58,10 @@ class Placement:
             raise ValueError(f"{capacity} tokens exceed the largest slot of {self.capacities[-1]}")
         return index
 
+    def has_room(self, slot: int, capacity: int) -> bool:
+        where = self._where.get(slot)
+        return where is not None and self.capacities[where[0]] >= capacity
+
     def ensure(self, slot: int, capacity: int) -> Move | None:
         """Give `slot` a row of at least `capacity`; the Move that carries its content up, if it had a smaller one."""
         wanted = self.class_of(capacity)

@@ -131,6 +131,8 @@ class CacheStore:
 
     def ensure(self, slot: int, capacity: int) -> None:
         """Give `slot` room for `capacity` tokens, keeping its content."""
+        if self.placement.has_room(slot, capacity):  # nearly always: then no layer is asked
+            return
         move = self.placement.ensure(slot, capacity)
         capacity_class = self.placement.where(slot)[0]
         for layer in self.kv_layers:

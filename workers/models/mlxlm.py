@@ -7,6 +7,8 @@ to find out is what each layer keeps.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,10 @@ from mlx_lm.models import cache as mlx_cache
 from shared.errors import BadModel
 from workers.cache.spec import AttentionSpec, LayerSpec, LeafSpec, ListSpec, RecurrentSpec
 from workers.cache.store import CacheStore
+from workers.machine import is_cpu
+from workers.models import gated_delta
+
+logger = logging.getLogger("target")
 
 PROBE_TOKENS = 2  # wider than one token, which some models treat apart
 
@@ -107,6 +113,8 @@ def adapted(model: nn.Module, architecture: str) -> MlxLmModel:
     """Raises:
     BadModel: as `MlxLmModel`.
     """
+    if hasattr(sys.modules[type(model).__module__], "gated_delta_update"):
+        logger.info("gated delta rule: %s", gated_delta.install(is_cpu=is_cpu()))
     return (SplitMlxLmModel if architecture in SPLIT else MlxLmModel)(model, architecture)
 
 

@@ -1,0 +1,36 @@
+"""Lets a GPU begin a forward while Python still builds the rest of it.
+
+A step is built as a graph and handed over at its end. Behind another step that costs nothing, but a step that verifies
+drafts begins when the device has nothing to do, so building and computing add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.arrays import start_evaluating
+from workers.features import TapLayer, block_list
+
+EVERY = 4  # blocks
+
+
+class StartLayer(TapLayer):
+    """Stands in for one block of the model and hands over what was built up to its output."""
+
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401 - any mlx-lm block
+        super().__init__(layer, {}, 0)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - passed through
+        out = super().__call__(*arguments, **keywords)
+        start_evaluating([self._sink[self._index]])
+        return out
+
+
+def install_starts(model: Any, every: int = EVERY) -> None:  # noqa: ANN401 - any architecture
+    """Hand over after every so many blocks; the last ones go with the head.
+
+    Does nothing for a model whose blocks are not where mlx-lm's convention has them.
+    """
+    layers = block_list(model) or []
+    for i in range(every - 1, len(layers) - 1, every):
+        layers[i] = StartLayer(layers[i])
