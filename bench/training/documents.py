@@ -15,6 +15,7 @@ LENGTH_MULTIPLE = 64  # documents of one batch have about the same length, so li
 MIN_ANSWER = 8
 NGRAM = 6
 MAX_REPEATED = 0.3  # share of an answer's n-grams that stood there before
+LOOP_WINDOW = 32  # n-grams; a loop begins where so many hold more repeated ones than that share
 
 TRAIN, HELD_OUT = 0, 1
 
@@ -84,22 +85,41 @@ class Documents:
         )  # fmt: skip
 
 
-def repeated_share(answer: np.ndarray) -> float:
-    """Share of the answer's n-grams that occurred in it before."""
-    n = len(answer) - NGRAM + 1
-    if n <= 1:
-        return 0.0
+def repeated(answer: np.ndarray) -> np.ndarray:
+    """(number of n-grams,) bool: which of the answer's n-grams occurred in it before."""
+    n = max(0, len(answer) - NGRAM + 1)
     keys = np.zeros(n, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for i in range(NGRAM):
             keys = keys * np.uint64(1_000_003) + answer[i : i + n].astype(np.uint64)
-    return 1.0 - len(np.unique(keys)) / n
+    found = np.ones(n, dtype=bool)
+    found[np.unique(keys, return_index=True)[1]] = False
+    return found
+
+
+def repeated_share(answer: np.ndarray) -> float:
+    """Share of the answer's n-grams that occurred in it before."""
+    found = repeated(answer)
+    return float(found.mean()) if len(found) > 1 else 0.0
 
 
 def is_looped(answer: np.ndarray) -> bool:
     """Repeats itself over all, or in its last quarter (at least 48 tokens)."""
     tail = answer[-max(48, len(answer) // 4) :]
     return repeated_share(answer) > MAX_REPEATED or repeated_share(tail) > MAX_REPEATED
+
+
+def before_loop(answer: np.ndarray) -> np.ndarray:
+    """The answer up to the first n-gram of its first loop; whole where it has none."""
+    found = repeated(answer)
+    if not len(found):
+        return answer
+    recent = np.convolve(found, np.ones(LOOP_WINDOW, dtype=np.int64))[: len(found)]
+    dense = np.flatnonzero(recent > MAX_REPEATED * LOOP_WINDOW)
+    if not len(dense):
+        return answer
+    begin = max(0, int(dense[0]) + 1 - LOOP_WINDOW)
+    return answer[: begin + int(np.argmax(found[begin:]))]
 
 
 @dataclass

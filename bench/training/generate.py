@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from bench.training.documents import HELD_OUT, TRAIN, Documents, is_looped
+from bench.training.documents import HELD_OUT, TRAIN, Documents, before_loop, is_looped
 from bench.training.prompts import Openings
 from bench.training.sampler import sample
 from bench.training.target import Target
@@ -32,6 +32,8 @@ PREFIX, USER, TURN, ANSWER = range(4)  # where in its life a slot is
 # A log entry: a token fed, and in the high bits the phase and what happened after it.
 PHASE_SHIFT, ENDED, BAD = 20, 1 << 25, 1 << 26
 TOKEN_MASK = (1 << PHASE_SHIFT) - 1
+
+MIN_BEFORE_LOOP = 32  # tokens of a document that are worth keeping
 
 ANSWER_TEMPERATURES = (0.0, 0.0, 0.0, 0.0, 0.0, 0.7, 0.8, 0.8, 0.9, 1.0)  # half greedy
 USER_TEMPERATURES = (1.0, 1.0, 1.0, 0.8, 0.8)
@@ -213,8 +215,12 @@ class Generator:
         looped = is_looped(tokens[prompt:])
         self.num_looped += looped
         split = HELD_OUT if _share(key) < self.options.held_out_share else TRAIN
-        if looped and split == TRAIN:
-            return None
+        if looped and split == TRAIN:  # its beginning is as good as any other text
+            whole = tokens
+            tokens = np.concatenate([tokens[:prompt], before_loop(tokens[prompt:])])
+            if not MIN_BEFORE_LOOP <= len(tokens) - prompt < len(whole) - prompt:
+                return None
+            looped = False
         return tokens, prompt, temperature, split, looped
 
 

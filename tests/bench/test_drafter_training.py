@@ -10,7 +10,7 @@ import pytest
 from training_rig import KINDS, make, random_documents, spoken_documents, tiny_target
 
 from bench.training import checkpoint, evaluate, export
-from bench.training.documents import Batches, is_looped
+from bench.training.documents import Batches, before_loop, is_looped
 from bench.training.losses import LossOptions, dpace, head_gradient
 from bench.training.optimiser import Optimiser, cosine, orthogonal
 from bench.training.parts import Batch
@@ -255,6 +255,19 @@ def test_batches_hold_whole_documents_and_anchors_of_their_answers():
         assert used.min() >= first and used.max() <= n - 2
         assert (valid[b][valid[b] > 0] == np.minimum(n - 1 - used, 4)).all()
     assert num_answer > 0
+
+
+def test_what_stands_before_a_loop_is_kept():
+    rng = np.random.default_rng(0)
+    text, loop = rng.integers(0, 500, 120), rng.integers(500, 900, 9)
+    kept = before_loop(np.concatenate([text, np.tile(loop, 12)]))
+    assert (kept[:120] == text).all() and 120 <= len(kept) <= 120 + 9
+    assert not is_looped(kept)
+    assert len(before_loop(text)) == 120 and not len(before_loop(text[:0]))
+    assert len(before_loop(np.tile(loop, 12))) <= 9
+    for length, is_loop in ((12, False), (20, True)):  # a phrase may come back, a paragraph not
+        again = np.concatenate([text, text[:length], rng.integers(0, 500, 60)])
+        assert (len(before_loop(again)) < len(again)) == is_loop
 
 
 def test_loops_are_told_from_text():
