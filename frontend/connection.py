@@ -1,6 +1,7 @@
 """A connection's limits, below HTTP: heads that are endless or never end, and clients that do not read.
 
-uvicorn bounds neither; it offers its protocol class to be extended.
+uvicorn bounds neither; it offers its protocol class to be extended. A stream notices a client that does not read by
+what piles up for it (`frontend/streams.py`); an answer that is complete, or needs no engine, has only this.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ ABORT = "tandem.abort"  # in the scope: a function that cuts the connection with
 
 
 class Connection(HttpToolsProtocol):
-    """Counts what arrives while a head is incomplete, and gives it so much time."""
+    """Counts what arrives while a head is incomplete, and gives it so much time.
 
+    A client that takes nothing of what waits for it for `slow_reader_s` is cut off.
+    """
+
+    slow_reader_s = 60.0
     _head_bytes = 0
     _is_head = True
     _head_timer: TimerHandle | None = None
+    _reader_timer: TimerHandle | None = None
+    _num_unread = 0  # bytes, when the timer began
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -30,7 +37,35 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_reader()  # its end waits in our buffer, perhaps for ever
+
+    def _watch_reader(self) -> None:
+        """From now on nothing is written until it reads, or another request is answered, which begins anew."""
+        self._stop_watching()
+        self._num_unread = self.transport.get_write_buffer_size()
+        if self._num_unread:
+            self._reader_timer = self.loop.call_later(self.slow_reader_s, self._judge_reader)
+
+    def _judge_reader(self) -> None:
+        is_quiet = self.flow.write_paused or self.cycle is None or self.cycle.response_complete
+        if is_quiet and self.transport.get_write_buffer_size() >= self._num_unread:
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _stop_watching(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     def data_received(self, data: bytes) -> None:
         if self._is_head:

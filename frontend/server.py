@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
             access_log=False,
             lifespan="off",
             server_header=False,
-            http=Connection,
+            http=type("PatientConnection", (Connection,), {"slow_reader_s": settings.slow_reader_s}),
             ws="none",
             limit_concurrency=settings.max_connections,
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,

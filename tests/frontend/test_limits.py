@@ -46,6 +46,15 @@ def error(response: httpx.Response) -> dict[str, object]:
     return found
 
 
+def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    event = threading.Event()
+    for _ in range(int(timeout_s / 0.02)):
+        if condition():
+            return
+        event.wait(0.02)
+    raise AssertionError("not within its time")
+
+
 def raw(server: RunningServer, data: bytes, timeout_s: float = 20.0) -> bytes:
     """All that the server answers to these bytes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=timeout_s) as connected:
@@ -249,6 +258,39 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_request_cancelled(
             full.set()
             poured.join(20)
     assert server.http.get("/health").json()["num_open_requests"] == 0
+
+
+@pytest.mark.parametrize("num_requests", [1, 40])
+def test_a_client_that_does_not_read_a_complete_answer_is_cut_off(start: Start, num_requests: int) -> None:
+    """No engine writes on, so nothing else would notice: neither one large answer nor many small ones."""
+    server = start(slow_reader_s=0.5)
+    server.http.close()
+    connections = server.server.server_state.connections
+    server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    path = b"/openapi.json" if num_requests == 1 else b"/metrics"
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", server.port))
+        deaf.sendall((b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % path) * num_requests)
+        wait_until(lambda: len(connections) > 0)
+        wait_until(lambda: not connections)
+
+
+def test_a_client_that_reads_slowly_gets_its_whole_answer(start: Start) -> None:
+    server = start(slow_reader_s=0.5)
+    expected = len(server.http.get("/openapi.json").content)
+    server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    received, pause = b"", threading.Event()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", server.port))
+        slow.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        for _ in range(20):  # longer than the limit in all
+            received += slow.recv(2048)
+            pause.wait(0.1)
+        while part := slow.recv(65536):
+            received += part
+    assert len(received.partition(b"\r\n\r\n")[2]) == expected
 
 
 def test_keys_come_from_a_private_file_too(tmp_path: Path, start: Start) -> None:
