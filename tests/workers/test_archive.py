@@ -167,6 +167,20 @@ def test_after_kill_9_while_writing_what_is_there_is_whole(tmp_path: Path) -> No
         assert set(copy.content.tolist()) == {int.from_bytes(block_hash, "big") % 251}
 
 
+def test_what_a_dead_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+    store = archive(tmp_path)
+    store.put(NAME, Copy(content(), None, False))
+    (folder,) = tmp_path.iterdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    torn, written = folder / f".one.kv.{ended.pid}", folder / f".two.kv.{os.getpid()}"
+    for file in (torn, written):
+        file.write_bytes(b"the beginning of a block")
+    assert len(archive(tmp_path).blocks()) == 1
+    assert not torn.exists()
+    assert written.exists(), "a server beside this one may be writing it"
+
+
 class ArchivedRig(EngineRig):
     """An engine rig whose target has an archive, worked off after every message as the target process does."""
 

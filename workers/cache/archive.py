@@ -21,13 +21,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "v1"
 MAGIC = b"TANDEMKV"
 _HEAD = struct.Struct("<8sII")  # magic, length of the description, checksum of description and content
-TEMPORARY_AGE_S = 600.0  # an unfinished file as old as this belongs to a process that died
+TEMPORARY_AGE_S = 600.0  # an unfinished file as old as this is nobody's, whatever process has its number now
 PAUSE_AFTER_ERROR_S = 30.0  # a full disk is not asked again before
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -269,7 +270,7 @@ class Archive:
                 continue  # another server removed it
             if path.suffix == ".kv" and not path.name.startswith("."):
                 found.append((stat.st_mtime, path, stat.st_size))
-            elif now - stat.st_mtime > TEMPORARY_AGE_S:
+            elif now - stat.st_mtime > TEMPORARY_AGE_S or not _is_written(path):
                 path.unlink(missing_ok=True)
         for _, path, size in sorted(found):
             self._remember_file(path, size)
@@ -298,6 +299,13 @@ class Archive:
         if self._flags.get(block_hash) == flags:
             del self._flags[block_hash]
         return [block_hash]
+
+
+def _is_written(temporary: Path) -> bool:
+    """Whether the process that began this file may still be there. One of another machine that shares the folder looks
+    as if it had died: it counts an error and writes the block again later."""
+    pid = temporary.suffix[1:]
+    return pid.isdigit() and psutil.pid_exists(int(pid))
 
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "uint32": 4, "int64": 8, "uint8": 1, "bool": 1}
