@@ -3,7 +3,8 @@
 It happens in the main loop as a step with such a word in a prefill row begins: what a fault in a kernel does, at a
 known place. SICK_FOLDER is a folder of the test. Each fault adds a line to the file that is named after its word, with
 the position where the row begins. A word of ONCE does harm only while the file WORD.armed is there, which it takes: the
-request survives. WRITE, which stands in no prompt, is `kill -9` in the middle of a block's file on SSD.
+request survives. STOP is SIGSTOP, so that the test can act while a prompt is half computed. WRITE, which stands in no
+prompt, is `kill -9` in the middle of a block's file on SSD.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ALWAYS: dict[str, Callable[[], object]] = {"SEGFAULT": _signal(signal.SIGSEGV), 
 ONCE: dict[str, Callable[[], object]] = {
     "HANG": threading.Event().wait,  # the main loop only: the heartbeat's thread goes on
     "KILL": _signal(signal.SIGKILL),
+    "STOP": _signal(signal.SIGSTOP),
 }
 
 
@@ -54,7 +56,7 @@ def faults(folder: Path, word: str) -> list[int]:
     return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
-def _is_armed(folder: Path, word: str) -> bool:
+def is_armed(folder: Path, word: str) -> bool:
     try:
         (folder / f"{word}.armed").unlink()
     except FileNotFoundError:
@@ -62,7 +64,7 @@ def _is_armed(folder: Path, word: str) -> bool:
     return True
 
 
-def _note(folder: Path, word: str, start: int = 0) -> None:
+def note(folder: Path, word: str, start: int = 0) -> None:
     with (folder / word).open("a") as file:
         file.write(f"{start}\n")
 
@@ -83,8 +85,8 @@ class SickTarget(target.Target):
 
     def _read(self, text: str, start: int) -> None:
         for word, harm in (ALWAYS | ONCE).items():
-            if word in text and (word in ALWAYS or _is_armed(self._folder, word)):
-                _note(self._folder, word, start)
+            if word in text and (word in ALWAYS or is_armed(self._folder, word)):
+                note(self._folder, word, start)
                 harm()
 
     def _harm_writing(self) -> None:
@@ -92,10 +94,10 @@ class SickTarget(target.Target):
 
         def open_and_die(descriptor: int, mode: str) -> IO[Any]:
             file = open(descriptor, mode)  # noqa: SIM115 - the caller closes it
-            if _is_armed(self._folder, WRITE):
+            if is_armed(self._folder, WRITE):
                 file.write(b"the beginning of a block")
                 file.flush()
-                _note(self._folder, WRITE)
+                note(self._folder, WRITE)
                 os.kill(os.getpid(), signal.SIGKILL)
             return file
 
