@@ -41,6 +41,7 @@ from shared.messages import (
     WorkerInfo,
 )
 
+NEWS_TIMEOUT_S = 1.0  # for what a new target's archive holds; it comes right behind the Ready, or was lost
 LOAD_TIMEOUT_S = 20.0  # for blocks from the archive; then a message was lost
 SHRINK_INTERVAL_S = 10.0  # while memory stays short: what is cached meanwhile may be worth its place
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
@@ -120,6 +121,7 @@ class Session:
         self._end = end
         self._check: SelfCheck | None = None
         self._in_flight: deque[InFlight] = deque()
+        self._news_deadline: float | None = None
         self._loads: dict[int, float] = {}  # LoadBlocks that were not answered -> when they left
         self._num_steps = 0
         self._num_releases = 0
@@ -222,6 +224,7 @@ class Session:
     def plan_steps(self, now: float) -> None:
         """Send the target what it can take: free slots, blocks to load, steps."""
         self.release_freed()
+        self._give_up_news(now)
         while len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
             if not self.running and not len(self.waiting):
                 self._plan_check(now)
@@ -410,6 +413,15 @@ class Session:
         return token_ids, None
 
     # ------------------------------------------------ the prefix cache's tiers
+
+    def _give_up_news(self, now: float) -> None:
+        """A list of the archive that does not come is no longer waited for: then prompts are computed."""
+        if self.prefix is None or not self.prefix.num_untold:
+            return
+        if self._news_deadline is None:
+            self._news_deadline = now + NEWS_TIMEOUT_S
+        elif now >= self._news_deadline:
+            self.prefix.num_untold = 0
 
     def _send_loads(self, now: float) -> None:
         """What sequences wait for comes from the target's archive."""

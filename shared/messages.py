@@ -51,6 +51,7 @@ class PrefixCacheInfo(Part, frozen=True, kw_only=True):
     num_states: int = 0
     state_bytes: int = 0
     is_shared: bool = False  # sequences refer to cached blocks, of every layer, in place of copying them
+    num_archived: int = 0  # blocks that the archive holds: BlocksArchived right behind the Ready tell which
 
 
 class Exactness(Part, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ import numpy as np
 from shared import config, log, served
 from shared.errors import BadConfig, BadModel, TandemError
 from shared.messages import (
+    BlocksArchived,
     ClearArchive,
     Drain,
     LoadBlocks,
@@ -28,6 +29,7 @@ from shared.messages import (
     ToTarget,
     Welcome,
     WorkerFailed,
+    WorkerInfo,
 )
 from shared.model_files import resolve
 from shared.supervise import EXIT_CONFIG
@@ -216,11 +218,21 @@ class Target:
         self.link.epoch = greeting.epoch
         self.last_release = self.last_load = 0
         self.engine.reset()
-        self.link.ready(self.info)
+        archived: list[BlocksArchived] = []
         if self.archiver is not None:
             self.archiver.reset()
-            for message in self.archiver.everything(self.epoch):
-                self.link.send(message)
+            archived = self.archiver.everything(self.epoch)
+        self.link.ready(_with_archive(self.info, sum(len(message.added) for message in archived)))
+        for message in archived:
+            self.link.send(message)
+
+
+def _with_archive(info: WorkerInfo, num_archived: int) -> WorkerInfo:
+    """So that the scheduler lets requests wait for the list instead of computing what it will name."""
+    if info.prefix_cache is None:
+        return info
+    cache = msgspec.structs.replace(info.prefix_cache, num_archived=num_archived)
+    return msgspec.structs.replace(info, prefix_cache=cache)
 
 
 def _keep_loading(message: LoadBlocks, waiting: Iterable[Step | Release]) -> None:

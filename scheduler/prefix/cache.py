@@ -64,6 +64,7 @@ class PrefixCache:
         self.to_load: list[LoadBlocks] = []  # to be sent by the owner, epoch not yet set
         self.to_check: list[tuple[list[int], list[bytes]]] = []  # (tokens, hashes) of hits to compute again
         self.num_checked = 0  # blocks of the comparison that is on its way
+        self.num_untold = info.num_archived  # blocks of the archive that the target is about to tell of
         self._fingerprint = fingerprint
         self._seeds: dict[str, bytes] = {}
         self._computing: dict[bytes, Sequence] = {}  # blocks that a running prefill will have
@@ -86,12 +87,17 @@ class PrefixCache:
         return self.sharing.num_tokens(sequence)
 
     def must_wait(self, sequence: Sequence) -> bool:
-        """Whether the sequence's start is worth putting off: its next block is being computed or loaded."""
+        """Whether the sequence's start is worth putting off.
+
+        Its next block is being computed or loaded, or is perhaps in the archive.
+        """
         if sequence.is_started:
             return False
         if sequence.load_id is not None:
             return True
         limit = self._restorable(sequence)
+        if limit and self.num_untold:
+            return True
         chain = self.index.chain(self._hashes(sequence, limit), limit)
         num_ready = _num_ready(chain)
         if num_ready < len(chain):
@@ -399,6 +405,7 @@ class PrefixCache:
         return True
 
     def archived(self, message: BlocksArchived) -> None:
+        self.num_untold = max(0, self.num_untold - len(message.added))
         for block in message.added:
             self._archived(block)
         for block_hash in message.removed:

@@ -41,8 +41,7 @@ ONCE: dict[str, Callable[[], object]] = {
     "KILL": _signal(signal.SIGKILL),
     "STOP": _signal(signal.SIGSTOP),
 }
-
-
+WATCHED = "WATCHED"  # no harm, a line for each row all the same
 WRITE = "WRITE"
 
 
@@ -84,6 +83,8 @@ class SickTarget(target.Target):
         super()._begin(message, running)
 
     def _read(self, text: str, start: int) -> None:
+        if WATCHED in text:
+            note(self._folder, WATCHED, start)
         for word, harm in (ALWAYS | ONCE).items():
             if word in text and (word in ALWAYS or is_armed(self._folder, word)):
                 note(self._folder, word, start)

@@ -138,31 +138,33 @@ def test_a_drafter_that_is_stuck_in_a_draft_is_replaced_and_no_stream_waits_for_
 
 @pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_a_stream_that_goes_on_after_a_kill_takes_its_prompt_from_ssd(server: Apart) -> None:
-    prompt = "a prompt of five blocks of thirty-two characters, which are kept on SSD while its answer is written. " * 2
-    blocks = len(prompt) // 32
+    word = sick_target.WATCHED
+    prompts = [f"{i}. " + f"{word} is in every chunk. " * 7 for i in range(MAX_TRIES)]
+    num_blocks = len(prompts[0]) // 32
 
-    def hits() -> float:
-        return server.metric("tandem:prefix_hit_tokens_total", tier="archive")
+    def computed() -> list[int]:
+        """Where the rows began in which tokens of this prompt were computed."""
+        return sick_target.faults(folder_of(server), word)
 
-    clear_cache(server)
-    expected = Stream(server, prompt=prompt, logprobs=1)
-    expected.result()
-    for _ in range(MAX_TRIES):
-        clear_cache(server)
-        hits_before, computed = hits(), server.metric("vllm:prompt_tokens_total")
+    def num_on_ssd() -> float:
+        return server.metric("tandem:prefix_blocks", tier="ssd")
+
+    for prompt in prompts:
+        num_before, wanted = len(computed()), num_on_ssd() + num_blocks
         stream = Stream(server, prompt=prompt, logprobs=1)
-        server.wait_for(
-            lambda stream=stream: server.metric("tandem:prefix_blocks", tier="ssd") >= blocks or not stream.is_alive(),
-            "written to SSD",
-        )
+        server.wait_for(lambda wanted=wanted: num_on_ssd() >= wanted, "written to SSD")
+        assert computed()[num_before : num_before + 2] == [0, CHUNK], "the cache had it already"
+        num_before = len(computed())
         send(server, TARGET, signal.SIGKILL)
         is_hit = stream.is_alive()
         stream.result()
-        assert stream.tokens == expected.tokens
         if is_hit:
             break
     else:
         raise AssertionError("the stream had always ended before")
-    assert server.metric("vllm:prompt_tokens_total") == computed + len(prompt), "another request was there"
-    assert hits() - hits_before >= 32 * (blocks - 1)
+    assert all(start >= 32 * (num_blocks - 1) for start in computed()[num_before:]), computed()[num_before:]
+    clear_cache(server)
+    undisturbed = Stream(server, prompt=prompt, logprobs=1)
+    undisturbed.result()
+    assert stream.tokens == undisturbed.tokens
     check_nothing_leaked(server)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import time
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.prefix.hashing import chain_seed, extend_chain
 from scheduler.prefix.index import PrefixIndex
-from shared.messages import ArchivedBlock, BlocksArchived, Cancel, PrefixCacheInfo, RequestId
+from scheduler.session import NEWS_TIMEOUT_S
+from shared.messages import ArchivedBlock, BlocksArchived, Cancel, LoadBlocks, PrefixCacheInfo, RequestId, Step
 from tests.scheduler.test_core import Rig
 from tests.support.fake_target import greedy, worker_info
 
@@ -189,6 +191,34 @@ def test_blocks_in_the_archive_are_loaded_after_a_restart_of_the_target() -> Non
     chats.drain()
     assert chats.tokens("b") == greedy(prompt, 2)
     assert chats.outputs["b"][-1].timings.num_cached_tokens == 8  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_running_request_takes_its_prompt_from_the_archive_of_the_next_target(is_lost: bool) -> None:
+    """Though its Ready comes before the list of what is archived; a list that was lost is not waited for in vain."""
+    chats = rig()
+    prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0, 2, 1]
+    chats.submit("a", prompt, 6)
+    for _ in range(5):
+        chats.work()
+    archive = dict(chats.target.archive)
+    assert len(archive) >= 2 and not chats.finish_reasons("a")
+    chats.info = worker_info(
+        prefix_cache=msgspec.structs.replace(cache_info(), num_archived=len(archive)), max_draft_tokens=4
+    )
+    chats.start_target()
+    chats.target.archive = archive
+    assert not chats.queue, "it computes what the archive may hold"
+    if is_lost:
+        chats.now += NEWS_TIMEOUT_S
+        chats.deliver(chats.core.tick(chats.now))
+    else:
+        added = [ArchivedBlock(block_hash=h, has_window=True, has_state=False) for h in archive]
+        chats.send(chats.target_id, BlocksArchived(epoch=chats.epoch, added=added))
+    assert isinstance(chats.queue[0], Step if is_lost else LoadBlocks)
+    chats.drain()
+    assert chats.tokens("a") == greedy(prompt, 6)
+    chats.assert_idle()
 
 
 def test_the_index_keeps_its_books_over_100_000_random_operations() -> None:
