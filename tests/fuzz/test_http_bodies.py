@@ -40,6 +40,14 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
         {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "1"}]}],
         "tools": [{"name": "f", "input_schema": {"type": "object"}}]}),
+    ("/v1/responses", {"model": "default", "input": "Hi", "max_output_tokens": 4, "store": False, "instructions": "i"}),
+    ("/v1/responses", {"model": "default", "stream": True, "max_output_tokens": 4, "store": False, "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"}],
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}], "tool_choice": "auto",
+        "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"}, "metadata": {"a": "b"}}),
+    ("/v1/embeddings", {"model": "default", "input": ["a", "b"], "encoding_format": "float"}),
     ("/v1/messages/count_tokens", {"model": "default", "messages": [USER]}),
     ("/tokenize", {"model": "default", "prompt": "abc"}),
     ("/detokenize", {"model": "default", "tokens": [5, 6]}),
@@ -98,7 +106,7 @@ def test_no_body_gives_a_500(server: RunningServer, engine: FakeEngine) -> None:
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
         if response.status_code not in (200, 400, 404):
             pytest.fail(f"body {number} to {path}: {response.status_code} {response.text[:300]}\n{content[:2000]!r}")
-        if response.status_code == 200 and b'"error"' in response.content:
+        if response.status_code == 200 and b'"error":{' in response.content:
             pytest.fail(f"body {number} to {path}: {response.text[-500:]}\n{content[:2000]!r}")
         if response.status_code != 200:
             assert response.json()["error"]["message"]

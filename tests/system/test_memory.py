@@ -57,6 +57,45 @@ def tree(model: Path, tmp_path: Path) -> Iterator[Tree]:
 
 
 @pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
+def test_beyond_the_soft_limit_nobody_new_gets_in_caches_shrink_and_what_runs_goes_on(tree: Tree) -> None:
+    server = tree.server
+    expected = [(s.result(), s.tokens) for s in [Stream(server, prompt="one that runs", **OPTIONS)]]
+    server.wait_for(lambda: server.metric("tandem:prefix_blocks", tier="device") > 0, "cached blocks")
+    stream = Stream(server, prompt="one that runs", **OPTIONS)
+    stream.wait_chunks(2)
+    tree.kill("scheduler")
+    assert stream.is_alive(), "it had ended before"
+    tree.start("scheduler", memory_limit_bytes=4, memory_hard_limit_bytes=1 << 60, heartbeat_interval_s=1)
+    assert [(stream.result(), stream.tokens)] == expected
+    refused = httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=60)
+    assert (refused.status_code, "memory is full" in refused.text) == (429, True)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert server.metric("tandem:requests_rejected_total", reason="memory") >= 1
+    assert server.metric("vllm:num_preemptions_total") == 0
+    server.wait_for(lambda: server.metric("tandem:prefix_evictions_total") >= 1, "the cache gave its blocks back")
+    tree.kill("scheduler")
+    tree.start("scheduler")
+    server.wait_ready()
+    assert Stream(server, prompt="one that runs", **OPTIONS).result() == expected[0][0]
+
+
+def test_memory_is_told_of_every_process_by_kind(server: Server) -> None:
+    processes = {
+        "frontend": "frontend", "scheduler": "scheduler", "target": "workers.target", "drafter": "workers.drafter"
+    }  # fmt: skip
+
+    def told(role: str) -> float:
+        return server.metric("tandem:memory_bytes", process=role, kind="resident")
+
+    def is_right(role: str) -> bool:
+        return told(role) == pytest.approx(server.worker(processes[role]).memory_info().rss, rel=0.1)
+
+    for role in processes:
+        server.wait_for(lambda role=role: is_right(role), f"the memory of {role}, not {told(role)}")
+    assert server.metric("tandem:memory_bytes", process="target", kind="device") > 0
+
+
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_streams_take_turns_beyond_the_hard_limit_and_none_changes(tree: Tree) -> None:
     server = tree.server
     prompts = [f"stream number {i}" for i in range(NUM_STREAMS)]
