@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import zmq
 
+from shared.config import Settings
 from shared.messages import (
     Cancel,
     DraftReply,
@@ -27,10 +28,11 @@ from shared.messages import (
     WorkerFailed,
     WorkerInfo,
 )
+from shared.sockets import secure, write_keys
 from shared.wire import MAX_HEADER_BYTES, Decoder, encode
 from tests.support import tiny_model
 from tests.support.fake_target import worker_info
-from tests.support.server import READY_S, Server
+from tests.support.server import READY_S, Server, free_port
 from tests.support.stream import Stream
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
@@ -46,13 +48,18 @@ def connect() -> Iterator[Connect]:
     context = zmq.Context()
     sockets: list[zmq.Socket[bytes]] = []
 
-    def open_socket(server: Server, kind: int, name: str, identity: bytes | None = None) -> zmq.Socket[bytes]:
+    def open_socket(
+        server: Server, kind: int, name: str, identity: bytes | None = None, address: str = "",
+        keys: Settings | None = None,
+    ) -> zmq.Socket[bytes]:  # fmt: skip
         socket = context.socket(kind)
         sockets.append(socket)
         socket.set(zmq.LINGER, 0)
         if identity is not None:
             socket.set(zmq.IDENTITY, identity)
-        socket.connect(f"ipc://{server.run_dir}/{name}.sock")
+        if keys is not None:
+            secure(socket, keys, address, is_server=False)
+        socket.connect(address or f"ipc://{server.run_dir}/{name}.sock")
         return socket
 
     yield open_socket
@@ -138,6 +145,34 @@ def test_an_impostor_of_the_target_delays_streams_and_changes_none(
         target.resume()
     assert stream.result() == expected  # the real one was asked to say hello again
     server.wait_ready()
+
+
+def test_over_tcp_only_who_has_the_keys_is_heard(server: Server, model: Path, tmp_path: Path, connect: Connect) -> None:
+    """All four processes over CurveZMQ, the features too; strangers are not even counted as such."""
+    expected = Stream(server).result()
+    for name in ("ours", "theirs"):
+        write_keys(tmp_path / name)
+    engine, features = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    eagle = tiny_model.write_eagle3(tmp_path / "eagle", model)
+    with Server(
+        model, tmp_path, max_num_seqs=16, draft_model=eagle, draft_tokens=2, engine_address=engine,
+        features_address=features, curve_keys_file=tmp_path / "ours",
+    ) as curved:  # fmt: skip
+        curved.wait_for(lambda: curved.metric("tandem:worker_up", role="drafter") == 1, "drafter ready", READY_S)
+        assert Stream(curved).result() == expected
+        curved.wait_for(lambda: curved.metric("tandem:feature_bytes_total") > 0, "features")
+        hello = encode(Hello(role="frontend", instance_id="knocking", pid=1))
+        files = ("", str(tmp_path / "theirs"), str(tmp_path / "ours"))
+        knocking = [
+            connect(curved, zmq.DEALER, "", b"knocking", engine, Settings(curve_keys_file=file)) for file in files
+        ]
+        for socket in knocking:
+            socket.send_multipart([b"nonsense"])
+            socket.send(hello)
+        assert isinstance(receive(knocking[2], Welcome), Welcome)
+        assert not any(socket.poll(1000) for socket in knocking[:2]), "somebody else got in"
+        assert curved.metric(DROPPED, reason="bad") == 1, "of the one with the keys"
+        assert Stream(curved).result() == expected
 
 
 def test_nonsense_on_the_features_socket_is_counted_and_dropped(
