@@ -15,6 +15,7 @@ environment variable LAST_EXIT.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -37,6 +38,9 @@ STOP_GRACE_S = 4.0
 LOOK_S = 1.0
 PAUSED_S = 0.1  # between two looks whether the child is to be started again
 LAST_EXIT = "SUPERVISE_LAST_EXIT"
+# What MKL's OpenMP keeps in shared memory for each process, and removes only where that ends in order: no killed one
+# does, nor a worker, whose device's threads are not waited for.
+OPENMP_FILE = "/dev/shm/__KMP_REGISTERED_LIB_{pid}_{uid}"
 
 
 def last_exit() -> int | None:
@@ -49,6 +53,11 @@ def _die_with_parent() -> None:
     """On Linux, a child whose supervisor is killed gets SIGTERM instead of living on as an orphan."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _remove_shared_memory(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(OPENMP_FILE.format(pid=pid, uid=os.getuid()))
 
 
 class Supervisor:
@@ -124,6 +133,7 @@ class Supervisor:
             self._restarting = False
             self._child = subprocess.Popen(self.command, preexec_fn=_die_with_parent, env=environment)
             code = self._wait(self._child)
+            _remove_shared_memory(self._child.pid)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             if self._stopping or self._draining or (code == 0 and not (self._restarting or self._paused)):
                 return 0

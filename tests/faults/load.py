@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -138,11 +140,22 @@ def check_nothing_leaked(server: Server, before: Footprint | None = None) -> Non
         server.wait_for(lambda: Footprint.of(server) == before, f"{before} again, not {Footprint.of(server)}")
 
 
+def orphaned_shared_memory() -> set[str]:
+    """Files of /dev/shm that no living process has mapped or open (Linux): what a killed one would leave."""
+    held: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            held |= {line.split()[-1] for line in (process / "maps").read_text().splitlines() if "/dev/shm/" in line}
+            held |= {str(link.readlink()) for link in (process / "fd").iterdir()}
+    return {str(path) for path in Path("/dev/shm").glob("*")} - held
+
+
 @dataclass(frozen=True)
 class Footprint:
     num_processes: int
     zombies: tuple[int, ...]
     run_files: tuple[str, ...]
+    torn_files: tuple[str, ...]  # of cached blocks
     frontend_files: int
 
     @classmethod
@@ -150,4 +163,5 @@ class Footprint:
         family = server.tree()
         zombies = tuple(p.pid for p in family if p.status() == "zombie")
         files = tuple(sorted(f.name for f in server.run_dir.iterdir()))
-        return cls(len(family), zombies, files, server.worker("frontend").num_fds())
+        torn = tuple(sorted(f.name for f in Path(server.environment["TANDEM_PREFIX_DIR"]).glob("*/.*")))
+        return cls(len(family), zombies, files, torn, server.worker("frontend").num_fds())

@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 
 from bench import report
-from tests.faults.load import Footprint, Load, check_nothing_leaked
+from tests.faults.load import Footprint, Load, check_nothing_leaked, orphaned_shared_memory
 from tests.faults.test_kills import MODULES, SETTINGS, send
 from tests.support import tiny_model
-from tests.support.server import Server
+from tests.support.server import READY_S, Server
 
 PROCESSES = ("frontend", *MODULES)
 SAMPLE_S = 10.0
@@ -42,8 +42,13 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with Server(tiny_model.write(folder / "model"), folder, **SETTINGS) as server:
+        model = tiny_model.write(folder / "model")
+        eagle = tiny_model.write_eagle3(folder / "eagle", model)
+        shared_memory = orphaned_shared_memory()
+        with Server(model, folder, draft_model=eagle, **SETTINGS) as server:
+            server.wait_for(lambda: server.metric("tandem:worker_up", role="drafter") == 1, "drafter ready", READY_S)
             figures = kills(server, options) if options.kills else soak(server, options)
+        assert orphaned_shared_memory() <= shared_memory
     result = {**report.provenance("soak"), **figures}
     result["command"] = " ".join(["python", "-m", "tests.faults.soak", *sys.argv[1:]])
     if options.out is not None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.load import Footprint, Load, check_nothing_leaked
-from tests.support.server import REPOSITORY, Server
+from tests.faults.load import Footprint, Load, check_nothing_leaked, orphaned_shared_memory
+from tests.support import tiny_model
+from tests.support.server import READY_S, REPOSITORY, Server
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
 
@@ -25,8 +26,16 @@ IS_LONG = os.environ.get("FAULTS_LONG", "") == "1"  # every case; `make test` ta
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(model, tmp_path_factory.mktemp("server"), **SETTINGS) as running:
+    folder = tmp_path_factory.mktemp("server")
+    eagle = tiny_model.write_eagle3(folder / "eagle", model)
+    shared_memory = orphaned_shared_memory()
+    with Server(model, folder, draft_model=eagle, draft_tokens=2, **SETTINGS) as running:
+        running.wait_for(lambda: running.metric("tandem:worker_up", role="drafter") == 1, "drafter ready", READY_S)
         yield running
+    assert orphaned_shared_memory() <= shared_memory
+    # ZeroMQ leaves the files of its sockets; the next server of this port uses the same two.
+    left = {f.name for f in running.run_dir.iterdir() if f.suffix not in (".beat", ".ready")}
+    assert left <= {"engine.sock", "features.sock"}
 
 
 def send(server: Server, module: str, number: signal.Signals) -> None:

@@ -24,7 +24,7 @@ from tests.support import tiny_model
 from tests.support.server import READY_S
 from tests.support.stream import Stream
 
-pytestmark = [pytest.mark.system, pytest.mark.mlx]
+pytestmark = [pytest.mark.system, pytest.mark.mlx, pytest.mark.skipif(not IS_LONG, reason="make faults runs it")]
 
 CHUNK = 64  # tokens, here characters, of a step
 STEP_TIMEOUT_S = 4.0
@@ -68,7 +68,7 @@ def clear_cache(server: Apart) -> None:
     httpx.delete(f"{server.url}/v1/cache", timeout=WAIT_S).raise_for_status()
 
 
-@pytest.mark.parametrize("victims", COMBINATIONS if IS_LONG else COMBINATIONS[:1], ids="-".join)
+@pytest.mark.parametrize("victims", COMBINATIONS, ids="-".join)
 def test_deaths_amid_a_prefill_and_answers_of_every_kind_change_nothing(
     server: Apart, victims: tuple[str, ...]
 ) -> None:
@@ -97,7 +97,6 @@ def test_deaths_amid_a_prefill_and_answers_of_every_kind_change_nothing(
     check_nothing_leaked(server, before)
 
 
-@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 @pytest.mark.parametrize("victims", [*COMBINATIONS[3:], ALL], ids="-".join)
 def test_deaths_under_streams_change_no_token(server: Apart, victims: tuple[str, ...]) -> None:
     with Load(server, 8) as load:
@@ -114,7 +113,6 @@ def test_deaths_under_streams_change_no_token(server: Apart, victims: tuple[str,
     assert Footprint.of(server).zombies == () and Footprint.of(server).run_files == before.run_files
 
 
-@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_a_drafter_that_is_stuck_in_a_draft_is_replaced_and_no_stream_waits_for_it(server: Apart) -> None:
     def num_hung() -> int:
         return len(sick_target.faults(folder_of(server), sick_drafter.DRAFT))
@@ -136,7 +134,6 @@ def test_a_drafter_that_is_stuck_in_a_draft_is_replaced_and_no_stream_waits_for_
     check_nothing_leaked(server)
 
 
-@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_a_stream_that_goes_on_after_a_kill_takes_its_prompt_from_ssd(server: Apart) -> None:
     word = sick_target.WATCHED
     prompts = [f"{i}. " + f"{word} is in every chunk. " * 7 for i in range(MAX_TRIES)]

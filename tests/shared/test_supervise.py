@@ -37,6 +37,19 @@ def test_a_child_that_dies_is_started_again_with_growing_pauses(tmp_path: Path) 
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder on Linux only")
+def test_what_openmp_keeps_for_a_killed_child_is_removed() -> None:
+    """1 KB for each process; a machine that ran for months would have many."""
+    name = supervise.OPENMP_FILE.format(pid="{os.getpid()}", uid="{os.getuid()}")
+    program = f"import os; n = f'{name}'; open(n, 'x'); print(n, flush=True); os.kill(os.getpid(), 9)"
+    supervisor = Supervisor("child", python(program), sleep=lambda _: None, max_early_deaths=2)
+    before = set(Path("/dev/shm").glob("__KMP_REGISTERED_LIB_*"))
+    assert supervisor.run() == 1
+    left = set(Path("/dev/shm").glob("__KMP_REGISTERED_LIB_*")) - before
+    assert supervisor._child is not None
+    assert not [file for file in left if f"_{supervisor._child.pid}_" in file.name]
+
+
 def test_it_gives_up_after_repeated_early_deaths(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pauses: list[float] = []
     supervisor = Supervisor("child", ending_with([9] * 100, tmp_path), sleep=pauses.append)

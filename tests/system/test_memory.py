@@ -79,22 +79,6 @@ def test_beyond_the_soft_limit_nobody_new_gets_in_caches_shrink_and_what_runs_go
     assert Stream(server, prompt="one that runs", **OPTIONS).result() == expected[0][0]
 
 
-def test_memory_is_told_of_every_process_by_kind(server: Server) -> None:
-    processes = {
-        "frontend": "frontend", "scheduler": "scheduler", "target": "workers.target", "drafter": "workers.drafter"
-    }  # fmt: skip
-
-    def told(role: str) -> float:
-        return server.metric("tandem:memory_bytes", process=role, kind="resident")
-
-    def is_right(role: str) -> bool:
-        return told(role) == pytest.approx(server.worker(processes[role]).memory_info().rss, rel=0.1)
-
-    for role in processes:
-        server.wait_for(lambda role=role: is_right(role), f"the memory of {role}, not {told(role)}")
-    assert server.metric("tandem:memory_bytes", process="target", kind="device") > 0
-
-
 @pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_streams_take_turns_beyond_the_hard_limit_and_none_changes(tree: Tree) -> None:
     server = tree.server

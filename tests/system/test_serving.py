@@ -213,6 +213,22 @@ def test_the_target_does_not_load_pytorch_where_it_is_installed(server: Server) 
     assert not [name for name in libraries if "torch" in name]
 
 
+def test_memory_is_told_of_every_process_by_kind(server: Server) -> None:
+    processes = {
+        "frontend": "frontend", "scheduler": "scheduler", "target": "workers.target", "drafter": "workers.drafter"
+    }  # fmt: skip
+
+    def told(role: str) -> float:
+        return server.metric("tandem:memory_bytes", process=role, kind="resident")
+
+    def is_right(role: str) -> bool:
+        return told(role) == pytest.approx(server.worker(processes[role]).memory_info().rss, rel=0.1)
+
+    for role in processes:
+        server.wait_for(lambda role=role: is_right(role), f"the memory of {role}, not {told(role)}")
+    assert server.metric("tandem:memory_bytes", process="target", kind="device") > 0
+
+
 def test_an_idle_server_hardly_uses_the_processor(server: Server) -> None:
     server.wait_for(lambda: server.metric("vllm:num_requests_running") == 0, "idle")
     time.sleep(1.0)  # what the last request left behind: connections that close, collections

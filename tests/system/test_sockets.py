@@ -30,6 +30,7 @@ from shared.messages import (
 )
 from shared.sockets import secure, write_keys
 from shared.wire import MAX_HEADER_BYTES, Decoder, encode
+from tests.faults.test_kills import IS_LONG
 from tests.support import tiny_model
 from tests.support.fake_target import worker_info
 from tests.support.server import READY_S, Server, free_port
@@ -147,6 +148,7 @@ def test_an_impostor_of_the_target_delays_streams_and_changes_none(
     server.wait_ready()
 
 
+@pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 def test_over_tcp_only_who_has_the_keys_is_heard(server: Server, model: Path, tmp_path: Path, connect: Connect) -> None:
     """All four processes over CurveZMQ, the features too; strangers are not even counted as such."""
     expected = Stream(server).result()
