@@ -27,12 +27,13 @@ IS_LONG = os.environ.get("FAULTS_LONG", "") == "1"  # every case; `make test` ta
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    eagle = tiny_model.write_eagle3(folder / "eagle", model)
+    drafter = {"draft_model": tiny_model.write_eagle3(folder / "eagle", model), "draft_tokens": 2} if IS_LONG else {}
     shared_memory = orphaned_shared_memory()
-    with Server(model, folder, draft_model=eagle, draft_tokens=2, **SETTINGS) as running:
+    with Server(model, folder, **drafter, **SETTINGS) as running:
         running.wait_for(lambda: running.metric("tandem:worker_up", role="drafter") == 1, "drafter ready", READY_S)
         yield running
-    assert orphaned_shared_memory() <= shared_memory
+    if IS_LONG:  # beside other tests, whose processes come and go, nothing could be said
+        assert orphaned_shared_memory() <= shared_memory
     # ZeroMQ leaves the files of its sockets; the next server of this port uses the same two.
     left = {f.name for f in running.run_dir.iterdir() if f.suffix not in (".beat", ".ready")}
     assert left <= {"engine.sock", "features.sock"}
