@@ -1,4 +1,4 @@
-"""Gemma's images and clips: 8 bits a channel, and log-mel frames. The target scales and cuts pixels into patches."""
+"""Gemma's images and clips: 8 bits a channel, and frames. The target scales and cuts pixels into patches."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from frontend.media.audio import decode
 from frontend.media.gemma_images import Gemma3Images, Gemma4Images
 from frontend.media.log_mel import LogMel
 from frontend.media.processors.base import Processed, Processor
+from frontend.media.raw_frames import RawFrames
 from shared.messages import MediaKind
 
-MODEL_TYPES = ("gemma3", "gemma4")
+MODEL_TYPES = ("gemma3", "gemma4", "gemma4_unified")
 OPENING = "<start_of_image>"
 MAX_CLIP_S = 30.0  # transformers' feature extractor cuts behind it; here longer audio is refused
 
+GEMMA4_TOKEN_IDS = {
+    "image": 258_880, "boi": 255_999, "eoi": 258_882, "audio": 258_881, "boa": 256_000, "eoa": 258_883,
+}  # fmt: skip
 DEFAULT_TOKEN_IDS = {
     "gemma3": {"image": 262_144, "boi": 255_999, "eoi": 256_000},
-    "gemma4": {
-        "image": 258_880, "boi": 255_999, "eoi": 258_882, "audio": 258_881, "boa": 256_000, "eoa": 258_883,
-    },
-}  # fmt: skip
+    "gemma4": GEMMA4_TOKEN_IDS,
+    "gemma4_unified": GEMMA4_TOKEN_IDS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class GemmaProcessor(Processor):
 
     images: Gemma3Images | Gemma4Images | None
     num_image_tokens: int  # of every image: Gemma 3
-    log_mel: LogMel | None
+    frames: LogMel | RawFrames | None
     repeated: dict[MediaKind, int]
     is_opened: bool
     around: dict[MediaKind, tuple[int, int]]
@@ -68,10 +71,9 @@ class GemmaProcessor(Processor):
         return Processed({"pixels": pixels}, [1, *grid], self.images.num_tokens(grid))
 
     def audio(self, data: bytes, param: str) -> Processed:
-        assert self.log_mel is not None, "a clip for a model without an audio encoder"
-        samples = decode(data, self.log_mel.rate, self.max_clip_s, param)
-        frames = self.log_mel(samples, param)
-        return Processed({"frames": frames}, [], self.log_mel.num_tokens(len(samples)))
+        assert self.frames is not None, "a clip for a model without an audio encoder"
+        samples = decode(data, self.frames.rate, self.max_clip_s, param)
+        return Processed({"frames": self.frames(samples, param)}, [], self.frames.num_tokens(len(samples)))
 
 
 def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> GemmaProcessor:
@@ -99,18 +101,38 @@ def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> Ge
                 pooling=int(vision.get("pooling_kernel_size") or 3),
                 max_soft_tokens=int(section.get("max_soft_tokens") or 280),
             )
-    log_mel = None
-    if model_type == "gemma4" and config.get("audio_config") is not None:
+            _check_sizes(config, images)
+    frames: LogMel | RawFrames | None = None
+    if model_type != "gemma3" and (audio := config.get("audio_config")) is not None:
         repeated["audio"], around["audio"] = ids["audio"], (ids["boa"], ids["eoa"])
-        log_mel = LogMel.from_hf(processor_config.get("feature_extractor") or {})
+        extractor = processor_config.get("feature_extractor") or {}
+        if model_type == "gemma4_unified":
+            frames = RawFrames(int(audio.get("audio_embed_dim") or 640), int(extractor.get("sampling_rate") or 16_000))
+        else:
+            frames = LogMel.from_hf(extractor)
     return GemmaProcessor(
         images=images,
         num_image_tokens=int(config.get("mm_tokens_per_image") or 256),
-        log_mel=log_mel,
+        frames=frames,
         repeated=repeated,
         is_opened=model_type == "gemma3",
         around=around,
     )
+
+
+def _check_sizes(config: dict[str, Any], images: Gemma4Images) -> None:
+    """Raises ValueError: an image could be longer than the table of positions, or than what its tokens see."""
+    most, vision = images.max_soft_tokens, config["vision_config"]
+    if config["model_type"] == "gemma4":
+        longest, known = most * images.pooling, int(vision.get("position_embedding_size") or 10_240)
+    else:  # positions of tokens, not of the patches in them
+        longest, known = most, int(vision.get("mm_posemb_size") or 1120)
+        text = config.get("text_config") or {}
+        window = int(text.get("sliding_window") or 1024)
+        if most > window and text.get("use_bidirectional_attention", "vision") == "vision":
+            raise ValueError(f"max_soft_tokens {most} passes sliding_window {window}; that is not supported")
+    if longest > known:
+        raise ValueError(f"max_soft_tokens {most} needs {longest} positions, the encoder has {known}")
 
 
 def _token_id(config: dict[str, Any], name: str, default: int) -> int:

@@ -11,6 +11,8 @@ import soundfile
 
 from frontend.media.audio import decode
 from frontend.media.log_mel import LogMel
+from frontend.media.processors.gemma import from_configs
+from frontend.media.raw_frames import RawFrames
 from shared.errors import BadModel, InvalidRequest
 
 RATE = 16_000
@@ -164,3 +166,25 @@ def test_silence_gives_the_floor():
 def test_dither_is_refused():
     with pytest.raises(BadModel, match="dither"):
         LogMel.from_hf({"dither": 1e-4})
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("count", [1, 639, 640, 641, 16_000])
+def test_raw_frames_equal_transformers(count):
+    module = pytest.importorskip("transformers.models.gemma4_unified.feature_extraction_gemma4_unified")
+    samples = np.random.default_rng(count).standard_normal(count).astype(np.float32) * 0.1
+    expected = module.Gemma4UnifiedAudioFeatureExtractor()([samples], return_tensors="np")
+    frames = RawFrames()
+    np.testing.assert_array_equal(frames(samples, "x"), expected["input_features"][0])
+    assert frames.num_tokens(count) == expected["input_features_mask"][0].sum()
+
+
+def test_a_clip_for_gemma4_unified_travels_as_its_samples():
+    config = {"model_type": "gemma4_unified", "audio_config": {"audio_embed_dim": 320}, "audio_token_id": 7}
+    processor = from_configs(config, {})
+    assert processor.modalities == ("audio",)
+    processed = processor.audio(LOSSLESS["wav"], "x")
+    assert processed.num_tokens == 25 and processed.arrays["frames"].shape == (25, 320)
+    np.testing.assert_allclose(processed.arrays["frames"].ravel(), tone()[:, 0], rtol=0, atol=1e-4)
+    with pytest.raises(InvalidRequest, match="longer than the 30 s"):
+        processor.audio(written(np.zeros((31 * RATE, 1), np.float32)), "x")

@@ -187,30 +187,6 @@ def add_encoders(folder):
 
 
 @pytest.mark.oracle
-def test_gemma4_unified_with_its_projections_serves_text_and_no_media(transformers, tmp_path):
-    import torch
-
-    text = {"vocab_size": hf.VOCAB, "model_type": "gemma4_unified_text"} | {
-        k: v for k, v in hf.GEMMA4.items() if "per_layer" not in k
-    }
-    config = transformers.Gemma4UnifiedConfig(
-        text_config=text,
-        vision_config={"mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32, "patch_size": 2},
-        audio_config={"audio_embed_dim": 16},
-    )
-    config._attn_implementation = "eager"
-    reference = hf.randomise(transformers.Gemma4UnifiedForConditionalGeneration(config)).eval()
-    reference.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert any("embed_vision." in n for n in saved), "projections to leave out"
-    assert any("embed_audio." in n for n in saved), "projections to leave out"
-    with torch.no_grad():
-        expected = reference(torch.tensor(TOKENS)).logits.numpy()
-    assert expect_logits(tmp_path, expected).modalities == []
-    assert processor_of(tmp_path) is None, "so that a request with media is refused"
-
-
-@pytest.mark.oracle
 @pytest.mark.parametrize("case", GEMMA3N_CASES)
 def test_gemma3n_through_the_adapter_equals_transformers(transformers, tmp_path, case):
     """mlx-lm's definition on our caches: chunked prefill, rows of two lengths, keys read from an earlier layer."""
