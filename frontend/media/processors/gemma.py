@@ -15,8 +15,9 @@ from frontend.media.processors.base import Processed, Processor
 from frontend.media.raw_frames import RawFrames
 from shared.messages import MediaKind
 
-MODEL_TYPES = ("gemma3", "gemma4", "gemma4_unified")
-OPENING = "<start_of_image>"
+MODEL_TYPES = ("gemma3", "gemma3n", "gemma4", "gemma4_unified")
+# What has an empty line on both sides, which has to be there when the text is tokenized.
+SPACED = {"gemma3": ("<start_of_image>",), "gemma3n": ("<audio_soft_token>", "<image_soft_token>")}
 MAX_CLIP_S = 30.0  # transformers' feature extractor cuts behind it; here longer audio is refused
 
 GEMMA4_TOKEN_IDS = {
@@ -24,6 +25,7 @@ GEMMA4_TOKEN_IDS = {
 }  # fmt: skip
 DEFAULT_TOKEN_IDS = {
     "gemma3": {"image": 262_144, "boi": 255_999, "eoi": 256_000},
+    "gemma3n": {"audio": 262_273, "boa": 256_000, "eoa": 262_272},
     "gemma4": GEMMA4_TOKEN_IDS,
     "gemma4_unified": GEMMA4_TOKEN_IDS,
 }
@@ -35,6 +37,8 @@ class GemmaProcessor(Processor):
     repeated: the token that stands once for each row, by kind.
     around: the tokens before and after those, by kind.
     is_opened: the template writes the token before an image (Gemma 3), not the one that is repeated.
+    num_clip_tokens: of every clip (Gemma 3n); 0: as its length says.
+    spaced: as `SPACED`.
     """
 
     images: Gemma3Images | Gemma4Images | None
@@ -43,6 +47,8 @@ class GemmaProcessor(Processor):
     repeated: dict[MediaKind, int]
     is_opened: bool
     around: dict[MediaKind, tuple[int, int]]
+    num_clip_tokens: int = 0
+    spaced: tuple[str, ...] = ()
     max_clip_s: float = MAX_CLIP_S
 
     @property
@@ -54,8 +60,10 @@ class GemmaProcessor(Processor):
         return {kind: self.around[kind][0] if self.is_opened else token for kind, token in self.repeated.items()}
 
     def rewrite(self, prompt: str, leads: Sequence[Sequence[str]] = ()) -> str:
-        """Gemma 3 has an empty line on both sides of an image, which has to be there when the text is tokenized."""
-        return prompt.replace(OPENING, f"\n\n{OPENING}\n\n") if self.is_opened else prompt
+        """With empty lines around media, for the models that were trained so."""
+        for text in self.spaced:
+            prompt = prompt.replace(text, f"\n\n{text}\n\n")
+        return prompt
 
     def expansion(self, kind: MediaKind, num_tokens: int) -> tuple[list[int], int]:
         before, after = self.around[kind]
@@ -73,7 +81,8 @@ class GemmaProcessor(Processor):
     def audio(self, data: bytes, param: str) -> Processed:
         assert self.frames is not None, "a clip for a model without an audio encoder"
         samples = decode(data, self.frames.rate, self.max_clip_s, param)
-        return Processed({"frames": self.frames(samples, param)}, [], self.frames.num_tokens(len(samples)))
+        num_tokens = self.num_clip_tokens or self.frames.num_tokens(len(samples))
+        return Processed({"frames": self.frames(samples, param)}, [], num_tokens)
 
 
 def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> GemmaProcessor:
@@ -90,7 +99,7 @@ def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> Ge
     images: Gemma3Images | Gemma4Images | None = None
     repeated: dict[MediaKind, int] = {}
     around: dict[MediaKind, tuple[int, int]] = {}
-    if config.get("vision_config") is not None:
+    if config.get("vision_config") is not None and "image" in ids:
         repeated["image"], around["image"] = ids["image"], (ids["boi"], ids["eoi"])
         if model_type == "gemma3":
             images = Gemma3Images(int(config["vision_config"].get("image_size") or 896))
@@ -105,11 +114,12 @@ def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> Ge
     frames: LogMel | RawFrames | None = None
     if model_type != "gemma3" and (audio := config.get("audio_config")) is not None:
         repeated["audio"], around["audio"] = ids["audio"], (ids["boa"], ids["eoa"])
-        extractor = processor_config.get("feature_extractor") or {}
+        # Gemma 3n's older checkpoints hold both processors' settings in one object.
+        extractor = processor_config.get("feature_extractor") or (processor_config if model_type == "gemma3n" else {})
         if model_type == "gemma4_unified":
             frames = RawFrames(int(audio.get("audio_embed_dim") or 640), int(extractor.get("sampling_rate") or 16_000))
         else:
-            frames = LogMel.from_hf(extractor)
+            frames = LogMel.from_hf(extractor, is_gemma3n=model_type == "gemma3n")
     return GemmaProcessor(
         images=images,
         num_image_tokens=int(config.get("mm_tokens_per_image") or 256),
@@ -117,6 +127,8 @@ def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> Ge
         repeated=repeated,
         is_opened=model_type == "gemma3",
         around=around,
+        num_clip_tokens=int(config.get("audio_soft_tokens_per_image") or 188) if model_type == "gemma3n" else 0,
+        spaced=SPACED.get(model_type, ()),
     )
 
 

@@ -158,6 +158,39 @@ def test_log_mel_frames_equal_transformers(case, count):
         np.testing.assert_allclose(mels(samples, "x"), expected["input_features"][0][mask], rtol=0, atol=1e-5)
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"preemphasis_htk_flavor": False, "per_bin_mean": [0.5] * 128, "input_scale_factor": 2.0}],
+    ids=["released", "other"],
+)
+@pytest.mark.parametrize("count", [513, 640, 1000, 16_000, 16_001, 480_000])
+def test_gemma3n_frames_equal_transformers(config, count):
+    """Of one clip: each frame is of samples, if not of real ones alone, and none is masked."""
+    module = pytest.importorskip("transformers.models.gemma3n.feature_extraction_gemma3n")
+    samples = np.random.default_rng(count).standard_normal(count).astype(np.float32) * 0.1
+    samples[count // 2 :] *= 1e-7  # down to the floor
+    expected = module.Gemma3nAudioFeatureExtractor(**config)([samples], return_tensors="np")
+    assert expected["input_features_mask"].all()
+    mels = LogMel.from_hf(config, is_gemma3n=True)
+    assert mels.num_frames(count) == expected["input_features"].shape[1]
+    np.testing.assert_allclose(mels(samples, "x"), expected["input_features"][0], rtol=0, atol=1e-5)
+
+
+def test_a_clip_for_gemma3n_takes_one_number_of_tokens():
+    """Older checkpoints hold the extractor's settings beside the image processor's."""
+    config = {"model_type": "gemma3n", "audio_config": {}, "vision_config": {}}
+    processor = from_configs(config, {"image_processor_type": "x", "mel_floor": 1e-3, "size": {"height": 768}})
+    assert processor.modalities == ("audio",)
+    assert processor.audio(LOSSLESS["wav"], "x").num_tokens == 188
+    quiet = processor.audio(written(np.zeros((RATE, 1), np.float32)), "x")
+    np.testing.assert_allclose(quiet.arrays["frames"], np.log(1e-3), rtol=1e-6)
+    assert processor.expansion("audio", 1) == ([256_000, 262_273, 262_272], 1)
+    assert processor.rewrite("a<audio_soft_token>b") == "a\n\n<audio_soft_token>\n\nb"
+    with pytest.raises(InvalidRequest, match="shorter than one frame of 32 ms"):
+        processor.audio(written(tone(0.02)), "x")
+
+
 def test_silence_gives_the_floor():
     mels = LogMel()(np.zeros((RATE,), np.float32), "x")
     np.testing.assert_allclose(mels, np.log(1e-3), rtol=1e-6)
