@@ -136,7 +136,7 @@ class LogMel:
     @cached_property
     def _window(self) -> NDArray[np.float32]:
         """A periodic Hann window, in the precision in which the references compute theirs."""
-        samples = np.arange(self.frame_length, dtype=np.float32 if self.multiple else np.float64)
+        samples: NDArray[Any] = np.arange(self.frame_length, dtype=np.float32 if self.multiple else np.float64)
         window: NDArray[np.float32] = (0.5 * (1 - np.cos(2 * np.pi * samples / self.frame_length))).astype(np.float32)
         return window
 
