@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from frontend.media.audio import decode
-from frontend.media.gemma_images import Gemma3Images, Gemma4Images
+from frontend.media.gemma_images import Gemma3Images, Gemma3nImages, Gemma4Images
 from frontend.media.log_mel import LogMel
 from frontend.media.processors.base import Processed, Processor
 from frontend.media.raw_frames import RawFrames
@@ -25,10 +26,12 @@ GEMMA4_TOKEN_IDS = {
 }  # fmt: skip
 DEFAULT_TOKEN_IDS = {
     "gemma3": {"image": 262_144, "boi": 255_999, "eoi": 256_000},
-    "gemma3n": {"audio": 262_273, "boa": 256_000, "eoa": 262_272},
+    "gemma3n": {
+        "image": 262_145, "boi": 255_999, "eoi": 262_144, "audio": 262_273, "boa": 256_000, "eoa": 262_272,
+    },
     "gemma4": GEMMA4_TOKEN_IDS,
     "gemma4_unified": GEMMA4_TOKEN_IDS,
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class GemmaProcessor(Processor):
     """
 
     images: Gemma3Images | Gemma4Images | None
-    num_image_tokens: int  # of every image: Gemma 3
+    num_image_tokens: int  # of every image: Gemma 3 and 3n
     frames: LogMel | RawFrames | None
     repeated: dict[MediaKind, int]
     is_opened: bool
@@ -73,6 +76,13 @@ class GemmaProcessor(Processor):
         """An RGB image."""
         assert self.images is not None, "an image for a model without an image encoder"
         pixels = self.images.resized(picture)
+        if isinstance(self.images, Gemma3nImages):
+            scales = {"mean": self.images.mean, "std": self.images.deviation}
+            arrays: dict[str, np.ndarray] = {
+                "pixels": pixels,
+                **{name: np.array(values, np.float32) for name, values in scales.items()},
+            }
+            return Processed(arrays, [1, 1, 1], self.num_image_tokens)
         if isinstance(self.images, Gemma3Images):
             return Processed({"pixels": pixels}, [1, 1, 1], self.num_image_tokens)
         grid = self.images.grid(pixels)
@@ -99,10 +109,13 @@ def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> Ge
     images: Gemma3Images | Gemma4Images | None = None
     repeated: dict[MediaKind, int] = {}
     around: dict[MediaKind, tuple[int, int]] = {}
-    if config.get("vision_config") is not None and "image" in ids:
+    num_image_tokens = int(config.get("mm_tokens_per_image") or config.get("vision_soft_tokens_per_image") or 256)
+    if config.get("vision_config") is not None:
         repeated["image"], around["image"] = ids["image"], (ids["boi"], ids["eoi"])
         if model_type == "gemma3":
             images = Gemma3Images(int(config["vision_config"].get("image_size") or 896))
+        elif model_type == "gemma3n":
+            images = Gemma3nImages.from_hf(section, num_image_tokens)
         else:
             vision = config["vision_config"]
             images = Gemma4Images(
@@ -122,7 +135,7 @@ def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> Ge
             frames = LogMel.from_hf(extractor, is_gemma3n=model_type == "gemma3n")
     return GemmaProcessor(
         images=images,
-        num_image_tokens=int(config.get("mm_tokens_per_image") or 256),
+        num_image_tokens=num_image_tokens,
         frames=frames,
         repeated=repeated,
         is_opened=model_type == "gemma3",

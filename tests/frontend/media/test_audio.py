@@ -180,8 +180,9 @@ def test_gemma3n_frames_equal_transformers(config, count):
 def test_a_clip_for_gemma3n_takes_one_number_of_tokens():
     """Older checkpoints hold the extractor's settings beside the image processor's."""
     config = {"model_type": "gemma3n", "audio_config": {}, "vision_config": {}}
-    processor = from_configs(config, {"image_processor_type": "x", "mel_floor": 1e-3, "size": {"height": 768}})
-    assert processor.modalities == ("audio",)
+    size = {"height": 768, "width": 768}
+    processor = from_configs(config, {"image_processor_type": "x", "mel_floor": 1e-3, "size": size})
+    assert processor.modalities == ("image", "audio")
     assert processor.audio(LOSSLESS["wav"], "x").num_tokens == 188
     quiet = processor.audio(written(np.zeros((RATE, 1), np.float32)), "x")
     np.testing.assert_allclose(quiet.arrays["frames"], np.log(1e-3), rtol=1e-6)

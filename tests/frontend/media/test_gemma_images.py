@@ -88,6 +88,41 @@ def test_gemma3_pixels_equal_transformers(size):
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-6)
 
 
+SIGLIP = {
+    "as released": {"do_normalize": False, "resample": 2},
+    "defaults": {},
+    "other": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2},
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", SIGLIP)
+@pytest.mark.parametrize("size", SIZES[:3], ids=str)
+def test_gemma3n_pixels_equal_transformers(size, case):
+    module = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
+    settings = {"size": {"height": 256, "width": 256}, **SIGLIP[case]}
+    expected = module.SiglipImageProcessorPil(**settings)(picture(size), return_tensors="np")["pixel_values"][0]
+    config = {"model_type": "gemma3n", "vision_config": {}}
+    processed = from_configs(config, {"image_processor": settings}).image(picture(size))
+    assert processed.num_tokens == 256
+    pixels, mean, std = (processed.arrays[name] for name in ("pixels", "mean", "std"))
+    np.testing.assert_allclose(((pixels / 255 - mean) / std).transpose(2, 0, 1), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"size": {"height": 700, "width": 700}}, "256 tokens"),
+        ({"size": {"height": 768, "width": 512}}, "256 tokens"),
+        ({"do_rescale": False}, "not rescaled"),
+        ({"do_resize": False}, "not resized"),
+    ],
+)
+def test_gemma3n_images_that_are_not_prepared_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        from_configs({"model_type": "gemma3n", "vision_config": {}}, settings)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_other_colour_modes_become_rgb(mode):
     pixels = Gemma4Images(max_soft_tokens=70).resized(picture((60, 60), mode))

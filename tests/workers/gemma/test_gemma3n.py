@@ -1,4 +1,4 @@
-"""Gemma 3n's audio encoder and the text decoder around it, against transformers."""
+"""Gemma 3n's encoders and the text decoder around them, against transformers and, for images, timm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save_file
 
@@ -18,10 +19,12 @@ from shared.model_files import ModelFiles
 from tandem.convert import convert
 from tests.support.cached_logits import cached_logits
 from tests.support.engine_rig import make_engine
+from tests.support.timm_oracle import import_timm
 from tests.workers.gemma import hf
-from tests.workers.gemma.test_serving import array_of, item, prompt, run
+from tests.workers.gemma.test_serving import array_of, item, pixels, prompt, run
 from workers.load import load
 from workers.models.gemma.gemma3n import Gemma3nConfig
+from workers.models.gemma.mobilenet import MobileNet, MobileNetConfig
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -30,6 +33,7 @@ CLIP_TOKENS = 12
 PLACEHOLDERS = tuple(range(TEXT_VOCAB, hf.VOCAB))
 NO_PLACEHOLDERS = SamplingParams(temperature=0.0, logit_bias=dict.fromkeys(PLACEHOLDERS, -100.0))
 CLASSES = [48, 160]
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 TEXT = {
     "vocab_size": hf.VOCAB, "vocab_size_per_layer_input": TEXT_VOCAB, "hidden_size": 64, "intermediate_size": [48] * 5,
     "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0,
@@ -55,26 +59,59 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def without_vision(transformers, monkeypatch):
-    """transformers' image encoder is timm's; here the model is built without one."""
-    import torch
+def make_vision_by(monkeypatch, make):
+    """transformers leaves images to timm, and takes that only where torchvision is too."""
     from transformers.models.gemma3n import modeling_gemma3n
 
     original = modeling_gemma3n.AutoModel
 
     def from_config(config, **options):
-        return torch.nn.Module() if config.model_type == "gemma3n_vision" else original.from_config(config, **options)
+        return make(config) if config.model_type == "gemma3n_vision" else original.from_config(config, **options)
 
-    monkeypatch.setattr(
-        modeling_gemma3n, "AutoModel", type("AutoModel", (), {"from_config": staticmethod(from_config)})
-    )
+    stand_in = type("AutoModel", (), {"from_config": staticmethod(from_config)})
+    monkeypatch.setattr(modeling_gemma3n, "AutoModel", stand_in)
+
+
+@pytest.fixture
+def without_vision(transformers, monkeypatch):
+    import torch
+
+    make_vision_by(monkeypatch, lambda config: torch.nn.Module())
+
+
+@pytest.fixture
+def timm(transformers, monkeypatch):
+    """As transformers' wrapper calls it."""
+    if not import_timm():
+        pytest.skip("timm is not installed")
+    import timm
+    import torch
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.timm_model = timm.create_model(
+                config.architecture, pretrained=False, num_classes=0, **config.model_args
+            )
+
+        def forward(self, pixel_values, do_pooling, return_dict):
+            assert not do_pooling and return_dict
+            return BaseModelOutputWithPooling(last_hidden_state=self.timm_model.forward_features(pixel_values))
+
+    make_vision_by(monkeypatch, Wrapper)
+
+
+VISION = {
+    "hidden_size": 2048, "vocab_size": 4, "vocab_offset": EOI,
+    "model_args": {"channel_multiplier": 0.0625, "msfa_output_resolution": 2},
+}  # fmt: skip
 
 
 def gemma3n(transformers, folder, audio=None, num_tokens=CLIP_TOKENS):
     config = transformers.Gemma3nConfig(
-        text_config=TEXT, vision_config={"hidden_size": 16, "vocab_size": 4, "vocab_offset": EOI},
-        audio_config={**AUDIO_TOWER, **(audio or {})}, audio_soft_tokens_per_image=num_tokens, image_token_id=IMAGE,
+        text_config=TEXT, vision_config=VISION, audio_config={**AUDIO_TOWER, **(audio or {})},
+        audio_soft_tokens_per_image=num_tokens, vision_soft_tokens_per_image=4, image_token_id=IMAGE,
         audio_token_id=AUDIO, boi_token_id=1, eoi_token_id=EOI, boa_token_id=3, eoa_token_id=EOA,
     )  # fmt: skip
     config._attn_implementation = "eager"
@@ -91,10 +128,11 @@ def clip(count):
 
 
 def place(*parts):
-    """As `prompt`, with this model's placeholder."""
+    """As `prompt`, with this model's placeholders."""
     tokens, media = prompt(*parts)
     for part in media:
-        tokens[part.start : part.start + part.num_tokens] = [AUDIO] * part.num_tokens
+        placeholder = {"audio": AUDIO, "image": IMAGE}[part.kind]
+        tokens[part.start : part.start + part.num_tokens] = [placeholder] * part.num_tokens
     return tokens, media
 
 
@@ -102,10 +140,25 @@ def hf_inputs(media):
     """transformers' arguments; it reads silence behind the shorter clips of a batch, so they have one length here."""
     import torch
 
-    if not media:
-        return {}
-    stacked = torch.tensor(np.stack([array_of(part) for part in media]))
-    return {"input_features": stacked, "input_features_mask": torch.ones(stacked.shape[:2], dtype=torch.bool)}
+    made = {}
+    if clips := [array_of(part) for part in media if part.kind == "audio"]:
+        stacked = torch.tensor(np.stack(clips))
+        made |= {"input_features": stacked, "input_features_mask": torch.ones(stacked.shape[:2], dtype=torch.bool)}
+    if images := [normalised(array_of(part)) for part in media if part.kind == "image"]:
+        made["pixel_values"] = torch.tensor(np.stack(images).transpose(0, 3, 1, 2))
+    return made
+
+
+def normalised(pixels):
+    return (pixels.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+
+
+def image(size, seed):
+    """With the settings that travel beside its pixels."""
+    made = item("image", "pixels", pixels(size, size, seed), 4, [1, 1, 1])
+    for name, values in (("mean", MEAN), ("std", STD)):
+        made.tensors.append(item("image", name, np.array(values, np.float32), 0).tensors[0])
+    return made
 
 
 @pytest.mark.usefixtures("without_vision")
@@ -128,6 +181,17 @@ def test_features_equal_transformers(transformers, tmp_path, case):
         np.testing.assert_allclose(got[len(expected) :], filler.expand(48 - len(expected), -1), rtol=0, atol=1e-4)
 
 
+def logits_with(model, tokens, media):
+    embeddings = model.embed(mx.array([tokens]))
+    for part in media:
+        tensors = {
+            t.name: mx.array(np.frombuffer(t.data, t.dtype).reshape(t.shape)) for t in part.tensors
+        }  # fmt: skip
+        rows = model.encode_media(tensors, part.grid, part.kind)[0]
+        embeddings[0, part.start : part.start + part.num_tokens] = rows
+    return np.array(model(mx.array([tokens]), input_embeddings=embeddings))
+
+
 REQUESTS = {
     "text": place([5, 9, 4]),
     "clip": place([11, 3], clip(70), [EOA, 12, 13, 14]),
@@ -147,10 +211,7 @@ def test_logits_and_batches_equal_transformers(transformers, tmp_path):
         alone |= run(engine, {name: (tokens, media)}, num_tokens=32, params=NO_PLACEHOLDERS)[0]
         assert len(alone[name]) == 32
         assert hf.hf_agrees(reference, tokens, alone[name], PLACEHOLDERS, **hf_inputs(media)), name
-        embeddings = model.embed(mx.array([tokens]))
-        for part in media:
-            embeddings[0, part.start : part.start + CLIP_TOKENS] = model.encode_audio(mx.array(array_of(part)))
-        got = np.array(model(mx.array([tokens]), input_embeddings=embeddings))
+        got = logits_with(model, tokens, media)
         np.testing.assert_allclose(got, hf.hf_logits(reference, [tokens], **hf_inputs(media)), rtol=0, atol=1e-4)
     assert run(engine, REQUESTS, random.Random(3), num_tokens=32, params=NO_PLACEHOLDERS)[0] == alone
     assert engine.media.num_encoder_runs == 2, "equal content is encoded once"
@@ -159,6 +220,83 @@ def test_logits_and_batches_equal_transformers(transformers, tmp_path):
     both, made = run(cached, {**REQUESTS, **again}, num_tokens=32, params=NO_PLACEHOLDERS, num_blocks=200)
     assert both == alone | {f"{name} again": tokens for name, tokens in alone.items()}
     assert any(made.outputs[name][-1].timings.num_cached_tokens for name in again)
+
+
+IMAGE_REQUESTS = {
+    "text": place([5, 9, 4]),
+    "image": place([7, 8, 1], image(96, 1), [EOI, 9, 10]),
+    "images and a clip": place(
+        [15, 1], image(96, 2), [EOI, 16, 3], clip(41), [EOA, 1], image(96, 3), [EOI, *range(40)]
+    ),
+    "the same image": place([6, 1], image(96, 1), [EOI]),
+}
+
+
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize("size", [32, 96, 160])
+def test_image_features_equal_transformers(transformers, tmp_path, size):
+    """Places by token: 1, 9 and 25; at 160 pixels sides are odd on the way, and paddings uneven."""
+    import torch
+
+    reference, model = gemma3n(transformers, tmp_path)
+    seen = normalised(np.stack([pixels(size, size, seed) for seed in (1, 2)]))
+    with torch.no_grad():
+        features = reference.model.get_image_features(torch.tensor(seen.transpose(0, 3, 1, 2)), return_dict=True)
+    for one, wanted in zip(seen, features.pooler_output, strict=True):
+        got = np.array(model.encode_image(mx.array(one)))
+        assert got.shape == (4, 64)
+        np.testing.assert_allclose(got, wanted.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("timm")
+def test_the_released_size_has_the_parameters_of_timm():
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        reference = timm.create_model("mobilenetv5_300m_enc", pretrained=False, num_classes=0)
+    expected = {
+        name: tuple(p.permute(0, 2, 3, 1).shape if p.ndim == 4 else p.shape)
+        for name, p in reference.state_dict().items()
+    }
+    ours = tree_flatten(MobileNet(MobileNetConfig.from_hf({}, 256)).parameters())  # lazy: nothing is allocated
+    assert {name: array.shape for name, array in ours} == expected
+
+
+@pytest.mark.usefixtures("timm")
+def test_batches_with_images_equal_transformers(transformers, tmp_path):
+    reference, model = gemma3n(transformers, tmp_path)
+    engine = make_engine(model, classes=CLASSES, max_width=64)
+    assert engine.media.modalities == ["image", "audio"]
+    alone = {}
+    for name, (tokens, media) in IMAGE_REQUESTS.items():
+        alone |= run(engine, {name: (tokens, media)}, num_tokens=32, params=NO_PLACEHOLDERS)[0]
+        assert len(alone[name]) == 32
+        assert hf.hf_agrees(reference, tokens, alone[name], PLACEHOLDERS, **hf_inputs(media)), name
+        got = logits_with(model, tokens, media)
+        np.testing.assert_allclose(got, hf.hf_logits(reference, [tokens], **hf_inputs(media)), rtol=0, atol=1e-4)
+    assert run(engine, IMAGE_REQUESTS, random.Random(3), num_tokens=32, params=NO_PLACEHOLDERS)[0] == alone
+    assert engine.media.num_encoder_runs == 4, "equal content is encoded once"
+
+
+@pytest.mark.usefixtures("timm")
+def test_converted_checkpoints_see_as_their_source(transformers, tmp_path):
+    """And those with channels last and names without `model.`."""
+    _, model = gemma3n(transformers, tmp_path / "original")
+    convert(str(tmp_path / "original"), tmp_path / "packed", bits=8, group_size=32)
+    (tmp_path / "mlx").mkdir()
+    weights = load_file(tmp_path / "original" / "model.safetensors")
+    renamed = {
+        n.removeprefix("model."): np.ascontiguousarray(np.moveaxis(w, 1, -1)) if w.ndim in (3, 4) else w
+        for n, w in weights.items()
+    }
+    save_file(renamed, tmp_path / "mlx" / "model.safetensors", {"format": "mlx"})
+    (tmp_path / "mlx" / "config.json").write_text((tmp_path / "original" / "config.json").read_text())
+    seen = mx.array(normalised(pixels(96, 96, 1)))
+    for folder in ("packed", "mlx"):
+        other = load(ModelFiles(name="m", folder=tmp_path / folder), "float32").model
+        assert other.modalities == ["image", "audio"]
+        np.testing.assert_array_equal(np.array(other.encode_image(seen)), np.array(model.encode_image(seen)))
 
 
 @pytest.mark.usefixtures("without_vision")
@@ -244,7 +382,7 @@ def test_the_processor_prepares_what_the_model_takes(transformers, tmp_path):
 
     _, model = gemma3n(transformers, tmp_path, {"input_feat_size": 128}, num_tokens=188)
     processor = processor_of(tmp_path)
-    assert processor.modalities == ("audio",)
+    assert processor.modalities == ("image", "audio")
     for seconds in (0.1, 29.99):
         samples = np.random.default_rng(0).standard_normal(int(seconds * 16_000)).astype(np.float32) * 0.1
         file = io.BytesIO()
@@ -262,17 +400,21 @@ REFUSED = {
     "rope": ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, {}, "rope type 'linear'"),
     "scaling": ({"rope_scaling": {"factor": 2.0}}, {}, "rope_scaling"),
     "heads": ({}, {"conf_num_attention_heads": 5}, "5 heads share a width of 32"),
+    "another encoder": ({}, {}, "'resnet50' is not mobilenetv5_300m_enc", {"architecture": "resnet50"}),
+    "an option of timm's": ({}, {}, "model_args 'block_args'", {"model_args": {"block_args": []}}),
+    "other tokens": ({}, {}, "256 tokens of 2048, the encoder gives 64", {"model_args": {"msfa_output_resolution": 8}}),
     "kernels": ({}, {"sscp_conv_kernel_size": [3, 3]}, "audio: malformed"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_computed_is_refused(case):
-    text, audio, reason = REFUSED[case]
+    text, audio, reason, *vision = REFUSED[case]
     theta = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
     more = {"altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_active_idx": 0, "rms_norm_eps": 1e-6}
     config = {
         "model_type": "gemma3n", "audio_config": {**AUDIO_TOWER, **audio},
+        **({"vision_config": vision[0]} if vision else {}),
         "text_config": {**TEXT, **theta, **more, "model_type": "gemma3n_text", **text},
     }  # fmt: skip
     with pytest.raises(BadModel, match=reason):

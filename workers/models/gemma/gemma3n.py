@@ -20,12 +20,13 @@ from mlx_lm.models.base import create_attention_mask
 
 from shared.errors import BadModel
 from shared.messages import MediaItem, MediaKind
+from workers.models.gemma.mobilenet import OUTPUT_CHANNELS, MobileNetConfig, MobileNetTower
 from workers.models.gemma.usm import UsmConfig, UsmTower
 from workers.models.mlxlm import MlxLmModel
 
 MODEL_TYPES = ("gemma3n",)
 AUDIO_PARTS = ("audio_tower", "embed_audio")
-IMAGE_PARTS = ("vision_tower", "embed_vision")  # not defined here: left out
+IMAGE_PARTS = ("vision_tower", "embed_vision")
 _UNUSED = ("lm_head.", "rotary_emb", ".v_norm.", "embed_scale")
 MIN_SQUARE = 1e-5  # of a stream's mean square, before it is divided by
 
@@ -50,9 +51,11 @@ class EmbedderConfig:
 
 @dataclass(frozen=True)
 class Gemma3nConfig:
-    """`audio` is None where the configuration tells of no encoder."""
+    """`vision` and `audio` are None where the configuration tells of no encoder."""
 
     text: Any  # mlx-lm's TextConfig
+    vision: MobileNetConfig | None
+    vision_embedder: EmbedderConfig | None
     audio: UsmConfig | None
     audio_embedder: EmbedderConfig | None
     num_clip_tokens: int  # of every clip
@@ -66,9 +69,14 @@ class Gemma3nConfig:
         """
         try:
             text = _text_args(config)
-            audio = config.get("audio_config")
+            vision, audio = config.get("vision_config"), config.get("audio_config")
+            num_tokens = int(config.get("vision_soft_tokens_per_image") or 256)
             return cls(
                 text=text,
+                vision=MobileNetConfig.from_hf(vision, num_tokens) if vision is not None else None,
+                vision_embedder=EmbedderConfig.from_hf(vision, OUTPUT_CHANNELS, 262_144)
+                if vision is not None
+                else None,
                 audio=UsmConfig.from_hf(audio) if audio is not None else None,
                 audio_embedder=EmbedderConfig.from_hf(audio, 1536, 262_272) if audio is not None else None,
                 num_clip_tokens=int(config.get("audio_soft_tokens_per_image") or 188),
@@ -164,6 +172,9 @@ class Body(nn.Module):
     def __init__(self, config: Gemma3nConfig) -> None:
         super().__init__()
         self.language_model = TextDecoder(config.text)
+        if config.vision is not None and config.vision_embedder is not None:
+            self.vision_tower = MobileNetTower(config.vision)
+            self.embed_vision = MediaEmbedder(config.vision_embedder, config.text.hidden_size)
         if config.audio is not None and config.audio_embedder is not None:
             self.audio_tower = UsmTower(config.audio)
             self.embed_audio = MediaEmbedder(config.audio_embedder, config.text.hidden_size)
@@ -210,7 +221,7 @@ class Gemma3n(nn.Module):
             for name in ("k_proj", "v_proj", "k_norm"):
                 if f"language_model.layers.{i}.self_attn.{name}.weight" not in text:
                     decoder.layers[i].self_attn.pop(name)
-        found = text | self._encoder_weights(others, AUDIO_PARTS)
+        found = text | self._encoder_weights(others, IMAGE_PARTS) | self._encoder_weights(others, AUDIO_PARTS)
         return {f"model.{name}": weight for name, weight in found.items()}
 
     def _encoder_weights(self, weights: dict[str, mx.array], parts: tuple[str, str]) -> dict[str, mx.array]:
@@ -239,7 +250,8 @@ class ReadyGemma3n(MlxLmModel):
 
     @property
     def modalities(self) -> list[MediaKind]:
-        return ["audio"] if "audio_tower" in self._body else []
+        found: list[MediaKind] = ["image"] if "vision_tower" in self._body else []
+        return [*found, "audio"] if "audio_tower" in self._body else found
 
     @property
     def whole_media(self) -> list[MediaKind]:
@@ -253,8 +265,16 @@ class ReadyGemma3n(MlxLmModel):
         """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
-        """(1, num_tokens, H) of a clip's log-mel `frames` (T, mels)."""
-        return self.encode_audio(tensors["frames"])[None]
+        """(1, num_tokens, H) of an image's `pixels` (height, width, 3) uint8 or a clip's log-mel `frames` (T, mels)."""
+        if kind == "audio":
+            return self.encode_audio(tensors["frames"])[None]
+        pixels = tensors["pixels"].astype(mx.float32) * (1 / 255)
+        return self.encode_image((pixels - tensors["mean"]) / tensors["std"])[None]
+
+    def encode_image(self, pixels: mx.array) -> mx.array:
+        """Pixels (height, width, 3) -> (tokens, H)."""
+        rows = self._body.vision_tower(pixels)
+        return self._body.embed_vision(rows * OUTPUT_CHANNELS**0.5)
 
     def encode_audio(self, frames: mx.array) -> mx.array:
         """(num_clip_tokens, H): behind the clip's own rows stands the last token of the encoder's vocabulary."""
