@@ -1,4 +1,4 @@
-"""Images at the sizes that Gemma's encoders take: one square (Gemma 3), or the image's own shape (Gemma 4).
+"""Images at the sizes that Gemma's encoders take: one square (Gemma 3 and 3n), or the image's own shape (Gemma 4).
 
 Source: transformers' image processors with Pillow, from whose output these must not differ.
 """
@@ -6,7 +6,8 @@ Source: transformers' image processors with Pillow, from whose output these must
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,37 @@ Pixels = NDArray[np.uint8]
 @dataclass(frozen=True)
 class Gemma3Images:
     size: int = 896
+    resampling: Image.Resampling = Image.Resampling.BILINEAR
 
     def resized(self, image: Image.Image) -> Pixels:
         """(size, size, 3)"""
-        return np.asarray(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR))
+        return np.asarray(image.convert("RGB").resize((self.size, self.size), self.resampling))
+
+
+@dataclass(frozen=True)
+class Gemma3nImages(Gemma3Images):
+    """With what is taken from channels in 0..1, and by what they are divided then."""
+
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    deviation: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], num_tokens: int) -> Gemma3nImages:
+        """Read an image processor's configuration, SigLIP's; what is absent has transformers' default.
+
+        Raises:
+            ValueError, TypeError, KeyError: malformed, or something that is not computed.
+        """
+        size = config.get("size") or {"height": 768, "width": 768}
+        if size["height"] != size["width"] or int(size["height"]) ** 2 % (256 * num_tokens):
+            raise ValueError(f"an image of {size} pixels for {num_tokens} tokens is not supported")
+        if not config.get("do_resize", True) or not config.get("do_rescale", True):
+            raise ValueError("images that are not resized or not rescaled are not supported")
+        made = cls(int(size["height"]), Image.Resampling(int(config.get("resample", Image.Resampling.BICUBIC))))
+        if not config.get("do_normalize", True):
+            return made
+        mean, deviation = (tuple(config.get(f"image_{name}") or (0.5,) * 3) for name in ("mean", "std"))
+        return replace(made, mean=mean, deviation=deviation)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Log-mel frames as Gemma 4's audio encoder was trained on them.
+"""Log-mel frames as the audio encoders of Gemma 4 and Gemma 3n were trained on them.
 
 Source: the feature extractor's parameters in the model's processor_config.json (transformers' names).
 """
@@ -16,11 +16,22 @@ from numpy.typing import NDArray
 from shared.errors import BadModel, InvalidRequest
 
 Frames = NDArray[np.float32]
+GEMMA3N_DEFAULTS = {
+    "frame_length_ms": 32.0, "min_frequency": 125.0, "max_frequency": 7600.0, "preemphasis": 0.97,
+    "fft_overdrive": True, "mel_floor": 1e-5,
+}  # fmt: skip
+GEMMA3N_MULTIPLE = 128  # samples
 
 
 @dataclass(frozen=True)
 class LogMel:
-    """A frame each `hop_ms`, of a Hann window of `frame_ms`; magnitudes, HTK mel scale, natural logarithm."""
+    """A frame each `hop_ms`, of a Hann window of `frame_ms`; magnitudes, HTK mel scale, natural logarithm.
+
+    Args:
+        multiple: 0: half a frame of silence stands before the first sample, only frames of real samples are made, and
+            the floor is added (Gemma 4). Otherwise silence fills the samples up to a multiple of it, and the floor is
+            what is no smaller (Gemma 3n).
+    """
 
     num_mels: int = 128
     rate: int = 16_000
@@ -35,9 +46,10 @@ class LogMel:
     floor: float = 1e-3
     mean: tuple[float, ...] = field(default=())
     deviation: tuple[float, ...] = field(default=())
+    multiple: int = 0
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> LogMel:
+    def from_hf(cls, config: dict[str, Any], is_gemma3n: bool = False) -> LogMel:
         """Read a feature extractor's configuration; what is absent has transformers' default.
 
         Raises:
@@ -45,6 +57,8 @@ class LogMel:
         """
         if config.get("dither"):
             raise BadModel("audio: dither is not supported")
+        if is_gemma3n:
+            config = GEMMA3N_DEFAULTS | config
         try:
             return cls(
                 num_mels=int(config.get("feature_size", 128)),
@@ -60,6 +74,7 @@ class LogMel:
                 floor=float(config.get("mel_floor", 1e-3)),
                 mean=tuple(float(m) for m in config.get("per_bin_mean") or ()),
                 deviation=tuple(float(d) for d in config.get("per_bin_stddev") or ()),
+                multiple=GEMMA3N_MULTIPLE if is_gemma3n else 0,
             )
         except (TypeError, ValueError) as error:
             raise BadModel(f"audio: malformed feature extractor: {error}") from error
@@ -78,8 +93,12 @@ class LogMel:
         return 2 * length if self.is_fft_doubled else length
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames whose samples are all real; half a frame of silence stands before the first sample."""
-        return max(0, (num_samples + self.frame_length // 2 - self.frame_length - 1) // self.hop_length + 1)
+        before, after = self._silence(num_samples)
+        return max(0, (before + num_samples + after - self.frame_length - 1) // self.hop_length + 1)
+
+    def _silence(self, num_samples: int) -> tuple[int, int]:
+        """Samples before and after the real ones."""
+        return (0, -num_samples % self.multiple) if self.multiple else (self.frame_length // 2, 0)
 
     def num_tokens(self, num_samples: int) -> int:
         """Soft tokens after the encoder's two strided convolutions."""
@@ -94,10 +113,11 @@ class LogMel:
         count = self.num_frames(len(samples))
         if count == 0:
             raise InvalidRequest(f"the audio is shorter than one frame of {self.frame_ms:g} ms", param=param)
-        padded = np.pad(samples * self.scale, (self.frame_length // 2, 0))
+        padded = np.pad(samples * self.scale, self._silence(len(samples)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, self.frame_length + 1)[:: self.hop_length][:count]
         spectrum = np.abs(np.fft.rfft(self._emphasised(windows) * self._window, n=self.fft_length, axis=-1))
-        mels = np.log(spectrum @ self._filters + self.floor)
+        energies = spectrum @ self._filters
+        mels = np.log(np.maximum(energies, self.floor) if self.multiple else energies + self.floor)
         if self.mean:
             mels = mels - np.array(self.mean)
         if self.deviation:
@@ -115,9 +135,9 @@ class LogMel:
 
     @cached_property
     def _window(self) -> NDArray[np.float32]:
-        """A periodic Hann window."""
-        turns = np.arange(self.frame_length) / self.frame_length
-        window: NDArray[np.float32] = (0.5 - 0.5 * np.cos(2 * np.pi * turns)).astype(np.float32)
+        """A periodic Hann window, in the precision in which the references compute theirs."""
+        samples: NDArray[Any] = np.arange(self.frame_length, dtype=np.float32 if self.multiple else np.float64)
+        window: NDArray[np.float32] = (0.5 * (1 - np.cos(2 * np.pi * samples / self.frame_length))).astype(np.float32)
         return window
 
     @cached_property

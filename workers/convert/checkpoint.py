@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from mlx_lm.utils import dequantize_model, get_total_parameters, make_shards, qu
 from msgspec import Struct
 
 from shared.errors import BadConfig, BadModel
-from workers.convert.quantization import ENCODERS, Quantization, rule_for
+from workers.convert.quantization import Quantization, is_encoder, rule_for
 from workers.load.folder import load_folder, weight_files
 from workers.load.loader import cast
 from workers.machine import DTYPES
@@ -27,7 +26,6 @@ SHARD_GIB = 5
 # What a model needs beside its weights. Code is left where it is: nothing here would run it.
 COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _NOT_COPIED = frozenset({"config.json", "model.safetensors.index.json", "hf_quant_config.json"})
-_ENCODER = re.compile(rf"(?:model\.)?(?:{'|'.join(sorted(ENCODERS))})\.")
 
 OnShard = Callable[[int, int], None]
 """(bytes written, bytes in all)"""
@@ -81,7 +79,7 @@ def convert(
     if quantization is not None:
         config = _quantize(model, config, quantization)
     encoders = _encoder_tensors(source, model, DTYPES[dtype] if dtype is not None else None)
-    weights = {n: w for n, w in tree_flatten(model.parameters()) if n.split(".")[0] not in ENCODERS} | encoders
+    weights = {n: w for n, w in tree_flatten(model.parameters()) if not is_encoder(n)} | encoders
     num_parameters = get_total_parameters(model)
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # what is written can be freed
     num_bytes = _write(weights, target, on_shard)
@@ -115,16 +113,18 @@ def _dequantize(model: nn.Module, config: dict[str, Any]) -> None:
 
 def _encoder_tensors(source: Path, model: nn.Module, dtype: mx.Dtype | None) -> dict[str, mx.array]:
     """Vision and audio as the checkpoint has them, so that every reader of such checkpoints finds what it knows."""
-    if not any(name in model for name in ENCODERS):
+    own = next((name for name, _ in tree_flatten(model.parameters()) if is_encoder(name)), None)
+    if own is None:
         return {}
+    prefix = "model." if own.startswith("model.") else ""  # as the model, and mlx-lm's of its kind, have them
     found: dict[str, mx.array] = {}
     for path in weight_files(source):
         tensors = mx.load(str(path))
         assert isinstance(tensors, dict), "safetensors hold named arrays"
         for name, array in tensors.items():
-            if _ENCODER.match(name):
+            if is_encoder(name):
                 kept = array if dtype is None or not mx.issubdtype(array.dtype, mx.floating) else array.astype(dtype)
-                found[name.removeprefix("model.")] = kept
+                found[prefix + name.removeprefix("model.")] = kept
     return found
 
 

@@ -27,6 +27,13 @@ ENCODERS = frozenset({
     "vision_tower", "visual", "vision_model", "vision_embedder", "embed_vision", "multi_modal_projector", "audio_tower",
     "embed_audio",
 })  # fmt: skip
+
+
+def is_encoder(path: str) -> bool:
+    """Is this parameter or layer of a model part of an encoder?"""
+    return path.removeprefix("model.").split(".")[0] in ENCODERS
+
+
 # A wrong choice of experts costs more than its few weights.
 _ROUTER = re.compile(r"\.(router\.proj|mlp\.gate)$")
 _ROUTER_RULE = {"group_size": 64, "bits": 8}
@@ -88,7 +95,7 @@ def rule_for(model: nn.Module, how: Quantization) -> Rule:
     _, group_size = how.packing
 
     def rule(path: str, layer: nn.Module) -> bool | dict[str, Any]:
-        if path.split(".")[0] in ENCODERS:
+        if is_encoder(path):
             return False
         chosen: bool | dict[str, Any] = _ROUTER_RULE if _ROUTER.search(path) else True
         if chosen is True and own is not None:
@@ -112,7 +119,7 @@ class _TextLayers:
         self.layers = inner["layers"] if inner is not None else []
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        return (item for item in self._model.named_modules() if item[0].split(".")[0] not in ENCODERS)
+        return (item for item in self._model.named_modules() if not is_encoder(item[0]))
 
 
 def _recipe(model: nn.Module, how: Quantization) -> Rule:

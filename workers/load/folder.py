@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from shared.errors import BadModel
-from workers.models.own import OWN, WITH_VISION
+from workers.models.own import OWN, WITH_ENCODERS
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
@@ -115,12 +115,12 @@ class _Classes:
         self.max_model_len = max_model_len
 
     def __call__(self, config: dict[str, Any]) -> tuple[Any, Any]:
-        own = OWN.get(config["model_type"]) or WITH_VISION.get(config["model_type"])
+        own = OWN.get(config["model_type"]) or WITH_ENCODERS.get(config["model_type"])
         return (own.model, self) if own is not None else mlx_lm_classes(config)
 
     def from_dict(self, config: dict[str, Any]) -> Any:  # noqa: ANN401 - each family has a type of its own
         name = config["model_type"]
-        return (OWN.get(name) or WITH_VISION[name]).read_config(config, self.max_model_len)
+        return (OWN.get(name) or WITH_ENCODERS[name]).read_config(config, self.max_model_len)
 
 
 def mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any]:

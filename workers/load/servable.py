@@ -12,7 +12,7 @@ from workers.drafters.checkpoint import detect
 from workers.load import folder as folders
 from workers.load.gguf import read_config as read_gguf_config
 from workers.models.mlxlm import adapted
-from workers.models.own import OWN, WITH_VISION
+from workers.models.own import OWN, WITH_ENCODERS, adapted_to_caches
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -69,9 +69,10 @@ def _check(files: ModelFiles) -> None:
         try:
             if name in OWN:
                 OWN[name].read_config(config, 0)
+            elif name in WITH_ENCODERS:
+                own = WITH_ENCODERS[name]
+                adapted_to_caches(own.model(own.read_config(config, 0)), name)
             else:
-                if name in WITH_VISION:
-                    WITH_VISION[name].read_config(config, 0)
                 model, arguments = folders.mlx_lm_classes(config)
                 adapted(model(arguments.from_dict(config)), name)
         except BadModel:

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from workers.models import decoder
+from workers.models.gemma import gemma3n
 from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig
 from workers.models.gemma.text import TextDecoder
@@ -42,17 +43,22 @@ def _with_vision(name: str) -> Own:
     return Own(model, lambda config, length: AddedVisionConfig.from_hf(config, length, args.from_dict))
 
 
-# mlx-lm's text decoder with an image encoder of ours beside it.
-WITH_VISION = {name: _with_vision(name) for name in added_vision.CLASSES}
+# mlx-lm's text decoder with encoders of ours beside it.
+WITH_ENCODERS = {
+    **{name: _with_vision(name) for name in added_vision.CLASSES},
+    **{name: Own(gemma3n.Gemma3n, gemma3n.Gemma3nConfig.from_hf) for name in gemma3n.MODEL_TYPES},
+}
 
 
 def adapted_to_caches(model: nn.Module, architecture: str) -> MlxLmModel:
-    """Around a model that is not our own, with its image encoder if it holds one.
+    """Around a model that is not our own, with its encoders if it holds any.
 
     Raises:
         BadModel: as `MlxLmModel`.
     """
-    if architecture in WITH_VISION and "vision_tower" in model:
+    if isinstance(model, gemma3n.Gemma3n):
+        return gemma3n.ReadyGemma3n(model, architecture)
+    if architecture in WITH_ENCODERS and "vision_tower" in model:
         return added_vision.AddedVision(model, architecture)
     return adapted(model, architecture)
 

@@ -11,6 +11,8 @@ import soundfile
 
 from frontend.media.audio import decode
 from frontend.media.log_mel import LogMel
+from frontend.media.processors.gemma import from_configs
+from frontend.media.raw_frames import RawFrames
 from shared.errors import BadModel, InvalidRequest
 
 RATE = 16_000
@@ -156,6 +158,40 @@ def test_log_mel_frames_equal_transformers(case, count):
         np.testing.assert_allclose(mels(samples, "x"), expected["input_features"][0][mask], rtol=0, atol=1e-5)
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"preemphasis_htk_flavor": False, "per_bin_mean": [0.5] * 128, "input_scale_factor": 2.0}],
+    ids=["released", "other"],
+)
+@pytest.mark.parametrize("count", [513, 640, 1000, 16_000, 16_001, 480_000])
+def test_gemma3n_frames_equal_transformers(config, count):
+    """Of one clip: each frame is of samples, if not of real ones alone, and none is masked."""
+    module = pytest.importorskip("transformers.models.gemma3n.feature_extraction_gemma3n")
+    samples = np.random.default_rng(count).standard_normal(count).astype(np.float32) * 0.1
+    samples[count // 2 :] *= 1e-7  # down to the floor
+    expected = module.Gemma3nAudioFeatureExtractor(**config)([samples], return_tensors="np")
+    assert expected["input_features_mask"].all()
+    mels = LogMel.from_hf(config, is_gemma3n=True)
+    assert mels.num_frames(count) == expected["input_features"].shape[1]
+    np.testing.assert_allclose(mels(samples, "x"), expected["input_features"][0], rtol=0, atol=1e-5)
+
+
+def test_a_clip_for_gemma3n_takes_one_number_of_tokens():
+    """Older checkpoints hold the extractor's settings beside the image processor's."""
+    config = {"model_type": "gemma3n", "audio_config": {}, "vision_config": {}}
+    size = {"height": 768, "width": 768}
+    processor = from_configs(config, {"image_processor_type": "x", "mel_floor": 1e-3, "size": size})
+    assert processor.modalities == ("image", "audio")
+    assert processor.audio(LOSSLESS["wav"], "x").num_tokens == 188
+    quiet = processor.audio(written(np.zeros((RATE, 1), np.float32)), "x")
+    np.testing.assert_allclose(quiet.arrays["frames"], np.log(1e-3), rtol=1e-6)
+    assert processor.expansion("audio", 1) == ([256_000, 262_273, 262_272], 1)
+    assert processor.rewrite("a<audio_soft_token>b") == "a\n\n<audio_soft_token>\n\nb"
+    with pytest.raises(InvalidRequest, match="shorter than one frame of 32 ms"):
+        processor.audio(written(tone(0.02)), "x")
+
+
 def test_silence_gives_the_floor():
     mels = LogMel()(np.zeros((RATE,), np.float32), "x")
     np.testing.assert_allclose(mels, np.log(1e-3), rtol=1e-6)
@@ -164,3 +200,25 @@ def test_silence_gives_the_floor():
 def test_dither_is_refused():
     with pytest.raises(BadModel, match="dither"):
         LogMel.from_hf({"dither": 1e-4})
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("count", [1, 639, 640, 641, 16_000])
+def test_raw_frames_equal_transformers(count):
+    module = pytest.importorskip("transformers.models.gemma4_unified.feature_extraction_gemma4_unified")
+    samples = np.random.default_rng(count).standard_normal(count).astype(np.float32) * 0.1
+    expected = module.Gemma4UnifiedAudioFeatureExtractor()([samples], return_tensors="np")
+    frames = RawFrames()
+    np.testing.assert_array_equal(frames(samples, "x"), expected["input_features"][0])
+    assert frames.num_tokens(count) == expected["input_features_mask"][0].sum()
+
+
+def test_a_clip_for_gemma4_unified_travels_as_its_samples():
+    config = {"model_type": "gemma4_unified", "audio_config": {"audio_embed_dim": 320}, "audio_token_id": 7}
+    processor = from_configs(config, {})
+    assert processor.modalities == ("audio",)
+    processed = processor.audio(LOSSLESS["wav"], "x")
+    assert processed.num_tokens == 25 and processed.arrays["frames"].shape == (25, 320)
+    np.testing.assert_allclose(processed.arrays["frames"].ravel(), tone()[:, 0], rtol=0, atol=1e-4)
+    with pytest.raises(InvalidRequest, match="longer than the 30 s"):
+        processor.audio(written(np.zeros((31 * RATE, 1), np.float32)), "x")

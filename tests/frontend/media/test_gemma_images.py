@@ -42,6 +42,39 @@ def test_gemma4_patches_equal_transformers(size, budget):
     np.testing.assert_allclose(np.array(patches), expected["pixel_values"][0][:count], rtol=0, atol=1e-6)
 
 
+def merged(patches, grid, size, pooling):
+    """(rows * columns, 3 * size**2) by rows -> as many blocks of pooling x pooling patches, pixel by pixel."""
+    rows, columns = grid
+    side = size * pooling
+    blocks = np.zeros((rows * columns // pooling**2, side, side, 3), np.float32)
+    for i, patch in enumerate(patches):
+        (block_row, row), (block_column, column) = divmod(i // columns, pooling), divmod(i % columns, pooling)
+        block = blocks[block_row * (columns // pooling) + block_column]
+        block[row * size : (row + 1) * size, column * size : (column + 1) * size] = patch.reshape(size, size, 3)
+    return blocks.reshape(len(blocks), -1)
+
+
+@pytest.mark.oracle
+@pytest.mark.mlx
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gemma4_unified_patches_are_those_of_gemma4_merged(size):
+    """transformers has its processor with torchvision only; resizing is Gemma 4's, which it has with Pillow."""
+    import mlx.core as mx
+
+    from workers.models.gemma.vision import cut_patches
+
+    module = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4")
+    theirs = module.Gemma4ImageProcessorPil()(picture(size), return_tensors="np")
+    processed = from_configs({"model_type": "gemma4_unified", "vision_config": {}}, {}).image(picture(size))
+    _, rows, columns = processed.grid
+    pixels = mx.array(processed.arrays["pixels"]).astype(mx.float32) * (1 / 255)
+    patches, grid = cut_patches(pixels, 48)
+    assert grid == (rows // 3, columns // 3)
+    assert processed.num_tokens == len(patches) == theirs["num_soft_tokens_per_image"][0]
+    expected = merged(theirs["pixel_values"][0][: rows * columns], (rows, columns), 16, 3)
+    np.testing.assert_allclose(np.array(patches), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_gemma3_pixels_equal_transformers(size):
@@ -53,6 +86,41 @@ def test_gemma3_pixels_equal_transformers(size):
     assert processed.num_tokens == 64
     pixels = (processed.arrays["pixels"].transpose(2, 0, 1) / 255 - 0.5) / 0.5
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=1e-6)
+
+
+SIGLIP = {
+    "as released": {"do_normalize": False, "resample": 2},
+    "defaults": {},
+    "other": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2},
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", SIGLIP)
+@pytest.mark.parametrize("size", SIZES[:3], ids=str)
+def test_gemma3n_pixels_equal_transformers(size, case):
+    module = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
+    settings = {"size": {"height": 256, "width": 256}, **SIGLIP[case]}
+    expected = module.SiglipImageProcessorPil(**settings)(picture(size), return_tensors="np")["pixel_values"][0]
+    config = {"model_type": "gemma3n", "vision_config": {}}
+    processed = from_configs(config, {"image_processor": settings}).image(picture(size))
+    assert processed.num_tokens == 256
+    pixels, mean, std = (processed.arrays[name] for name in ("pixels", "mean", "std"))
+    np.testing.assert_allclose(((pixels / 255 - mean) / std).transpose(2, 0, 1), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"size": {"height": 700, "width": 700}}, "256 tokens"),
+        ({"size": {"height": 768, "width": 512}}, "256 tokens"),
+        ({"do_rescale": False}, "not rescaled"),
+        ({"do_resize": False}, "not resized"),
+    ],
+)
+def test_gemma3n_images_that_are_not_prepared_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        from_configs({"model_type": "gemma3n", "vision_config": {}}, settings)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
@@ -78,6 +146,17 @@ def test_what_the_model_takes_and_how_the_prompt_frames_it():
     assert made.expansion("audio", 1) == ([256_000, 258_881, 9], 1)
     assert made.rewrite("a<|image|>b") == "a<|image|>b"
     assert from_configs({"model_type": "gemma4", "vision_config": {}}, {}).modalities == ("image",)
+
+
+def test_settings_that_the_encoder_has_no_positions_for_are_refused():
+    settings = {"image_processor": {"max_soft_tokens": 280}}
+    for model_type, name, count in (
+        ("gemma4", "position_embedding_size", 839),
+        ("gemma4_unified", "mm_posemb_size", 279),
+    ):
+        with pytest.raises(ValueError, match=f"the encoder has {count}"):
+            from_configs({"model_type": model_type, "vision_config": {name: count}}, settings)
+        from_configs({"model_type": model_type, "vision_config": {name: count + 1}}, settings)
 
 
 def test_gemma3_opens_an_image_and_sets_it_apart():

@@ -18,7 +18,6 @@ from shared.model_files import ModelFiles
 from tests.support.cached_logits import cached_logits
 from tests.workers.gemma import hf
 from workers.load import load
-from workers.models.base import MediaModel
 from workers.models.gemma.config import GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig, canonical_name
 
@@ -176,61 +175,29 @@ GEMMA3N_CASES = {
 }  # fmt: skip
 
 
-def add_encoders(folder):
-    """What a released checkpoint has besides its text model."""
-    weights = load_file(folder / "model.safetensors")
-    for name in ("vision_tower.timm_model.conv_stem.conv", "audio_tower.conformer.0.norm", "embed_audio.embedding"):
-        weights[f"model.{name}.weight"] = np.ones((3, 3), np.float32)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vision_config": {}, "audio_config": {}}))
-
-
-@pytest.mark.oracle
-def test_gemma4_unified_with_its_projections_serves_text_and_no_media(transformers, tmp_path):
-    import torch
-
-    text = {"vocab_size": hf.VOCAB, "model_type": "gemma4_unified_text"} | {
-        k: v for k, v in hf.GEMMA4.items() if "per_layer" not in k
-    }
-    config = transformers.Gemma4UnifiedConfig(
-        text_config=text,
-        vision_config={"mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32, "patch_size": 2},
-        audio_config={"audio_embed_dim": 16},
-    )
-    config._attn_implementation = "eager"
-    reference = hf.randomise(transformers.Gemma4UnifiedForConditionalGeneration(config)).eval()
-    reference.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert any("embed_vision." in n for n in saved), "projections to leave out"
-    assert any("embed_audio." in n for n in saved), "projections to leave out"
-    with torch.no_grad():
-        expected = reference(torch.tensor(TOKENS)).logits.numpy()
-    assert expect_logits(tmp_path, expected).modalities == []
-    assert processor_of(tmp_path) is None, "so that a request with media is refused"
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", GEMMA3N_CASES)
-def test_gemma3n_through_the_adapter_equals_transformers(transformers, tmp_path, case):
-    """mlx-lm's definition on our caches: chunked prefill, rows of two lengths, keys read from an earlier layer."""
+@pytest.mark.parametrize("is_released", [True, False], ids=["as released", "as transformers 5 saves it"])
+def test_gemma3n_text_equals_transformers(transformers, tmp_path, case, is_released):
+    """mlx-lm's layers on our caches: chunked prefill, rows of two lengths, keys read from an earlier layer."""
     reference = hf.text_model(transformers, "gemma3n_text", {**GEMMA3N, **GEMMA3N_CASES[case]})
     reference.save_pretrained(tmp_path)
 
     def released(config):
+        if not is_released:
+            return config
         config.pop("rope_parameters")
         return config | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
 
     weights = load_file(tmp_path / "model.safetensors")
-    for layer in (3, 4):  # released checkpoints hold projections that nothing reads; transformers 5 does not save them
+    for layer in (3, 4) if is_released else ():  # projections that nothing reads; transformers 5 does not save them
         for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
             unread = weights[f"model.layers.0.self_attn.{name}"]
             weights[f"model.layers.{layer}.self_attn.{name}"] = np.zeros_like(unread)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     as_released(tmp_path, released)
-    add_encoders(tmp_path)
     model = load(ModelFiles(name="m", folder=tmp_path), "float32").model
-    assert not isinstance(model, MediaModel), "its encoders are not served"
-    assert processor_of(tmp_path) is None, "so that a request with media is refused"
+    assert model.modalities == []
+    assert processor_of(tmp_path).modalities == (), "so that a request with media is refused"
     expected = hf.hf_logits(reference, TOKENS)
     np.testing.assert_allclose(cached_logits(model, TOKENS), expected, rtol=0, atol=1e-4)

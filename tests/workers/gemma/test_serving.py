@@ -58,11 +58,11 @@ def prompt(*parts):
     return tokens, media
 
 
-def run(engine, requests, schedule=None, **rig):
+def run(engine, requests, schedule=None, num_tokens=NUM_TOKENS, params=NO_PLACEHOLDERS, **rig):
     """Greedy tokens of requests that join one after the other."""
     made = EngineRig(engine, **rig)
     for name, (tokens, media) in requests.items():
-        made.submit(name, tokens, NUM_TOKENS, NO_PLACEHOLDERS, media=media)
+        made.submit(name, tokens, num_tokens, params, media=media)
         for _ in range(schedule.randrange(4) if schedule is not None else 0):
             made.work()
     made.drain()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +21,21 @@ from shared.errors import BadModel
 from workers.models.gemma.clipped import ClippedLinear
 
 MAX_TIMESCALE = 10_000.0
+
+
+class LocalAttention(Protocol):
+    """What `Blocks` need to know of an encoder, as `AudioConfig` has it."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def chunk_size(self) -> int: ...
+    @property
+    def num_past(self) -> int: ...
+    @property
+    def num_future(self) -> int: ...
+    @property
+    def context_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -122,25 +137,34 @@ class Blocks:
     Attributes:
         keys: (blocks, context) position of each key, held within the clip.
         is_seen: (blocks, chunk, context) is the key in the clip and in the query's window?
-        positions: (distances, H) sines and cosines of the distances context // 2 .. 0.
+        positions: (distances, H) sines and cosines of the distances context // 2 .. 0, or of num_past .. -num_future.
         distances: (chunk, context) which of `positions` applies; one past the last: none does.
     """
 
-    def __init__(self, config: AudioConfig, length: int) -> None:
+    def __init__(self, config: LocalAttention, length: int, is_inclusive: bool = False) -> None:
+        """Args:
+        is_inclusive: keys at the bounds of the window are seen (Gemma 3n); Gemma 4 does not see them.
+        """
         chunk, context = config.chunk_size, config.context_size
         first = mx.arange(-(-length // chunk))[:, None] * chunk
         keys = first - config.num_past + mx.arange(context)
         queries = first + mx.arange(chunk)
         distance = queries[:, :, None] - keys[:, None, :]
-        # Both bounds are strict in the reference, so the key that lies `num_past` behind is never seen.
-        in_window = (distance >= 0) & (distance < config.num_past) | (distance < 0) & (-distance < config.num_future)
+        if is_inclusive:
+            in_window = (distance <= config.num_past) & (-distance <= config.num_future)
+            farthest, nearest = config.num_past, -config.num_future
+        else:
+            in_window = (distance >= 0) & (distance < config.num_past) | (distance < 0) & (
+                -distance < config.num_future
+            )
+            farthest, nearest = context // 2, 0
         self.is_seen = in_window & (keys >= 0)[:, None] & (keys < length)[:, None]
         self.keys = mx.clip(keys, 0, length - 1)
-        num_distances = context // 2 + 1
+        num_distances = farthest - nearest + 1
         timescales = config.hidden_size // 2
         increment = math.log(MAX_TIMESCALE) / max(timescales - 1, 1)
         frequencies = mx.exp(mx.arange(timescales, dtype=mx.float32) * -increment)
-        angles = mx.arange(num_distances - 1, -1, -1, dtype=mx.float32)[:, None] * frequencies
+        angles = mx.arange(farthest, nearest - 1, -1, dtype=mx.float32)[:, None] * frequencies
         self.positions = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
         index = mx.arange(context)[None] - mx.arange(chunk)[:, None]
         self.distances = mx.where((index >= 0) & (index < num_distances), index, num_distances)

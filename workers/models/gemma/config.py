@@ -94,7 +94,8 @@ def _gemma(
     activation = text.get("hidden_activation") or "gelu_pytorch_tanh"
     if activation != "gelu_pytorch_tanh":
         raise BadModel(f"{model_type}: hidden_activation {activation!r} is not supported")
-    bidirectional = text.get("use_bidirectional_attention")
+    is_unified = model_type.startswith("gemma4_unified")
+    bidirectional = text.get("use_bidirectional_attention", "vision" if is_unified else None)
     if bidirectional not in (None, False, "vision"):
         raise BadModel(f"{model_type}: use_bidirectional_attention {bidirectional!r} is not supported")
     if text.get("attn_logit_softcapping"):
@@ -104,7 +105,7 @@ def _gemma(
             text[name] = default
     layers = _layers(text, is_gemma4)
     spans: Spans = "sliding" if bidirectional == "vision" else "none"
-    if model_type == "gemma3":
+    if model_type == "gemma3" or (is_unified and bidirectional == "vision"):
         spans = "all"
     chosen = text.get("top_k_experts")
     experts = None

@@ -20,24 +20,22 @@ from workers.models.gemma.clipped import MediaEmbedder
 from workers.models.gemma.config import GemmaConfig
 from workers.models.gemma.siglip import Projector, SiglipConfig, SiglipTower
 from workers.models.gemma.text import TextDecoder
+from workers.models.gemma.unified import UnifiedAudioConfig, UnifiedVisionConfig, UnifiedVisionEmbedder
 from workers.models.gemma.vision import VisionConfig, VisionTower, cut_patches
 
-IMAGE_PARTS = ("vision_tower", "embed_vision", "multi_modal_projector")
+IMAGE_PARTS = ("vision_tower", "embed_vision", "multi_modal_projector", "vision_embedder")
 AUDIO_PARTS = ("audio_tower", "embed_audio")
-# `gemma4_unified` feeds raw patches and samples through one projection; that is not defined here.
-OTHER_PARTS = ("vision_embedder",)
-
 
 MAX_SOFT_TOKENS = 280  # of an image, where the configuration does not say
 
 
 @dataclass(frozen=True)
 class MultimodalConfig:
-    """`vision` and `audio` are None where the model has no such encoder, or one that is not supported."""
+    """`vision` and `audio` are None where the model has no such encoder."""
 
     text: GemmaConfig
-    vision: VisionConfig | SiglipConfig | None
-    audio: AudioConfig | None
+    vision: VisionConfig | SiglipConfig | UnifiedVisionConfig | None
+    audio: AudioConfig | UnifiedAudioConfig | None
     num_image_tokens: int  # of every image for Gemma 3, of the largest for Gemma 4
 
     @classmethod
@@ -51,12 +49,13 @@ class MultimodalConfig:
         vision, audio = config.get("vision_config"), config.get("audio_config")
         if text.model_type == "gemma3":
             return cls(text, SiglipConfig.from_hf(vision) if vision else None, None, _num_image_tokens(config))
-        if text.model_type != "gemma4":
-            return cls(text, None, None, 0)
+        is_unified = text.model_type == "gemma4_unified"
+        read_vision = UnifiedVisionConfig.from_hf if is_unified else VisionConfig.from_hf
+        read_audio = UnifiedAudioConfig.from_hf if is_unified else AudioConfig.from_hf
         return cls(
             text,
-            VisionConfig.from_hf(vision) if vision else None,
-            AudioConfig.from_hf(audio) if audio else None,
+            read_vision(vision) if vision is not None else None,
+            read_audio(audio) if audio is not None else None,
             int(config.get("vision_soft_tokens_per_image") or MAX_SOFT_TOKENS),
         )
 
@@ -79,13 +78,18 @@ class Gemma(nn.Module):
         self.language_model = TextDecoder(config.text)
         hidden = config.text.hidden_size
         self.vision_tower: Any
+        self.embed_vision: Any
         if isinstance(config.vision, SiglipConfig):
             self.vision_tower = SiglipTower(config.vision)
             self.multi_modal_projector = Projector(config.vision, config.num_image_tokens, hidden)
+        elif isinstance(config.vision, UnifiedVisionConfig):
+            self.embed_vision = UnifiedVisionEmbedder(config.vision, hidden)
         elif config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.embed_vision = MediaEmbedder(config.vision.hidden_size, hidden, config.vision.rms_norm_eps)
-        if config.audio is not None:
+        if isinstance(config.audio, UnifiedAudioConfig):
+            self.embed_audio = MediaEmbedder(config.audio.frame_size, hidden, config.audio.rms_norm_eps)
+        elif config.audio is not None:
             self.audio_tower = AudioTower(config.audio)
             self.embed_audio = MediaEmbedder(config.audio.output_size, hidden, config.audio.rms_norm_eps)
 
@@ -100,11 +104,11 @@ class Gemma(nn.Module):
 
     @property
     def has_vision(self) -> bool:
-        return "vision_tower" in self
+        return "vision_tower" in self or "embed_vision" in self
 
     @property
     def has_audio(self) -> bool:
-        return "audio_tower" in self
+        return "embed_audio" in self
 
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
@@ -139,7 +143,7 @@ class Gemma(nn.Module):
         """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
-        """(1, num_tokens, H) of an image's `pixels` (height, width, 3) uint8 or a clip's log-mel `frames` (T, mels)."""
+        """(1, num_tokens, H) of an image's `pixels` (height, width, 3) uint8 or of a clip's `frames` (T, values)."""
         if kind == "audio":
             return self.encode_audio(tensors["frames"])[None]
         pixels = tensors["pixels"].astype(mx.float32) * (1 / 255)
@@ -153,15 +157,19 @@ class Gemma(nn.Module):
         """What stands for one image, (tokens, H).
 
         Args:
-            pixels: Gemma 3: (3, size, size) in -1..1. Gemma 4: (rows * columns, 3 * patch_size**2) in 0..1.
+            pixels: Gemma 3: (3, size, size) in -1..1. The others: (rows * columns, 3 * patch_size**2) in 0..1.
             grid: (rows, columns) of patches; Gemma 3 does not need it.
         """
         if isinstance(self.config.vision, SiglipConfig):
             return self.multi_modal_projector(self.vision_tower(pixels[None]))[0]
+        if isinstance(self.config.vision, UnifiedVisionConfig):
+            return self.embed_vision(pixels, grid)
         return self.embed_vision(self.vision_tower(pixels, grid))
 
     def encode_audio(self, frames: mx.array) -> mx.array:
-        """What stands for one clip of log-mel frames (T, mels): (ceil(T / 4), H)."""
+        """What stands for one clip: (ceil(T / 4), H) of log-mel frames (T, mels), (T, H) of raw ones (T, samples)."""
+        if isinstance(self.config.audio, UnifiedAudioConfig):
+            return self.embed_audio(frames.astype(self.language_model.model.norm.weight.dtype))
         return self.embed_audio(self.audio_tower(frames))
 
     def hidden(
@@ -185,10 +193,11 @@ class Gemma(nn.Module):
         named = {canonical_name(name): weight for name, weight in weights.items()}
         text = {n.removeprefix("language_model."): w for n, w in named.items() if n.startswith("language_model.")}
         made = {f"language_model.{name}": weight for name, weight in self.language_model.sanitize(text).items()}
-        for parts, tower in ((IMAGE_PARTS, "vision_tower"), (AUDIO_PARTS, "audio_tower")):
+        for parts in (IMAGE_PARTS, AUDIO_PARTS):
             own = {n: w for n, w in named.items() if n.startswith(tuple(f"{part}." for part in parts))}
-            if tower in self and own:
-                convert = getattr(self[tower], "sanitize", None)
+            encoders = [self[part] for part in parts if part in self]
+            if encoders and own:
+                convert = getattr(encoders[0], "sanitize", None)
                 made |= own if convert is None else convert(own)
             else:
                 for part in parts:
@@ -203,5 +212,5 @@ def canonical_name(name: str) -> str:
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
     bare = name.removeprefix("model.")
-    parts = ("language_model", *IMAGE_PARTS, *AUDIO_PARTS, *OTHER_PARTS)
+    parts = ("language_model", *IMAGE_PARTS, *AUDIO_PARTS)
     return bare if bare.startswith(tuple(f"{part}." for part in parts)) else name
