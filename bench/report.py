@@ -77,8 +77,15 @@ def machine() -> dict[str, Any]:
 
 
 def gpu() -> str | None:
-    """Name and driver of the NVIDIA GPUs; None without any."""
-    return _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    """Name and driver of the NVIDIA GPUs, on one line; None without any."""
+    found = _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    return None if found is None else described(found.splitlines())
+
+
+def described(gpus: list[str]) -> str:
+    """["H100, 580", "H100, 580"] -> "2 of H100, 580"."""
+    counted = {gpu: gpus.count(gpu) for gpu in gpus}
+    return "; ".join(gpu if number == 1 else f"{number} of {gpu}" for gpu, number in counted.items())
 
 
 def versions() -> dict[str, str]:
