@@ -1,15 +1,17 @@
 """Speculation with a given acceptance rate on a random model: what the engine makes of it, against what costs allow.
 
     python -m bench.synthetic --shape 8b --batches 1,4,8,16,32 --acceptance 0.8
+    python -m bench.synthetic --shape gemma4-e4b --drafter assistant --batches 8
 
 The real scheduler core and the real engine run in this process, and each drafted token is accepted with the given
 chance, by a keyed draw: so every row of a batch accepts a number of its own. Drafts are tokens of no sense that arrive
-after a given time (a busy wait, as a drafter on the same machine would take).
+after a given time (a busy wait, as a drafter on the same machine would take), or those of a Gemma 4 assistant: then the
+rows that the target hands over and the drafter's forwards are part of the time.
 Arms: plain decoding, the policy's own choice, and each fixed k that verify times were measured for. A rate is
 of the time in which all rows run: from the last row's first token (with drafts: its first round, in which the drafter
 takes the prompt in) to the first row's end. The speed-up that the costs allow is the best over k of
 E(k) * plain / (verify(k) + draft(k)): verify(k) as measured at the start of a server, draft(k) as it was in the arm of
-that k.
+that k. Plain decoding is measured before the target keeps anything for a drafter.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 
-from bench.model_shapes import SHAPES, random_model
+from bench.model_shapes import ASSISTANTS, SHAPES, random_model
 from bench.report import print_last_line, provenance, write_json
-from bench.synthetic_drafters import Coin, Drafter, WaitDrafter
+from bench.synthetic_drafters import Coin, Drafter, RandomAssistant, WaitDrafter
 from scheduler.core import Core
 from scheduler.metrics import Metrics
 from shared.config import Settings
@@ -265,11 +267,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batches", default="1,4,8,16,32")
     parser.add_argument("--acceptance", type=float, default=0.8)
-    parser.add_argument("--draft-ms", type=float, default=1.0, help="from request to reply")
+    parser.add_argument("--drafter", choices=("wait", "assistant"), default="wait", help="where drafts come from")
+    parser.add_argument("--draft-ms", type=float, default=1.0, help="from request to reply, for `wait`")
     parser.add_argument("--output-tokens", type=int, default=160)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
+    if options.drafter == "assistant" and options.shape not in ASSISTANTS:
+        parser.error(f"an assistant is known for {', '.join(ASSISTANTS)}")
     cuda.prepare()  # as a server with a model of ours
     cuda.leave_out_graphs()
     mx.random.seed(0)
@@ -280,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = Arms(engine, info, options)
     plain = {batch: arms.plain(batch) for batch in batches}
     drafter: Drafter = WaitDrafter(options.draft_ms / 1000)
+    if options.drafter == "assistant":
+        drafter = RandomAssistant(options.shape, loaded, engine)
     costs = measure(engine, info)
     arms = Arms(engine, msgspec.structs.replace(info, step_costs=costs), options)
     rows = []
@@ -290,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         **provenance("synthetic"), "acceptance": options.acceptance, "drafter": drafter.name,
         "drafter_parameters": drafter.num_parameters,
-        "draft_ms": options.draft_ms, "rows": rows,
+        "draft_ms": options.draft_ms if options.drafter == "wait" else None, "rows": rows,
         "step_costs": [_struct_cost(c) for c in costs],
     }  # fmt: skip
     if options.json:

@@ -1,18 +1,28 @@
 """What stands in for a drafter and its acceptance in `bench.synthetic`.
 
-Drafts come after a wait; a coin says how many are accepted.
+Drafts come after a wait or from a Gemma 4 assistant with random weights; a coin says how many are accepted.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
+import mlx.core as mx
 import msgspec
+from mlx.utils import tree_flatten
 
+from bench.model_shapes import write_assistant
+from shared.config import Settings
 from shared.messages import Draft, DraftReply, DraftRequest, StepResult, WorkerInfo
-from workers.engine import PendingStep
+from workers.build_drafter import build_drafter, draft_config, install_fusion
+from workers.drafters.assistant import AssistantDrafter
+from workers.engine import Engine, PendingStep
+from workers.load import LoadedModel
+from workers.machine import DTYPES
 from workers.sampling.uniform import uniform
 
 MAX_K = 7
@@ -60,6 +70,56 @@ class WaitDrafter:
         while time.perf_counter() < until:
             pass
         return DraftReply(epoch=request.epoch, draft_id=request.draft_id, drafts=drafts, seconds=0.0)
+
+
+class RandomAssistant:
+    """The drafter process of a Gemma 4 assistant without its sockets: rows pass through the host as there.
+
+    From now on the target keeps the rows that the assistant reads: plain decoding is measured before.
+
+    Args:
+        shape: of `ASSISTANTS`; `loaded` and `engine` are its target.
+    """
+
+    name = "assistant"
+
+    def __init__(self, shape: str, loaded: LoadedModel, engine: Engine) -> None:
+        self._target = engine
+        with TemporaryDirectory() as folder:
+            write_assistant(Path(folder), shape, loaded.dtype)
+            settings = Settings(draft_model=folder, draft_block_size=MAX_K)
+            install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
+            self._engine, self._info = build_drafter(settings, loaded)
+        drafter = self._engine.drafter
+        assert isinstance(drafter, AssistantDrafter), "the checkpoint of an assistant"
+        arrays = [array for _, array in tree_flatten(drafter.model.parameters())]
+        self.num_parameters = sum(a.size for a in arrays if mx.issubdtype(a.dtype, mx.floating))
+
+    def info(self, target: WorkerInfo) -> WorkerInfo:
+        return self._info
+
+    def reset(self) -> None:
+        self._engine.reset()
+
+    def features(self, pending: PendingStep, result: StepResult) -> None:
+        found = self._target.feature_rows(pending, result)
+        if found is None:
+            return
+        self._engine.use_epoch(pending.step.epoch)
+        at = 0
+        for rows in found[0]:
+            self._engine.take_features(rows, found[1][at : at + rows.num_rows])
+            at += rows.num_rows
+
+    def draft(self, request: DraftRequest) -> DraftReply:
+        started = time.perf_counter()
+        self._engine.use_epoch(request.target_epoch)
+        self._engine.end(request.ended)
+        for row in request.rows:
+            self._engine.take_tokens(row)
+        drafts = self._engine.draft(request.rows)
+        seconds = time.perf_counter() - started
+        return DraftReply(epoch=request.epoch, draft_id=request.draft_id, drafts=drafts, seconds=seconds)
 
 
 class Coin:
