@@ -53,12 +53,12 @@ def run_tandem(options: argparse.Namespace) -> dict[str, Any]:
     for batch in options.batches:
         played = []
         for _ in range(REPEATS):
-            played.append(Loop(engine, info, 0.0, 0).run(batch, options.output_tokens, options.prompt_tokens))
+            played.append(Loop(engine, info).run(batch, options.output_tokens, options.prompt_tokens))
             engine.reset()
         rates[batch] = max(played)
     for _ in range(REPEATS):
         started = time.perf_counter()
-        loop = Loop(engine, info, 0.0, 0)
+        loop = Loop(engine, info)
         loop.run(1, 2, options.prefill)
         assert loop.first_token_at is not None
         firsts.append(loop.first_token_at - started)

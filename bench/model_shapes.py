@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
+from workers.drafters.gemma4_assistant import AssistantConfig, Gemma4Assistant
 from workers.load import LoadedModel
 from workers.load.loader import cast
 from workers.models.own import OWN, adapted_to_caches
@@ -86,6 +89,48 @@ SHAPES: dict[str, dict[str, Any]] = {
         "top_k_experts": 2, "moe_intermediate_size": 32, "layer_types": _layer_types(12),
     },
 }  # fmt: skip
+
+_ASSISTANT_TEXT = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    "hidden_size_per_layer_input": 0, "enable_moe_block": False,
+}  # fmt: skip
+
+# What a target's assistant has of its own, the rest is the target's. With these sizes the tensors of both real ones are
+# as large as the published files without their headers: 159,132,680 and 839,422,472 bytes.
+ASSISTANTS: dict[str, dict[str, Any]] = {
+    "gemma4-e4b": {
+        "text_config": {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4},
+        "use_ordered_embeddings": True, "num_centroids": 2048, "centroid_intermediate_top_k": 32,
+    },
+    "gemma4-26b-a4b": {
+        "text_config": {"hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16},
+    },
+    "gemma4-tiny": {
+        "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4},
+        "use_ordered_embeddings": True, "num_centroids": 16, "centroid_intermediate_top_k": 4,
+    },
+}  # fmt: skip
+
+
+def assistant_config(shape: str) -> dict[str, Any]:
+    """The config.json of the assistant for this target."""
+    own = ASSISTANTS[shape]
+    return {
+        "architectures": ["Gemma4AssistantForCausalLM"], "model_type": "gemma4_assistant",
+        "backbone_hidden_size": SHAPES[shape]["hidden_size"], **own,
+        "text_config": {**SHAPES[shape], **_ASSISTANT_TEXT, **own["text_config"]},
+    }  # fmt: skip
+
+
+def write_assistant(folder: Path, shape: str, dtype: str) -> None:
+    """A checkpoint with random weights in the shape of the assistant for this target."""
+    config = assistant_config(shape)
+    model = Gemma4Assistant(AssistantConfig.from_hf(config))
+    _randomise(model, dtype)
+    if model.config.num_centroids:  # each token in one cluster, so that as many rows are read as of a real one
+        model.masked_embedding.token_ordering = mx.random.permutation(model.config.text.vocab_size).astype(mx.int32)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def random_model(shape: str, dtype: str) -> LoadedModel:

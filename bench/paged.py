@@ -133,7 +133,7 @@ def sharing(engine: Engine, info: WorkerInfo, agents: int, length: int) -> dict[
 
     blocks.restore, engine.begin = timed, watched  # type: ignore[method-assign]
     try:
-        loop = Loop(engine, info, 0.0, 0)
+        loop = Loop(engine, info)
         loop.run(1, 32, length)
         alone = held.take()
         loop.run(agents, 32, length)
