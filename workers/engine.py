@@ -104,6 +104,8 @@ class Engine:
         self._request_ids: dict[int, RequestId] = {}
         self._snapshots: dict[int, RecurrentSnapshot] = {}
         self._replay: dict[int, list[int]] = {}  # recurrent: accepted tokens that the slot's state lacks
+        self._rewinds: bool = self.store.is_recurrent and getattr(model.model, "rewinds", False)
+        self._kept: dict[int, int] = {}  # where it is so: how many of a row's tokens stay, after a rejected draft
         self._failed: set[int] = set()  # slots whose keys and values may hold NaN
         self._features: list[FusedRows] = []
         self._restored: list[tuple[FeatureRows, mx.array]] = []
@@ -250,15 +252,20 @@ class Engine:
             if packed:
                 yield packed
             decodes, prefills = ([row for row in rows if self._has_media(row)] for rows in (decodes, prefills))
-        if self.store.is_recurrent:
+        if self._needs_one_width:
             yield from self._recurrent_groups(decodes)
         elif decodes:
             yield decodes
         yield from prefill_groups(prefills, self._prefill_kind, lambda row: self._padded(_width(row)))
 
+    @property
+    def _needs_one_width(self) -> bool:
+        """Recurrent layers that know no padding, or a CPU, where padding costs."""
+        return self.store.is_recurrent and (self.store.is_exact or not self._rewinds)
+
     def _prefill_kind(self, row: StepRow) -> tuple[int, ...] | None:
         """Prefills that begin at one position see the same keys behind each other: causal attention without a mask."""
-        if self.store.is_exact or self.store.is_recurrent or self._has_media(row):
+        if self.store.is_exact or self._needs_one_width or self._has_media(row):
             return None
         return row.start, self._padded(_width(row)), self.store.placement.where(row.slot)[0]
 
@@ -268,8 +275,8 @@ class Engine:
     def _recurrent_groups(self, decodes: list[StepRow]) -> Iterator[list[StepRow]]:
         """Rows by width, so that nothing is padded: a padding token would go into a recurrent state.
 
-        After a partly rejected draft the accepted tokens are fed again: at the head of the slot's next row while that
-        is short, otherwise in a forward of their own.
+        Without trails the accepted tokens are fed again after a partly rejected draft: at the head of the slot's next
+        row while that is short, otherwise in a forward of their own.
         """
         by_width: dict[int, list[StepRow]] = {}
         for row in decodes:
@@ -283,7 +290,7 @@ class Engine:
                     ]
                 else:
                     row = msgspec.structs.replace(row, start=start, token_ids=[*replay, *row.token_ids])
-            if row.num_drafts:
+            if row.num_drafts and not self._rewinds:
                 self._snapshots[row.slot] = self.store.snapshot(row.slot)
             by_width.setdefault(_width(row), []).append(row)
         yield from by_width.values()
@@ -298,7 +305,9 @@ class Engine:
         else:
             width = self._padded(max(widths))
             spans = self.media.spans(group) if self.media is not None else None
-            batch = self.store.open(slots, starts, width, spans=spans)
+            batch = self.store.open(slots, starts, width, widths, spans)
+            for view in batch.recurrent:
+                view.has_drafts = self._rewinds and any(row.num_drafts for row in group)
             ordered = [group[i] for i in batch.order]
             inputs = self._inputs(ordered, width)
         media = self.media.forward(ordered, inputs) if self.media is not None else None
@@ -327,7 +336,7 @@ class Engine:
 
     def _padded(self, width: int) -> int:
         """Steps on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""
-        if self.store.is_exact or self.store.is_recurrent:
+        if self.store.is_exact or self._needs_one_width:
             return width
         if width <= MAX_VERIFY_WIDTH:
             return 1 << (width - 1).bit_length()
@@ -411,6 +420,10 @@ class Engine:
                 state = pending.sampled_rows[first].state
                 results.append(self._row_result(row, state, tokens[first:end], is_finite[first:end], first, logprobs))
         results += [self._pooled_result(slot, vector) for slot, vector in pending.vectors]
+        if self._kept:
+            self.store.rewind(self._kept)
+            self._kept = {}
+            start_evaluating([a for layer in self.store.recurrent_layers for a in layer.pending()])
         read = time.perf_counter()
         return StepResult(
             epoch=pending.step.epoch,
@@ -471,6 +484,8 @@ class Engine:
             return RowResult(slot=row.slot, token_ids=[], error=f"grammar: {error}")
         if row.num_drafts and row.slot in self._slots:
             self._slots[row.slot].note(mx.array(kept, dtype=mx.int32))
+            if self._rewinds and num_accepted < row.num_drafts:
+                self._kept[row.slot] = _width(row) - row.num_drafts + num_accepted
             snapshot = self._snapshots.pop(row.slot, None)
             if snapshot is not None and num_accepted < row.num_drafts:
                 self.store.restore(row.slot, snapshot)

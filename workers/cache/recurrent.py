@@ -1,10 +1,14 @@
 """States of recurrent layers (SSM, gated delta net, short convolution): one immutable set of arrays per slot.
 
-States are never written in place, so keeping an earlier one is keeping a reference: that is how a rejected draft is
-rolled back.
+States are never written in place, so keeping an earlier one is keeping a reference. A rejected draft is rolled back in
+one of two ways: layers of ours leave a `Trail`, from which the state after any of the step's tokens is computed in one
+go for all rows; for others the state before the step is put back, and the accepted tokens are fed again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -14,10 +18,21 @@ from workers.cache.spec import RecurrentSpec
 State = list[mx.array | None]
 
 
+class Trail(Protocol):
+    """What a layer keeps of a step that verifies drafts: the state before it and what each token changes."""
+
+    lengths: list[int]
+    """Real tokens of each row."""
+
+    def rewound(self, counts: mx.array) -> State:
+        """The states (B, ...) after the first counts[i] tokens of row i."""
+
+
 class RecurrentLayer:
     def __init__(self, spec: RecurrentSpec) -> None:
         self.spec = spec
         self._batches: dict[int, tuple[State, int]] = {}  # slot -> (arrays of a batch, this slot's row in them)
+        self._trails: dict[int, tuple[Trail, int]] = {}  # slot -> (trail of a batch, this slot's row in it)
 
     def stacked(self, slots: list[int]) -> State:
         """The slots' states as batch arrays (B, ...); None where no slot has one yet."""
@@ -37,15 +52,34 @@ class RecurrentLayer:
             return None
         return mx.concatenate([mx.zeros_like(known) if r is None else r for r in rows])
 
-    def store(self, slots: list[int], arrays: State) -> None:
+    def store(self, slots: list[int], arrays: State, trail: Trail | None = None) -> None:
         batch = list(arrays)
         for i, slot in enumerate(slots):
             self._batches[slot] = (batch, i)
+            if trail is None:
+                self._trails.pop(slot, None)
+            else:
+                self._trails[slot] = (trail, i)
+
+    def rewind(self, num_kept: Mapping[int, int]) -> None:
+        """Give slots the states after the first tokens of their last row: num_kept[slot] of them.
+
+        Other rows of the same batch stay where they are, so that the batch stays one.
+        """
+        trails = {id(self._trails[slot][0]): self._trails[slot][0] for slot in num_kept if slot in self._trails}
+        for trail in trails.values():
+            rows = {row: slot for slot, (held, row) in self._trails.items() if held is trail}
+            counts = [num_kept.get(rows[i], n) if i in rows else n for i, n in enumerate(trail.lengths)]
+            states = trail.rewound(mx.array(counts, dtype=mx.int32))
+            for row, slot in rows.items():
+                self._batches[slot] = (states, row)
+                del self._trails[slot]
 
     def snapshot(self, slot: int) -> tuple[State, int] | None:
         return self._batches.get(slot)
 
     def restore(self, slot: int, state: tuple[State, int] | None) -> None:
+        self._trails.pop(slot, None)
         if state is None:
             self._batches.pop(slot, None)
         else:
@@ -53,6 +87,7 @@ class RecurrentLayer:
 
     def release(self, slot: int) -> None:
         self._batches.pop(slot, None)
+        self._trails.pop(slot, None)
 
     def pending(self) -> list[mx.array]:
         """All arrays held, for evaluation."""
@@ -68,13 +103,23 @@ class RecurrentView(ArraysCache):  # type: ignore[misc] # mlx-lm has no types
 
     A subclass, since mlx-lm's mamba writes its state back only where it finds an ArraysCache.
 
-    `lengths` (B,) are the real tokens of each row in a padded step, None where nothing is padded.
+    `lengths` (B,) are the real tokens of each row in a padded step, None where nothing is padded. Where `has_drafts`, a
+    layer that can leaves a `trail`; `host_lengths` are for it.
     """
 
+    has_drafts = False
+    trail: Trail | None = None
+
     def __init__(
-        self, layer: RecurrentLayer, slots: list[int], lengths: mx.array | None, offset: int | mx.array
+        self,
+        layer: RecurrentLayer,
+        slots: list[int],
+        lengths: mx.array | None,
+        offset: int | mx.array,
+        host_lengths: list[int],
     ) -> None:
         super().__init__(layer.spec.num_arrays)
+        self.host_lengths = host_lengths
         self._layer = layer
         self._slots = slots
         self._state = layer.stacked(slots)
@@ -100,4 +145,4 @@ class RecurrentView(ArraysCache):  # type: ignore[misc] # mlx-lm has no types
 
     def close(self) -> None:
         """Keep the new state for each slot."""
-        self._layer.store(self._slots, self._state)
+        self._layer.store(self._slots, self._state, self.trail)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -165,6 +165,11 @@ class CacheStore:
     def snapshot(self, slot: int) -> RecurrentSnapshot:
         return [layer.snapshot(slot) for layer in self.recurrent_layers]
 
+    def rewind(self, num_kept: Mapping[int, int]) -> None:
+        """Roll recurrent layers of slots back to the first num_kept[slot] tokens of their last row; see `Trail`."""
+        for layer in self.recurrent_layers:
+            layer.rewind(num_kept)
+
     def restore(self, slot: int, snapshot: RecurrentSnapshot) -> None:
         """Back to an earlier state; keys and values need nothing, their length is a number."""
         for layer, state in zip(self.recurrent_layers, snapshot, strict=True):
@@ -190,14 +195,15 @@ class CacheStore:
         shape.spans = None if spans is None else [spans[i] for i in order]
         for i in order:
             self._lengths[slots[i]] = max(self._lengths.get(slots[i], 0), starts[i] + width)
-        real = None if lengths is None else mx.array([lengths[i] for i in order])
+        host_lengths = [width if lengths is None else lengths[i] for i in order]
+        real = None if min(host_lengths) == width else mx.array(host_lengths, dtype=mx.int32)
         recurrent: list[RecurrentView] = []
         flat: list[View] = []
         for each in self._layers:
             if isinstance(each, KVLayer):
                 flat.append(self._view(each, shape))
             else:
-                view = RecurrentView(each, order_slots, real, shape.offset)
+                view = RecurrentView(each, order_slots, real, shape.offset, host_lengths)
                 recurrent.append(view)
                 flat.append(view)
         firsts = list(range(0, width * len(order), width))

@@ -17,8 +17,8 @@ class ReferenceAttention:
     def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
         batch, heads, rows, dim = q.shape
         if variant.rotation is not None:
-            q = variant.rotation(q.swapaxes(1, 2)).swapaxes(1, 2)
-            k = variant.rotation(k.swapaxes(1, 2)).swapaxes(1, 2)
+            # By the pages: these may be some of a forward's rows, whose rotation knows all of them.
+            q, k = (variant.rotation.rope.rotate(x.swapaxes(1, 2), pages.starts).swapaxes(1, 2) for x in (q, k))
         write_rows(pool, pages, k, v)
         num_kv_heads = k.shape[1]
         n = min(max(pages.host_starts) + rows, pages.table.shape[1] * pool.block_size)  # a ring holds no more

@@ -21,6 +21,7 @@ from workers.cache.spec import AttentionSpec, LayerSpec, LeafSpec, ListSpec, Rec
 from workers.cache.store import CacheStore
 from workers.machine import is_cpu
 from workers.models import gated_delta
+from workers.models.qwen import hybrid
 
 logger = logging.getLogger("target")
 
@@ -88,7 +89,21 @@ class MlxLmModel:
 
 
 class SplitMlxLmModel(MlxLmModel):
-    """One of `SPLIT`: also a `SplitModel`, so that drafters see its final rows and share its embedding and head."""
+    """One of `SPLIT`: also a `SplitModel`, so that drafters see its final rows and share its embedding and head.
+
+    Its layers run by workers/models/qwen/hybrid.py.
+    """
+
+    rewinds = True  # its recurrent layers leave trails
+
+    def __init__(self, model: nn.Module, architecture: str) -> None:
+        super().__init__(model, architecture)
+        hybrid.install(
+            model, is_cpu=is_cpu()
+        )  # what joins projections, which the caches of mlx-lm cannot be tried with
+
+    def query_heads(self) -> list[int]:
+        return hybrid.query_heads(self.model)
 
     def embed(self, inputs: mx.array) -> mx.array:
         rows: mx.array = self.model.model.embed_tokens(inputs)

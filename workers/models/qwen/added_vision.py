@@ -72,9 +72,14 @@ class PlacedRope:
     """In place of the `rope` of all attention layers: turns by the positions of the running forward, if it has any."""
 
     def __init__(self, plain: nn.Module, axial: AxialRope) -> None:
-        self._plain, self._axial = plain, axial
+        self.plain, self._axial = plain, axial
         self._first: mx.array | int | None = None
         self._rotate: Rotate | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """Does the running forward turn otherwise than by the cache's positions?"""
+        return self._rotate is not None or self._first is not None
 
     @contextmanager
     def placed(self, positions: mx.array | int | None) -> Iterator[None]:
@@ -91,7 +96,7 @@ class PlacedRope:
     def __call__(self, x: mx.array, offset: mx.array | int = 0) -> mx.array:
         """x (B, heads, L, dim), of which the first dimensions turn."""
         if self._rotate is None:
-            return self._plain(x, offset=offset if self._first is None else self._first)
+            return self.plain(x, offset=offset if self._first is None else self._first)
         dim = self._axial.dim
         return mx.concatenate([rotated(x[..., :dim], self._rotate), x[..., dim:]], axis=-1)
 

@@ -1,0 +1,196 @@
+"""Layers of Qwen3.5 and Qwen3-Next: mlx-lm's modules with forwards of ours.
+
+Attention ends in `cache.attend`, so that our kernels serve it. The gated delta net leaves a trail of a step that
+verifies drafts (`workers/cache/recurrent.py`), and on a GPU, where each launch counts, its projections are one product
+and its convolution of four tokens is elementwise. Parameters stay where mlx-lm has them until then.
+"""
+
+# mypy: disable-error-code="misc, no-any-return"
+# mlx.nn has no types, so its modules are Any to mypy.
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import qwen3_5, qwen3_next
+from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
+
+from workers.cache.recurrent import RecurrentView, State
+from workers.models.fuse import fuse_linears
+from workers.models.rope import Rope, RopeParameters
+
+L2_EPS = 1e-6
+
+
+class Attention(qwen3_next.Qwen3NextAttention):
+    """Gated attention, of which the head's first dimensions turn."""
+
+    own_rope: Rope | None = None  # where a kernel may rotate
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:  # noqa: ANN401 - mlx-lm's
+        if not hasattr(cache, "attend"):
+            return super().__call__(x, mask, cache)
+        batch, length, _ = x.shape
+        q, k, v = self._projected(x)
+        q, gate = mx.split(q.reshape(batch, length, self.num_attention_heads, -1), 2, axis=-1)
+        q = self.q_norm(q).swapaxes(1, 2)
+        k = self.k_norm(k.reshape(batch, length, self.num_key_value_heads, -1)).swapaxes(1, 2)
+        v = v.reshape(batch, length, self.num_key_value_heads, -1).swapaxes(1, 2)
+        rotation = None
+        if self.own_rope is not None and not getattr(self.rope, "is_placed", False):
+            rotation = self.own_rope.at(cache.offset, length, batch, is_cpu=False)
+        else:
+            q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
+        out = cache.attend(q, k, v, self.scale, rotation=rotation).swapaxes(1, 2).reshape(batch, length, -1)
+        return self.o_proj(out * mx.sigmoid(gate.reshape(batch, length, -1)))
+
+    def _projected(self, x: mx.array) -> list[mx.array]:
+        if "qkv_proj" not in self:
+            return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        size = self.num_key_value_heads * self.head_dim
+        return list(mx.split(self.qkv_proj(x), [2 * self.num_attention_heads * self.head_dim, -size], axis=-1))
+
+    def join(self) -> None:
+        joined = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
+        if joined is not None:
+            self.qkv_proj = joined
+            del self.q_proj, self.k_proj, self.v_proj
+
+
+class DeltaTrail:
+    """`Trail` of a gated delta net. `conv_input` (B, K - 1 + L, C) begins with the rows before the step."""
+
+    def __init__(self, layer: nn.Module, inputs: list[mx.array], state: mx.array | None, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self._layer, self._state = layer, state
+        self._conv_input, *self._changes = inputs
+
+    def rewound(self, counts: mx.array) -> State:
+        k, v, a, b = self._changes
+        mask = mx.arange(k.shape[1]) < counts[:, None]
+        layer = self._layer
+        _, state = gated_delta_update(k, k, v, a, b, layer.A_log, layer.dt_bias, self._state, mask)
+        return [_rows_at(self._conv_input, counts, layer.conv_kernel_size - 1), state]
+
+
+def _rows_at(conv_input: mx.array, counts: mx.array, size: int) -> mx.array:
+    """The `size` rows of a convolution's input that stand before its token number counts[i]."""
+    return mx.take_along_axis(conv_input, (counts[:, None] + mx.arange(size))[..., None], axis=1)
+
+
+@mx.compile
+def short_convolution(x: mx.array, taps: mx.array) -> mx.array:
+    """silu of a causal convolution of each channel: x (B, K - 1 + L, C), taps (K, C) float32 -> (B, L, C)."""
+    size = taps.shape[0]
+    length = x.shape[1] - size + 1
+    total = x[:, :length].astype(mx.float32) * taps[0]
+    for i in range(1, size):
+        total = total + x[:, i : i + length].astype(mx.float32) * taps[i]
+    return (total * mx.sigmoid(total)).astype(x.dtype)
+
+
+class _DeltaNet:
+    """What both gated delta nets have in common, behind their projections."""
+
+    def _scanned(
+        self: Any,
+        qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, mask: mx.array | None, cache: Any,  # noqa: ANN401
+    ) -> mx.array:  # fmt: skip
+        batch, length, _ = qkv.shape
+        size = self.conv_kernel_size - 1
+        before = cache[0] if cache is not None else None
+        if before is None:
+            before = mx.zeros((batch, size, self.conv_dim), dtype=qkv.dtype)
+        if mask is not None:
+            qkv = mx.where(mask[..., None], qkv, 0)
+        conv_input = mx.concatenate([before, qkv], axis=1)
+        state = cache[1] if cache is not None else None
+        convolved = self._convolved(conv_input)
+        q, k, v = mx.split(convolved, [self.key_dim, 2 * self.key_dim], axis=-1)
+        q, k = (x.reshape(batch, length, self.num_k_heads, self.head_k_dim) for x in (q, k))
+        v = v.reshape(batch, length, self.num_v_heads, self.head_v_dim)
+        q, k = normalize_qk(q, k, inv_scale=self.head_k_dim**-0.5, eps=L2_EPS)
+        out, after = gated_delta_update(q, k, v, a, b, self.A_log, self.dt_bias, state, mask)
+        if cache is not None:
+            if cache.lengths is None:
+                cache[0] = mx.contiguous(conv_input[:, -size:])
+            else:
+                cache[0] = _rows_at(conv_input, mx.clip(cache.lengths, 0, length), size)
+            cache[1] = after
+            cache.advance(length)
+            if isinstance(cache, RecurrentView) and cache.has_drafts:
+                cache.trail = DeltaTrail(self, [conv_input, k, v, a, b], state, cache.host_lengths)
+        return self.out_proj(self.norm(out, z).reshape(batch, length, -1))
+
+    def _convolved(self: Any, x: mx.array) -> mx.array:
+        return short_convolution(x, self._taps) if "_taps" in self else nn.silu(self.conv1d(x))
+
+    def join(self: Any) -> None:
+        """For a GPU. `_taps` (K, C) are the convolution's weights."""
+        self._taps = mx.contiguous(self.conv1d.weight[:, :, 0].T.astype(mx.float32))
+        mx.eval(self._taps)
+
+
+class GatedDeltaNet(_DeltaNet, qwen3_5.GatedDeltaNet):
+    def __call__(self, inputs: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:  # noqa: ANN401
+        batch, length, _ = inputs.shape
+        if "in_proj" in self:
+            ends = [self.conv_dim, self.conv_dim + self.value_dim, -self.num_v_heads]
+            qkv, z, b, a = mx.split(self.in_proj(inputs), ends, axis=-1)
+        else:
+            qkv, z = self.in_proj_qkv(inputs), self.in_proj_z(inputs)
+            b, a = self.in_proj_b(inputs), self.in_proj_a(inputs)
+        z = z.reshape(batch, length, self.num_v_heads, self.head_v_dim)
+        return self._scanned(qkv, z, b, a, mask, cache)
+
+    def join(self) -> None:
+        super().join()
+        joined = fuse_linears([self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a])
+        if joined is not None:
+            self.in_proj = joined
+            del self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+
+
+class NextGatedDeltaNet(_DeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):
+    def __call__(self, inputs: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:  # noqa: ANN401
+        q, k, v, z, b, a = self.fix_query_key_value_ordering(self.in_proj_qkvz(inputs), self.in_proj_ba(inputs))
+        qkv = mx.concatenate([x.reshape(*inputs.shape[:2], -1) for x in (q, k, v)], axis=-1)
+        return self._scanned(qkv, z, b, a, mask, cache)
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    qwen3_next.Qwen3NextAttention: Attention,
+    qwen3_5.GatedDeltaNet: GatedDeltaNet,
+    qwen3_next.Qwen3NextGatedDeltaNet: NextGatedDeltaNet,
+}
+
+
+def install(model: nn.Module, *, is_cpu: bool) -> None:
+    """Give the layers of one of mlx-lm's models, whose weights are in, the forwards of this file."""
+    for layer in model.layers:
+        module = layer.linear_attn if layer.is_linear else layer.self_attn
+        ours = OURS.get(type(module))
+        if ours is None:
+            continue
+        module.__class__ = ours
+        if is_cpu:
+            continue
+        module.join()
+        if not layer.is_linear:
+            module.own_rope = _plain_rope(module.rope)
+
+
+def _plain_rope(rope: Any) -> Rope | None:  # noqa: ANN401 - mlx-lm's, or `PlacedRope` around one
+    """For rotations without a scaling. None: the module's own is called."""
+    plain = getattr(rope, "plain", rope)
+    if type(plain) is not nn.RoPE or plain.traditional or plain.scale != 1.0:
+        return None
+    frequencies = tuple(plain.base ** (-i / plain.dims) for i in range(0, plain.dims, 2))
+    return Rope(RopeParameters(frequencies))
+
+
+def query_heads(model: nn.Module) -> list[int]:
+    """Of each attention layer."""
+    return [layer.self_attn.num_attention_heads for layer in model.layers if not layer.is_linear]
