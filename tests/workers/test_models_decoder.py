@@ -140,6 +140,24 @@ def test_fusing_keeps_the_logits_and_drops_the_parts():
     assert "q_proj" not in model.layers[0].self_attn
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_joined_as_on_a_gpu_keep_the_logits(has_bias):
+    """Without the attention kernel, whose part is joining q, k and v."""
+    config = decoder.DecoderConfig.from_hf({**SHAPE, "model_type": "llama", "mlp_bias": has_bias}, 128)
+    model = decoder.Model(config)
+    inputs = mx.random.randint(0, 96, (2, 7))
+    expected = np.array(model(inputs))
+    for layer in model.layers:
+        layer.self_attn.is_cpu = layer.mlp.is_cpu = False
+    model.is_cpu = False
+    model.fuse()
+    model.join_attention_inputs()
+    names = {name for name, _ in tree_flatten(model.layers[0].parameters())}
+    assert {"mlp.gate_up_proj.weight", "self_attn.qkv_proj.weight"} <= names
+    assert not {"mlp.gate_proj.weight", "self_attn.q_proj.weight"} & names
+    np.testing.assert_allclose(np.array(model(inputs)), expected, atol=2e-5)
+
+
 def test_quantised_projections_fuse_where_they_are_packed_alike():
     mx.random.seed(1)
     a, b = nn.Linear(64, 32, bias=False), nn.Linear(64, 48, bias=False)

@@ -18,6 +18,7 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
 from workers.cache.recurrent import RecurrentView, State
+from workers.models.decoder import swiglu
 from workers.models.fuse import fuse_linears
 from workers.models.rope import Rope, RopeParameters
 
@@ -160,26 +161,39 @@ class NextGatedDeltaNet(_DeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):
         return self._scanned(qkv, z, b, a, mask, cache)
 
 
+class MLP(qwen3_next.Qwen3NextMLP):
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up_proj" not in self:
+            return super().__call__(x)
+        return self.down_proj(swiglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
+
+    def join(self) -> None:
+        joined = fuse_linears([self.gate_proj, self.up_proj])
+        if joined is not None:
+            self.gate_up_proj = joined
+            del self.gate_proj, self.up_proj
+
+
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     qwen3_next.Qwen3NextAttention: Attention,
     qwen3_5.GatedDeltaNet: GatedDeltaNet,
     qwen3_next.Qwen3NextGatedDeltaNet: NextGatedDeltaNet,
+    qwen3_next.Qwen3NextMLP: MLP,
 }
 
 
 def install(model: nn.Module, *, is_cpu: bool) -> None:
     """Give the layers of one of mlx-lm's models, whose weights are in, the forwards of this file."""
     for layer in model.layers:
-        module = layer.linear_attn if layer.is_linear else layer.self_attn
-        ours = OURS.get(type(module))
-        if ours is None:
-            continue
-        module.__class__ = ours
-        if is_cpu:
-            continue
-        module.join()
-        if not layer.is_linear:
-            module.own_rope = _plain_rope(module.rope)
+        for module in (layer.linear_attn if layer.is_linear else layer.self_attn, layer.mlp):
+            ours = OURS.get(type(module))
+            if ours is None:
+                continue
+            module.__class__ = ours
+            if not is_cpu:
+                module.join()
+            if isinstance(module, Attention) and not is_cpu:
+                module.own_rope = _plain_rope(module.rope)
 
 
 def _plain_rope(rope: Any) -> Rope | None:  # noqa: ANN401 - mlx-lm's, or `PlacedRope` around one
