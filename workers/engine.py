@@ -264,9 +264,14 @@ class Engine:
         return self.store.is_recurrent and (self.store.is_exact or not self._rewinds)
 
     def _prefill_kind(self, row: StepRow) -> tuple[int, ...] | None:
-        """Prefills that begin at one position see the same keys behind each other: causal attention without a mask."""
+        """Prefills that begin at one position see the same keys behind each other: causal attention without a mask.
+
+        Those that go on from somewhere share a forward wherever they begin, where kernels attend in tiles.
+        """
         if self.store.is_exact or self._needs_one_width or self._has_media(row):
             return None
+        if row.start and self.store.takes_any_starts:
+            return (self._padded(_width(row)),)
         return row.start, self._padded(_width(row)), self.store.placement.where(row.slot)[0]
 
     def _has_media(self, row: StepRow) -> bool:

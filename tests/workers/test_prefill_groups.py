@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import mlx.core as mx
 import pytest
 
-from shared.messages import StepRow
-from tests.support.engine_rig import EngineRig, decoder_target, make_engine
+from shared.messages import RequestId, SequenceStart, Step, StepRow
+from tests.support.engine_rig import GREEDY, EngineRig, decoder_target, make_engine
 from workers.cache.spec import AttentionSpec
 from workers.engine import Engine
 from workers.kernels.choice import AttentionChoice, ShapeClass
@@ -69,3 +72,38 @@ def test_prompts_that_arrive_together_give_the_tokens_of_each_alone(window: int 
     together.engine._forward = counted  # type: ignore[method-assign, assignment]
     assert together.run(prompts, 8) == alone
     assert max(sizes) >= 4, "nothing was grouped"
+
+
+def test_prompts_that_go_on_from_different_positions_share_a_forward_where_kernels_attend_in_tiles() -> None:
+    """As prompts do of which different prefixes are cached."""
+    model = decoder_target(window=24)
+    prompts = [[(7 * i + 3 * j) % 50 for j in range(n)] for i, n in enumerate([40, 57, 75, 61])]
+    known = [7, 16, 32, 21]
+    engine = by_kernels(make_engine(model, 4, False, classes=CLASSES, max_width=128), model)
+    shapes: list[tuple[int, ...]] = []
+    hidden_rows = engine.model.hidden_rows
+
+    def watched(inputs: mx.array, *rest: Any) -> mx.array:
+        shapes.append(inputs.shape)
+        return hidden_rows(inputs, *rest)
+
+    def step(ends: list[int], firsts: list[int], *, is_sampled: bool) -> list[list[int]]:
+        starts = [
+            SequenceStart(
+                slot=i, request_id=RequestId(str(i)), sampling=GREEDY, num_prompt_tokens=len(p), token_ids=p
+            )
+            for i, p in enumerate(prompts) if not firsts[i]
+        ]  # fmt: skip
+        rows = [
+            StepRow(slot=i, start=first, capacity=90, token_ids=prompts[i][first:end], is_sampled=is_sampled)
+            for i, (first, end) in enumerate(zip(firsts, ends, strict=True))
+        ]
+        result = engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=starts, decodes=[], prefills=rows)))
+        return [row.token_ids for row in sorted(result.rows, key=lambda row: row.slot)]
+
+    step(known, [0] * 4, is_sampled=False)
+    engine.model.hidden_rows = watched  # type: ignore[method-assign]
+    together = step([len(p) for p in prompts], known, is_sampled=True)
+    assert shapes == [(4, 64)]
+    alone = EngineRig(make_engine(model)).run({str(i): p for i, p in enumerate(prompts)}, 1)
+    assert together == [alone[str(i)] for i in range(4)]

@@ -86,6 +86,7 @@ class CacheStore:
         self.kv_layers = [layer for layer in self._layers if isinstance(layer, KVLayer)]
         self.recurrent_layers = [layer for layer in self._layers if isinstance(layer, RecurrentLayer)]
         self.feature_layer: KVLayer | None = None
+        self.takes_any_starts = False  # prefill rows that begin at different positions may share a forward
         self._lengths: dict[int, int] = {}  # slot -> positions ever written
 
     def _attention_layer(self, spec: AttentionSpec, dtype: mx.Dtype) -> KVLayer:
@@ -102,6 +103,7 @@ class CacheStore:
         """From now on attend by kernels where `choice` has one; None: stock operations."""
         for layer in self.kv_layers:
             layer.attention = choice
+        self.takes_any_starts = choice is not None and choice.takes_any_starts
 
     @property
     def is_recurrent(self) -> bool:

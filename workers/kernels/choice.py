@@ -62,6 +62,12 @@ class AttentionChoice:
         shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, rows, q.dtype)
         return Use(self.attention, rows > 0) if self.is_used.get(shape, False) else None
 
+    @property
+    def takes_any_starts(self) -> bool:
+        """May prefill rows that begin at different positions share a forward? Everything goes through kernels then."""
+        has_chunks = any(shape.rows == 0 for shape in self.is_used)
+        return self.has_tiles and has_chunks and all(self.is_used.values())
+
     def tiles(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> PagedAttention | None:
         """The implementation that takes `width` tokens a row as many verify rows of one sequence; see `attend`."""
         if not self.has_tiles or spec.key_dim != spec.value_dim or width <= MAX_ROWS or width % MAX_ROWS:

@@ -78,7 +78,7 @@ def select(
         logger.info("attention kernels checked in %.1f s", time.perf_counter() - started)
         if setting == "auto":
             _write(path, choice, shapes)
-    choice.has_tiles = setting == "kernel"  # not yet seen to work on a GPU since its tables are contiguous
+    choice.has_tiles = True
     for reason in choice.reasons:
         logger.info("attention: %s", reason)
     if setting == "kernel" and not all(choice.is_used.values()):
