@@ -70,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--evaluate-documents", type=int, default=64)
     train.add_argument("--final-documents", type=int, default=200)
     train.add_argument("--draft-tokens", type=int, default=0, help="in the reported acceptance; 0: all predicted")
+    train.add_argument(
+        "--cache-gb", type=float, default=16.0, help="freed memory that is kept: others may train beside"
+    )
     train.add_argument("--compile", action="store_true", help="the whole step; on CUDA the first one takes minutes")
 
     judged = stages.add_parser("evaluate", help="acceptance of an exported drafter on held-out documents")
@@ -156,6 +159,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     from bench.training.target import load_target
     from shared.config import load
 
+    mx.set_cache_limit(int(args.cache_gb * 1e9))
     target = load_target(args.target or load().model, dtype=args.dtype)
     drafter = build.drafter(build.Choice.of(args), target)
     target.tap(drafter.taps)
