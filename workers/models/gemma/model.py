@@ -113,6 +113,10 @@ class Gemma(nn.Module):
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
 
+    def query_heads(self) -> list[int]:
+        """As `TextDecoder.query_heads`."""
+        return self.language_model.query_heads()
+
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)
 
