@@ -178,6 +178,7 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
     specs = [s for s in leaves(engine.store.specs) if isinstance(s, AttentionSpec)]
     query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
     layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []
+    shared_layers = getattr(loaded.model, "shared_layers", None)
     is_speculative = bool(settings.draft_checkpoint or settings.is_ngram)
     choice = select(
         layers,
@@ -186,6 +187,7 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
         is_speculative=is_speculative,
         cache_folder=settings.cache_folder,
         is_paged=settings.kv_layout == "paged",
+        shared=[layers[i] for i in shared_layers()] if layers and shared_layers is not None else (),
     )
     engine.store.use_attention(choice)
     if choice is None:

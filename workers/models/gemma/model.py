@@ -117,6 +117,10 @@ class Gemma(nn.Module):
         """As `TextDecoder.query_heads`."""
         return self.language_model.query_heads()
 
+    def shared_layers(self) -> list[int]:
+        """As `TextDecoder.shared_layers`."""
+        return self.language_model.shared_layers()
+
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)
 
