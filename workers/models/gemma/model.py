@@ -38,6 +38,11 @@ class MultimodalConfig:
     audio: AudioConfig | UnifiedAudioConfig | None
     num_image_tokens: int  # of every image for Gemma 3, of the largest for Gemma 4
 
+    @property
+    def attention_heads(self) -> set[tuple[int, int, int]]:
+        """As `GemmaConfig.attention_heads`."""
+        return self.text.attention_heads
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], max_model_len: int) -> MultimodalConfig:
         """Read a config.json.
