@@ -27,6 +27,7 @@ from workers.build import make_engine, select_attention
 from workers.engine import Engine
 from workers.load import LoadedModel
 from workers.machine import is_cpu
+from workers.own_attention import may_serve_all
 
 ARMS = ("slots/stock", "slots/kernel", "paged/stock", "paged/kernel")
 VERIFIED = 4  # tokens a row of the second reading
@@ -144,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     cuda.prepare()
-    cuda.leave_out_graphs()
+    if may_serve_all(SHAPES[options.shape]):
+        cuda.leave_out_graphs()
     result = {**report.provenance("attention_tokens"), "shape": options.shape, **run(options)}
     if options.json:
         report.write_json(options.json, result)

@@ -31,14 +31,14 @@ from workers import cuda
 from workers.build import make_engine, select_attention, warm_up
 from workers.calibrate import measure
 from workers.machine import is_cpu
-from workers.models.own import OWN
+from workers.own_attention import may_serve_all
 
 ARMS = ("tandem", "mlx-lm")
 
 
 def run_tandem(options: argparse.Namespace) -> dict[str, Any]:
     cuda.prepare()  # as a server would
-    if SHAPES[options.shape]["model_type"] in OWN:
+    if may_serve_all(SHAPES[options.shape]):
         cuda.leave_out_graphs()
     loaded = random_model(options.shape, options.dtype)
     settings = Settings(

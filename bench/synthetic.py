@@ -54,6 +54,7 @@ from workers.build import make_engine, select_attention, warm_up
 from workers.calibrate import measure
 from workers.engine import Engine, PendingStep
 from workers.load import LoadedModel
+from workers.own_attention import may_serve_all
 
 REPEATS = 2  # of each arm; the best counts, since shapes are compiled in the first
 
@@ -276,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.drafter == "assistant" and options.shape not in ASSISTANTS:
         parser.error(f"an assistant is known for {', '.join(ASSISTANTS)}")
     cuda.prepare()  # as a server with a model of ours
-    cuda.leave_out_graphs()
+    if may_serve_all(SHAPES[options.shape]):
+        cuda.leave_out_graphs()
     mx.random.seed(0)
     loaded = random_model(options.shape, options.dtype)
     engine, info = speculating_engine(loaded)

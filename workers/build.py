@@ -27,10 +27,10 @@ from workers.engine import Engine
 from workers.exactness import probe
 from workers.kernels.select import select
 from workers.load import LoadedModel, load
-from workers.load.servable import read_architecture
+from workers.load.servable import read_config
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.models.base import MediaModel
-from workers.models.own import OWN
+from workers.own_attention import may_serve_all
 from workers.runner import ModelRunner
 
 logger = logging.getLogger("target")
@@ -69,7 +69,7 @@ def capacity_classes(max_model_len: int) -> list[int]:
 
 def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
     """Raises BadModel: the files cannot be loaded."""
-    if not is_cpu() and has_own_attention(files, settings):
+    if not is_cpu() and is_all_our_attention(files, settings):
         cuda.leave_out_graphs()
     loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
     if is_cpu():
@@ -77,10 +77,10 @@ def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
     return loaded
 
 
-def has_own_attention(files: ModelFiles, settings: Settings) -> bool:
-    """Whether an attention kernel of ours may serve the model. False for files that cannot be read."""
+def is_all_our_attention(files: ModelFiles, settings: Settings) -> bool:
+    """Whether our attention kernel may serve every layer of the model. False for files that cannot be read."""
     try:
-        return settings.attention != "stock" and read_architecture(files) in OWN
+        return settings.attention != "stock" and may_serve_all(read_config(files))
     except (BadModel, OSError):
         return False
 
@@ -178,6 +178,7 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
     specs = [s for s in leaves(engine.store.specs) if isinstance(s, AttentionSpec)]
     query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
     layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []
+    shared_layers = getattr(loaded.model, "shared_layers", None)
     is_speculative = bool(settings.draft_checkpoint or settings.is_ngram)
     choice = select(
         layers,
@@ -186,6 +187,7 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
         is_speculative=is_speculative,
         cache_folder=settings.cache_folder,
         is_paged=settings.kv_layout == "paged",
+        shared=[layers[i] for i in shared_layers()] if layers and shared_layers is not None else (),
     )
     engine.store.use_attention(choice)
     if choice is None:

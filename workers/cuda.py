@@ -31,7 +31,9 @@ DEFAULTS = MappingProxyType(
 
 
 def leave_out_graphs() -> None:
-    """For a model that our attention kernel may serve; see above. What the user has set stays.
+    """For a model all of whose layers our attention kernel may serve (workers/own_attention.py); see above.
+
+    With stock attention in some of them graphs are worth more. What the user has set stays.
 
     Call it before MLX's first operation, so before it is known whether the kernel proves itself on this machine.
     """

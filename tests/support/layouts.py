@@ -23,6 +23,9 @@ class EveryShape(AttentionChoice):
             return None
         return Use(self.attention, width <= MAX_ROWS)
 
+    def shared(self, spec: AttentionSpec, q: mx.array, width: int) -> PagedAttention | None:
+        return self.attention if spec.key_dim == spec.value_dim and width <= MAX_ROWS else None
+
     def tiles(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> PagedAttention | None:
         return self.attention if spec.key_dim == spec.value_dim and width > MAX_ROWS and width % MAX_ROWS == 0 else None
 

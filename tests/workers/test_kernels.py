@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from workers.kernels import prove as proving
 from workers.kernels import select as selecting
 from workers.kernels.base import Variant
 from workers.kernels.choice import AttentionChoice, ShapeClass
-from workers.kernels.cuda import max_rows, num_parts, shared_bytes, supports
+from workers.kernels.cuda import CudaAttention, max_rows, num_parts, shared_bytes, supports
 from workers.kernels.metal import combine
 from workers.kernels.pages import Pages, Pool, slot_pages, tiles
 from workers.kernels.prove import largest_error, prove, seconds
@@ -38,6 +39,21 @@ class Off(ReferenceAttention):
 class Broken(ReferenceAttention):
     def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
         raise RuntimeError("does not compile")
+
+
+class Reader(ReferenceAttention):
+    """Counts the calls of layers that write nothing."""
+
+    num_read = 0
+
+    def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        self.num_read += 1
+        return super().attend_written(q, pool, pages, variant)
+
+
+class OffWhenShared(ReferenceAttention):
+    def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        return super().attend_written(q, pool, pages, variant) + 1.0
 
 
 def attend_through(store: CacheStore, slots: list[int], starts: list[int], tensors: list[mx.array]) -> mx.array:
@@ -106,6 +122,62 @@ def test_blocks_and_slots_hold_the_same_sequence() -> None:
     np.testing.assert_array_equal(np.array(paged.keys[7, :, 5:9]), np.array(k[0]))  # position 37 is in block 2 at 5
 
 
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("width", [1, 4, 16])
+def test_rows_that_another_layer_wrote_are_attended_as_by_the_layer_itself(width: int, window: int | None) -> None:
+    spec = AttentionSpec(KV_HEADS, DIM, DIM, window)
+    rope = Rope(RopeParameters(tuple(10000.0 ** (-i / DIM) for i in range(0, DIM, 2))))
+    shared = {ShapeClass(HEADS, KV_HEADS, DIM, width, mx.float32, is_shared=True): True}
+    reader = Reader()
+    stock, paged = (CacheStore([spec], [64, 192], 32, mx.float32, is_exact=False, slack=64) for _ in "ab")
+    paged.use_attention(AttentionChoice(reader, ALL_WIDTHS | shared))
+    for start in range(0, 160, width):  # the ring of 96 wraps
+        tensors = [mx.random.normal((3, heads, width, DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        other = mx.random.normal(tensors[0].shape)
+        outs = []
+        for store in (stock, paged):
+            for slot, limit in enumerate((192, 64, 192)):
+                store.ensure(slot, limit)
+            batch = store.open([0, 1, 2], [start, start % 48, start // 2], width)
+            q, k, v, again = (t[mx.array(batch.order)] for t in (*tensors, other))
+            view = batch.layers[0]
+            rotate = rope.at(view.offset, width, 3, is_cpu=False)
+            view.attend(q, k, v, 0.25, rotation=rotate)  # type: ignore[union-attr] # a KVView
+            outs.append(view.attend(again, None, None, 0.25, rotation=rotate))  # type: ignore[union-attr]
+        np.testing.assert_allclose(np.array(outs[0]), np.array(outs[1]), atol=2e-5)
+    assert reader.num_read == 2 * len(range(0, 160, width)), "two pools, of one class each"
+
+
+def test_a_kernel_waits_for_the_one_before_on_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading for the write that it reads, the next write for that reading; also where the key axis is split."""
+    launches: list[tuple[str, dict[str, mx.array], list[mx.array]]] = []
+
+    def fake_kernel(name: str, input_names: list[str], **_: object) -> Callable[..., list[mx.array]]:
+        def launch(inputs: list[mx.array], output_shapes: list[tuple[int, ...]], **_: object) -> list[mx.array]:
+            launches.append((name, dict(zip(input_names, inputs, strict=True)), [mx.zeros(s) for s in output_shapes]))
+            return launches[-1][2]
+
+        return launch
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", fake_kernel)
+    kernel = CudaAttention()
+    q, k, v = (mx.zeros((1, heads, 2, 64)) for heads in (8, 2, 2))
+    for length, names in ((40, ["attend", "attend_written"]), (4000, ["attend_split", "attend_written_split"])):
+        launches.clear()
+        pool = Pool(mx.zeros((1, 2, 4096, 64)), mx.zeros((1, 2, 4096, 64)))
+        pages = slot_pages([0], [length])
+        for _ in "ab":
+            kernel.attend(q, k, v, pool, pages, Variant(1.0))
+            for _ in "cd":
+                kernel.attend_written(q, pool, pages, Variant(1.0))
+        attending = [i for i, (name, _, _) in enumerate(launches) if not name.endswith("combine")]
+        assert [launches[i][0] for i in attending] == [f"tandem_{names[j]}" for j in (0, 1, 1)] * 2
+        for i in attending[1:]:
+            assert launches[i][1]["after"] is launches[i - 1][2][0]
+            assert launches[i][1]["pool_k"] is pool.keys
+        assert pool.last is launches[-1][2][0]
+
+
 def test_a_rotation_given_to_the_cache_is_the_models_own() -> None:
     rope = Rope(RopeParameters(tuple(10000.0 ** (-i / DIM) for i in range(0, DIM, 2))))
     spec = AttentionSpec(KV_HEADS, DIM, DIM)
@@ -160,11 +232,47 @@ def test_the_check_of_values_passes_the_reference(rows: int) -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_reading_alone_is_checked_and_timed_by_itself(rows: int) -> None:
+    shape = ShapeClass(HEADS, KV_HEADS, DIM, rows, mx.float32, is_shared=True)
+    reader = Reader()
+    assert largest_error(reader, shape, with_blocks=True) == 0
+    assert reader.num_read == 5
+    assert seconds(reader, shape, rows=2, context=64) > 0
+    assert reader.num_read > 5
+    assert seconds(None, shape, rows=2, context=64) > 0
+    (off,) = prove(OffWhenShared(), [shape])
+    assert not off.is_used
+    assert off.reason.startswith(
+        f"{rows} query rows, 6/2 heads of 16, float32, keys of another layer: stock, the kernel"
+    )
+
+
+def test_layers_that_share_keys_are_asked_for_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, narrow = (AttentionSpec(KV_HEADS, 512, 512), HEADS), (AttentionSpec(KV_HEADS, 64, 64), HEADS)
+    monkeypatch.setattr(selecting, "machine_kernel", ReferenceAttention)
+    choice = selecting.select(
+        [wide, narrow], mx.float32, "kernel", is_speculative=False, cache_folder=tmp_path, widths=[1, 0, 4],
+        shared=[wide, narrow],
+    )  # fmt: skip
+    assert choice is not None
+    assert [(s.dim, s.rows, s.is_shared) for s in choice.is_used] == [
+        (64, 1, False), (64, 0, False), (64, 4, False), (64, 1, True), (64, 4, True),
+    ]  # fmt: skip
+
+
 def test_the_choice_is_by_shape_class() -> None:
     choice = AttentionChoice(ReferenceAttention(), {ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32): True})
     spec, q, v = AttentionSpec(KV_HEADS, DIM, DIM), mx.zeros((1, HEADS, 1, DIM)), mx.zeros((1, KV_HEADS, 1, DIM))
     assert choice.use(spec, q, v, 1) is not None
     assert choice.use(spec, q, v, 4) is None
+    assert choice.shared(spec, q, 1) is None
+    reads = AttentionChoice(ReferenceAttention(), {ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32, True): True})
+    assert reads.use(spec, q, v, 1) is None
+    assert reads.shared(spec, q, 1) is reads.attention
+    assert reads.shared(spec, q, 33) is None
     assert choice.use(spec, q.astype(mx.float16), v, 1) is None
 
 

@@ -49,7 +49,7 @@ def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str
             if each + suffix in body:
                 arguments.append(f"const __grid_constant__ {kind} {each}{suffix}")
     for each in outputs:
-        arguments.append(f"{'float' if kernel == 'attend_split' else NOT_T.get(each, dtype)}* {each}")
+        arguments.append(f"{'float' if kernel.endswith('_split') else NOT_T.get(each, dtype)}* {each}")
     constants = "".join(f"constexpr int {k} = {v};\n" for k, v in template.items())
     constants += f"using TG = float; using TB = {dtype};\n"
     signature = f"__global__ void {name}({', '.join(arguments)})"
@@ -80,6 +80,10 @@ def compile_log(text: str, name: str) -> str:
         ("attend", BF16, {"D": 64, "G": 3, "MT": 1, "NEW": 16, "ROPE": 64, "SHIFT": 0, "NW": 4}),
         ("attend", FP32, {"D": 256, "G": 2, "MT": 1, "NEW": 8, "ROPE": 0, "SHIFT": 5, "NW": 4}),
         ("attend_split", FP16, {"D": 80, "G": 4, "MT": 2, "NEW": 16, "ROPE": 80, "SHIFT": 5, "NW": 4}),
+        ("attend_written", BF16, {"D": 256, "G": 4, "MT": 1, "NEW": 1, "ROPE": 256, "SHIFT": 0, "NW": 4}),
+        ("attend_written", FP32, {"D": 128, "G": 2, "MT": 1, "NEW": 1, "ROPE": 0, "SHIFT": 5, "NW": 4}),
+        ("attend_written_split", BF16, {"D": 256, "G": 4, "MT": 1, "NEW": 1, "ROPE": 0, "SHIFT": 5, "NW": 4}),
+        ("attend_written_split", FP16, {"D": 64, "G": 8, "MT": 2, "NEW": 1, "ROPE": 64, "SHIFT": 0, "NW": 4}),
         ("combine", BF16, {"D": 96, "G": 4}),
         ("append", BF16, {"D": 128, "SHIFT": 0}),
         ("append_after", FP32, {"D": 64, "SHIFT": 5}),

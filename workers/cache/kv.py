@@ -255,9 +255,8 @@ class KVView:
         shape, layer = self._shape, self._layer
         window = window if window is not None else layer.spec.window
         spans = shape.spans if sees_spans else None
-        if k is None or v is None:  # kernels write what they attend to
-            q = q if rotation is None else rotated(q, rotation)
-            return self._attend_stock(q, None, scale, window, sinks, spans)
+        if k is None or v is None:
+            return self._attend_shared(q, scale, window, sinks, rotation, spans)
         use = None
         if layer.attention is not None and spans is None:  # kernels know no spans
             use = layer.attention.use(layer.spec, q, v, shape.width)
@@ -266,7 +265,7 @@ class KVView:
             q, k = rotated(q, rotation), rotated(k, rotation)
         if use is not None and use.is_decode:
             fused = rotation if is_fused and isinstance(rotation, Rotation) else None
-            return self._attend_pages(use.attention, q, k, v, Variant(scale, window, None, sinks, fused))
+            return self._attend_pages(use.attention, q, (k, v), Variant(scale, window, None, sinks, fused))
         if layer.attention is not None and spans is None and not shape.is_round:
             attention = layer.attention.tiles(layer.spec, q, v, shape.width)
             if attention is not None:
@@ -274,6 +273,28 @@ class KVView:
         if use is not None and shape.is_aligned:
             return self._attend_chunk(use.attention, q, k, v, scale, window, sinks)
         return self._attend_stock(q, (k, v), scale, window, sinks, spans)
+
+    def _attend_shared(
+        self,
+        q: mx.array,
+        scale: float,
+        window: int | None,
+        sinks: mx.array | None,
+        rotation: Rotate | None,
+        spans: Spans | None,
+    ) -> mx.array:
+        """To rows that another layer wrote in this forward."""
+        shape, layer = self._shape, self._layer
+        attention = None
+        if layer.attention is not None and spans is None:  # kernels know no spans
+            attention = layer.attention.shared(layer.spec, q, shape.width)
+        is_fused = attention is not None and self._is_plain(rotation)
+        if rotation is not None and not is_fused:
+            q = rotated(q, rotation)
+        if attention is None:
+            return self._attend_stock(q, None, scale, window, sinks, spans)
+        fused = rotation if is_fused and isinstance(rotation, Rotation) else None
+        return self._attend_pages(attention, q, None, Variant(scale, window, None, sinks, fused))
 
     def _attend_stock(
         self,
@@ -309,15 +330,19 @@ class KVView:
         return other is offset or (isinstance(offset, int) and isinstance(other, int) and other == offset)
 
     def _attend_pages(
-        self, attention: PagedAttention, q: mx.array, k: mx.array, v: mx.array, variant: Variant
+        self, attention: PagedAttention, q: mx.array, new: tuple[mx.array, mx.array] | None, variant: Variant
     ) -> mx.array:
-        """Decode or verify rows through a kernel, a launch for each run."""
+        """Decode or verify rows through a kernel, a launch for each run; `new` keys and values are written first."""
         outputs = []
         for run in self._shape.runs:
             pool = self._layer.pool(run.capacity_class)
             rows = slice(run.first, run.first + run.size)
-            part = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
-            outputs.append(attention.attend(*part, pool, self._pages(run), variant))
+            queries = q if run.size == q.shape[0] else q[rows]
+            if new is None:
+                outputs.append(attention.attend_written(queries, pool, self._pages(run), variant))
+                continue
+            k, v = new if run.size == q.shape[0] else (new[0][rows], new[1][rows])
+            outputs.append(attention.attend(queries, k, v, pool, self._pages(run), variant))
             self._layer.adopt(run.capacity_class, pool)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 

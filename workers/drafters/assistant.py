@@ -111,7 +111,7 @@ class AssistantDrafter(FeatureDrafter):
 
     @property
     def draft_widths(self) -> list[int]:
-        """No kernel serves here: kernels write what they attend to, and these layers write nothing."""
+        """No kernel serves here: these layers write nothing, and reading alone was not tried for drafts yet."""
         return []
 
     def can_draft(self, state: ContextState) -> bool:

@@ -5,7 +5,8 @@
 // key is read once for all. Warps walk tiles of 16 keys straight from global memory into tensor-core fragments: the
 // contraction index and the output column may be permuted freely, so a lane takes 16 contiguous bytes of a row and no
 // tile passes through shared memory. The new rows come from k and v, never from the pool, so that blocks need not wait
-// for each other's writes. 32-bit floats have no such fragments and take plain dot products.
+// for each other's writes. SHARED: a layer before wrote the new rows, all come from the pool and nothing is written; a
+// launch then waits for that layer's (`Pool.last`). 32-bit floats have no such fragments and take plain dot products.
 //
 // Positions: sequence b holds positions 0 .. start-1 in the pool, its new rows are start .. start+R-1. Position p lies
 // in block table[b][(p / S) % W] at p % S: a paged sequence has W blocks, a slot of capacity S one, where p wraps (ring).
@@ -65,7 +66,7 @@ __device__ inline long row_of(int p, const int* table, const Params& a, int head
 }
 
 // MT: tiles of 16 queries that share each key's read. NEW: most new rows.
-template <typename T, int D, int G, int MT, int NEW, int ROPE, int SHIFT, bool SPLIT, int NW>
+template <typename T, int D, int G, int MT, int NEW, int ROPE, int SHIFT, bool SPLIT, int NW, bool SHARED = false>
 struct Attend {
   static constexpr bool MMA = sizeof(T) == 2;
   static constexpr int ROWS = 16 * MT;
@@ -266,9 +267,10 @@ struct Attend {
     const int start = starts[b], tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     table += b * a.W;
     const int lo = a.window == 0 ? 0 : max(0, start - a.window + 1);
-    const int chunk = ((start - lo + splits - 1) / splits + 15) / 16 * 16;
-    const int first = lo + split * chunk, last = min(start, first + chunk);
-    const bool owns_new = split == splits - 1;
+    const int end = SHARED ? start + R : start;  // of what is read from the pool
+    const int chunk = ((end - lo + splits - 1) / splits + 15) / 16 * 16;
+    const int first = lo + split * chunk, last = min(end, first + chunk);
+    const bool owns_new = !SHARED && split == splits - 1;
 
 #pragma unroll 1
     for (int i = warp; i < ROWS; i += NW) {

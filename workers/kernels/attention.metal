@@ -1,7 +1,7 @@
 // The decode and verify kernel of attention.cuh for Metal: the same rows, pages and masks, with plain dot products in a
 // simdgroup of 32 in place of tensor-core fragments. Nobody has run it yet: it serves only where the check at start
 // finds its values right and its time better (workers/kernels/prove.py). It does not write: the pool's rows are stored
-// by a stock operation before, and read from it.
+// by a stock operation before, and read from it. Layers that share another's keys and values therefore run it as it is.
 //
 // One threadgroup of NW simdgroups takes one sequence, one key-value head, QT query vectors and one part of the key axis.
 // Inputs: q (B, H, R, D) row-contiguous and rotated, pools (N, KV, S, D), table (B, W), starts (B), params as in

@@ -40,6 +40,12 @@ class PagedAttention(Protocol):
     def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
         """Write k and v at the rows' positions, attend causally: (B, num_heads, R, dim), R at most MAX_ROWS."""
 
+    def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        """As `attend`, for a layer that shares another's keys and values: that one wrote the rows, in this forward.
+
+        Only q is rotated, nothing is written. What writes to the pool next waits for this reading.
+        """
+
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
         """Write k and v; return keys and values of the `old` positions before them and of their own.
 

@@ -17,20 +17,27 @@ from workers.kernels.base import MAX_ROWS, MAX_VERIFY_WIDTH, PagedAttention
 
 @dataclass(frozen=True)
 class ShapeClass:
-    """What a kernel is compiled for and checked by. `rows`: query rows a sequence; 0 is a prefill chunk."""
+    """What a kernel is compiled for and checked by.
+
+    Args:
+        rows: query rows a sequence; 0 is a prefill chunk.
+        is_shared: another layer wrote the keys and values, see `PagedAttention.attend_written`.
+    """
 
     num_heads: int
     num_kv_heads: int
     dim: int
     rows: int
     dtype: mx.Dtype
+    is_shared: bool = False
 
     @property
     def name(self) -> str:
         """As in the log: "decode 4 rows, 32/8 heads of 128, bfloat16"."""
         what = f"{self.rows} query rows" if self.rows else "prefill chunks"
         kind = str(self.dtype).rpartition(".")[2]
-        return f"{what}, {self.num_heads}/{self.num_kv_heads} heads of {self.dim}, {kind}"
+        shared = ", keys of another layer" if self.is_shared else ""
+        return f"{what}, {self.num_heads}/{self.num_kv_heads} heads of {self.dim}, {kind}{shared}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,13 @@ class AttentionChoice:
         rows = width if width <= MAX_ROWS else 0
         shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, rows, q.dtype)
         return Use(self.attention, rows > 0) if self.is_used.get(shape, False) else None
+
+    def shared(self, spec: AttentionSpec, q: mx.array, width: int) -> PagedAttention | None:
+        """The implementation for a layer that reads what another one of this kind wrote: decode and verify rows."""
+        if spec.key_dim != spec.value_dim or width > MAX_ROWS:
+            return None
+        shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, width, q.dtype, is_shared=True)
+        return self.attention if self.is_used.get(shape, False) else None
 
     @property
     def takes_any_starts(self) -> bool:

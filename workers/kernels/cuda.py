@@ -26,6 +26,10 @@ SHARED_BYTES = 48 << 10
 INPUTS = ["q", "k", "v", "pool_k", "pool_v", "table", "starts", "params", "inv_freq", "sinks", "after"]
 ATTEND = """tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, SPLIT, NW>::run(q, q_strides, k, k_strides, v, v_strides,
     pool_k, pool_v, table, starts, params, inv_freq, sinks, q_shape[2], k_shape[1], out, STATS);"""
+SHARED_INPUTS = ["q", "pool_k", "pool_v", "table", "starts", "params", "inv_freq", "sinks", "after"]
+# No keys and values of its own: q stands in their places, and is not read as them.
+ATTEND_WRITTEN = """tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, SPLIT, NW, true>::run(q, q_strides, q, q_strides,
+    q, q_strides, pool_k, pool_v, table, starts, params, inv_freq, sinks, q_shape[2], pool_k_shape[1], out, STATS);"""
 COMBINE = """tandem::combine<T, D, G>(partial, stats, params, sinks, stats_shape[1],
     stats_shape[0] * stats_shape[1] * stats_shape[2], stats_shape[2] / G, stats_shape[3], out);"""
 
@@ -42,6 +46,16 @@ def kernel_bodies() -> dict[str, tuple[list[str], list[str], str]]:
     return {
         "attend": (INPUTS, ["out"], ATTEND.replace("SPLIT", "false").replace("STATS", "nullptr")),
         "attend_split": (INPUTS, ["out", "stats"], ATTEND.replace("SPLIT", "true").replace("STATS", "stats")),
+        "attend_written": (
+            SHARED_INPUTS,
+            ["out"],
+            ATTEND_WRITTEN.replace("SPLIT", "false").replace("STATS", "nullptr"),
+        ),
+        "attend_written_split": (
+            SHARED_INPUTS,
+            ["out", "stats"],
+            ATTEND_WRITTEN.replace("SPLIT", "true").replace("STATS", "stats"),
+        ),
         "combine": (["partial", "stats", "params", "sinks"], ["out"], COMBINE),
         "append": (
             append_inputs,
@@ -82,19 +96,33 @@ class CudaAttention:
         self._started: dict[mx.Dtype, mx.array] = {}
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        most_new = max_rows(q.shape[-1], q.dtype.size)
+        return self._attend("attend", [q, k, v], most_new, pool, pages, variant)
+
+    def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        return self._attend("attend_written", [q], 1, pool, pages, variant)
+
+    def _attend(
+        self, kernel: str, tensors: list[mx.array], most_new: int, pool: Pool, pages: Pages, variant: Variant
+    ) -> mx.array:
+        """Args:
+        tensors: q, then the new keys and values of a kernel that writes some.
+        most_new: `Attend::NEW`.
+        """
+        q = tensors[0]
         batch, heads, rows, dim = q.shape
-        kv_heads = k.shape[1]
+        kv_heads = pool.keys.shape[1]
         group = heads // kv_heads
         rotation = variant.rotation
         params = params_of(variant, pool, pages)
         sinks = self._none if variant.sinks is None else variant.sinks
         inputs = [
-            q, k, v, pool.keys, pool.values, pages.table, pages.starts, params,
+            *tensors, pool.keys, pool.values, pages.table, pages.starts, params,
             self._none if rotation is None else rotation.inv_freq, sinks, self._after(pool, q.dtype),
         ]  # fmt: skip
         template: list[tuple[str, Any]] = [
             ("T", q.dtype), ("D", dim), ("G", group), ("MT", num_tiles(group * rows, dim, q.dtype.size)),
-            ("NEW", max_rows(dim, q.dtype.size)), ("ROPE", 0 if rotation is None else rotation.dim),
+            ("NEW", most_new), ("ROPE", 0 if rotation is None else rotation.dim),
             ("SHIFT", pages.shift), ("NW", self._num_warps),
         ]  # fmt: skip
         parts = num_parts(group * rows, dim, q.dtype.size)
@@ -102,13 +130,13 @@ class CudaAttention:
         threads = 32 * self._num_warps
         launch = {"grid": (kv_heads * parts * threads, batch, splits), "threadgroup": (threads, 1, 1)}
         if splits == 1:
-            (out,) = self._kernels["attend"](
+            (out,) = self._kernels[kernel](
                 inputs=inputs, template=template, output_shapes=[(batch, rows, heads, dim)], output_dtypes=[q.dtype],
                 **launch,
             )  # fmt: skip
         else:
             shape = (batch, kv_heads, group * rows, splits)
-            partial, stats = self._kernels["attend_split"](
+            partial, stats = self._kernels[f"{kernel}_split"](
                 inputs=inputs, template=template, output_shapes=[(*shape, dim), (*shape, 2)],
                 output_dtypes=[mx.float32, mx.float32], **launch,
             )  # fmt: skip

@@ -14,7 +14,7 @@ import mlx.core as mx
 from workers.kernels.base import Variant
 from workers.kernels.pages import Pages, Pool
 from workers.kernels.params import params_of
-from workers.kernels.reference import write_rows
+from workers.kernels.reference import rotated_rows, write_rows
 
 NUM_SIMDGROUPS = 4
 QUERIES = 4  # query vectors a threadgroup keeps in registers
@@ -28,7 +28,7 @@ def source() -> str:
 
 
 class MetalAttention:
-    """`PagedAttention.attend`; prefill chunks stay with the stock path."""
+    """`PagedAttention.attend` and `attend_written`; prefill chunks stay with the stock path."""
 
     def __init__(self) -> None:
         self._kernel = mx.fast.metal_kernel(
@@ -36,12 +36,13 @@ class MetalAttention:
         )
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        write_rows(pool, pages, rotated_rows(k, pages, variant), v)
+        return self.attend_written(q, pool, pages, variant)
+
+    def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
         batch, heads, rows, dim = q.shape
-        kv_heads = k.shape[1]
-        if variant.rotation is not None:
-            q = variant.rotation(q.swapaxes(1, 2)).swapaxes(1, 2)
-            k = variant.rotation(k.swapaxes(1, 2)).swapaxes(1, 2)
-        write_rows(pool, pages, k, v)
+        kv_heads = pool.keys.shape[1]
+        q = rotated_rows(q, pages, variant)
         num_queries = heads // kv_heads * rows
         parts = -(-num_queries // QUERIES)
         longest = max(pages.host_starts) + rows

@@ -16,8 +16,8 @@ class Pool:
     """Keys and values of one layer, each (num_blocks, num_kv_heads, block_size, dim), row-contiguous.
 
     The kernels write into these arrays in place, which MLX's graph does not see. What it sees is `last`, the output of
-    the newest kernel that wrote: the next one takes it as an input, so that kernels on one pool run in the order in
-    which they were built. Whoever uses the arrays otherwise calls `settle` first.
+    the newest kernel that wrote or read: the next one takes it as an input, so that kernels on one pool run in the
+    order in which they were built. Whoever uses the arrays otherwise calls `settle` first.
     """
 
     def __init__(self, keys: mx.array, values: mx.array) -> None:
@@ -25,7 +25,7 @@ class Pool:
         self.last: mx.array | None = None
 
     def settle(self) -> None:
-        """Queue every write that was built so far: whatever is queued after it on the device sees them."""
+        """Queue every write and reading built so far: whatever is queued after it on the device comes later."""
         if self.last is not None:
             start_evaluating([self.last])
             self.last = None

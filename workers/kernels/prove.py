@@ -160,7 +160,12 @@ def _run(
     with mx.stream(mx.cpu):
         rotation = Rope(rope_of(shape.dim)).at(case.pages.starts, shape.rows, case.pages.num_rows, is_cpu=False)
     assert isinstance(rotation, Rotation), "off the CPU a rope gives a Rotation"
-    return [attention.attend(q, k, v, pool, case.pages, replace(case.variant, rotation=rotation))]
+    variant = replace(case.variant, rotation=rotation)
+    out = [attention.attend(q, k, v, pool, case.pages, variant)]
+    if shape.is_shared:  # as in a model: reads what was just written, before the next step writes there
+        out.append(attention.attend_written(-q, pool, case.pages, variant))
+        out.append(attention.attend(q, v, k, pool, case.pages, variant))
+    return out
 
 
 def _error(attention: PagedAttention, shape: ShapeClass, case: Case) -> float:
@@ -209,7 +214,10 @@ def _pool(shape: ShapeClass, case: Case) -> Pool:
 def seconds(
     attention: PagedAttention | None, shape: ShapeClass, rows: int = TIMED_ROWS, context: int = TIMED_CONTEXT
 ) -> float:
-    """One layer of a forward through the slots' cache, rotation and write included; None: the stock path."""
+    """One layer of a forward through the slots' cache, None: by the stock path.
+
+    Rotation and write are included; layers that share another's keys write none.
+    """
     width = shape.rows or CHUNK
     rows = rows if shape.rows else 1
     spec = AttentionSpec(shape.num_kv_heads, shape.dim, shape.dim)
@@ -221,20 +229,23 @@ def seconds(
     rope = Rope(rope_of(shape.dim))
     q, k, v = _random(shape, rows, width)
     mx.eval(q, k, v, store.pending())
+    new = (None, None) if shape.is_shared else (k, v)
     starts = [context - 7 * i for i in range(rows)] if shape.rows else [0]
     times = []
     for _ in range(REPEATS + 2):
         began = time.perf_counter()
         for _ in "ab":  # the second is queued while the first runs, as steps are
-            start_evaluating([_forward(store, q, k, v, starts, rope), *store.writes()])
+            start_evaluating([_forward(store, q, new, starts, rope), *store.writes()])
         mx.synchronize()
         times.append((time.perf_counter() - began) / 2 / TIMED_LAYERS)
     return min(times)
 
 
-def _forward(store: CacheStore, q: mx.array, k: mx.array, v: mx.array, starts: list[int], rope: Rope) -> mx.array:
+def _forward(
+    store: CacheStore, q: mx.array, new: tuple[mx.array | None, mx.array | None], starts: list[int], rope: Rope
+) -> mx.array:
     batch = store.open(list(range(q.shape[0])), starts, q.shape[2])
     rotate: Rotate = rope.at(batch.layers[0].offset, q.shape[2], q.shape[0], is_cpu=False)
     for view in batch.layers:
-        q = view.attend(q, k, v, q.shape[-1] ** -0.5, rotation=rotate)  # type: ignore[union-attr] # all are KVViews
+        q = view.attend(q, *new, q.shape[-1] ** -0.5, rotation=rotate)  # type: ignore[union-attr] # all are KVViews
     return q

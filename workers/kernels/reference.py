@@ -5,22 +5,30 @@ It gathers each row's pages into a padded rectangle and masks that, in 32 bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from workers.kernels.base import Variant
 from workers.kernels.pages import Pages, Pool
+from workers.models.rope import rotated
 
 
 class ReferenceAttention:
     """`PagedAttention`. Writes are functional: the pool's arrays are rebound."""
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        write_rows(pool, pages, rotated_rows(k, pages, variant), v)
+        return self._attend(q, pool, pages, variant)
+
+    def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        return self._attend(q, pool, pages, variant)
+
+    @staticmethod
+    def _attend(q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
         batch, heads, rows, dim = q.shape
-        if variant.rotation is not None:
-            # By the pages: these may be some of a forward's rows, whose rotation knows all of them.
-            q, k = (variant.rotation.rope.rotate(x.swapaxes(1, 2), pages.starts).swapaxes(1, 2) for x in (q, k))
-        write_rows(pool, pages, k, v)
-        num_kv_heads = k.shape[1]
+        num_kv_heads = pool.keys.shape[1]
+        q = rotated_rows(q, pages, variant)
         n = min(max(pages.host_starts) + rows, pages.table.shape[1] * pool.block_size)  # a ring holds no more
         positions = pages.starts[:, None] + (rows - n) + mx.arange(n)  # (B, n), negative before the first
         keys, values = (_gather(a, pages, positions).astype(mx.float32) for a in (pool.keys, pool.values))
@@ -55,6 +63,13 @@ class ReferenceAttention:
             gathered.append(mx.concatenate([mx.concatenate(before), new.astype(array.dtype)], axis=2) if old else new)
         write_rows(pool, pages, k, v)
         return gathered[0], gathered[1]
+
+
+def rotated_rows(x: mx.array, pages: Pages, variant: Variant) -> mx.array:
+    """x (B, heads, R, dim) at the rows' positions: these may be a part of the rows that the rotation was made for."""
+    if variant.rotation is None:
+        return x
+    return rotated(x, replace(variant.rotation, offset=pages.starts))
 
 
 def _one(pages: Pages, b: int) -> Pages:

@@ -43,6 +43,7 @@ def select(
     cache_folder: Path,
     widths: Sequence[int] | None = None,
     is_paged: bool = False,
+    shared: Sequence[tuple[AttentionSpec, int]] = (),
 ) -> AttentionChoice | None:
     """The kernels that serve, None where stock operations do everything.
 
@@ -53,6 +54,7 @@ def select(
         cache_folder: keeps what "auto" found, by device, MLX version and the kernel's text.
         widths: query rows a sequence that will come; None: those of a target.
         is_paged: blocks will be handed over, not slots. "auto" is stock then: nothing was timed in blocks yet.
+        shared: those of `layers` whose keys and values other layers read, too.
     Raises:
         BadConfig: "kernel" was asked for, and there is none or it gives other values.
     """
@@ -64,7 +66,7 @@ def select(
         return None
     if widths is None:
         widths = target_widths(is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention))
-    shapes = shape_classes(layers, dtype, widths)
+    shapes = shape_classes(layers, dtype, widths) + shape_classes(shared, dtype, widths, is_shared=True)
     if not shapes:
         _check_none_is_wanted(setting, "no attention kernel for this model's layers")
         return None
@@ -140,15 +142,17 @@ def target_widths(*, is_speculative: bool, has_chunks: bool) -> list[int]:
 
 
 def shape_classes(
-    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, widths: Sequence[int]
+    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, widths: Sequence[int], *, is_shared: bool = False
 ) -> list[ShapeClass]:
-    """What the layers need, as far as a kernel was written for it."""
+    """What the layers need, as far as a kernel was written for it; none is for chunks of shared keys."""
     kinds = dict.fromkeys((num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim) for spec, num_heads in layers)
     return [
-        ShapeClass(num_heads, num_kv_heads, dim, r, dtype)
+        ShapeClass(num_heads, num_kv_heads, dim, r, dtype, is_shared)
         for r in widths
         for num_heads, num_kv_heads, dim, value_dim in kinds
-        if dim == value_dim and supports(num_heads, num_kv_heads, dim, dtype.size, max(r, 1))
+        if (r > 0 or not is_shared)
+        and dim == value_dim
+        and supports(num_heads, num_kv_heads, dim, dtype.size, max(r, 1))
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from shared import tokenizer
@@ -43,6 +45,15 @@ def read_architecture(files: ModelFiles) -> str:
         return str(read_header(files.gguf)[0].get("general.architecture", "unknown"))
     assert files.folder is not None, "a model is a folder or a GGUF file"
     return str(folders.read_config(files.folder)["model_type"])
+
+
+def read_config(files: ModelFiles) -> dict[str, Any]:
+    """config.json, or what stands for it in a GGUF file. Raises BadModel, OSError: it cannot be read."""
+    if files.gguf is not None:
+        metadata, tensors = read_header(files.gguf)
+        return read_gguf_config(metadata, {tensor.name for tensor in tensors})
+    assert files.folder is not None, "a model is a folder or a GGUF file"
+    return folders.read_config(files.folder)
 
 
 def _drafter(files: ModelFiles) -> str | None:

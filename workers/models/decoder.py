@@ -51,6 +51,11 @@ class DecoderConfig:
     has_qk_norm: bool
     is_tied: bool
 
+    @property
+    def attention_heads(self) -> set[tuple[int, int, int]]:
+        """(query heads, key-value heads, head size) of its attention layers."""
+        return {(self.num_heads, self.num_kv_heads, self.head_dim)}
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], max_model_len: int) -> DecoderConfig:
         """Read a config.json.

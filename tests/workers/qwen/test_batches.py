@@ -14,6 +14,9 @@ from mlx.utils import tree_flatten
 from shared.messages import SamplingParams, Step
 from tests.support.engine_rig import EngineRig, make_engine
 from tests.workers.qwen import hf
+from workers.kernels.choice import AttentionChoice, ShapeClass
+from workers.kernels.reference import ReferenceAttention
+from workers.models.own import is_own
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -100,6 +103,38 @@ def test_a_mixed_batch_gives_what_each_request_gives_alone(pair, expected):
     assert {name: rig.tokens(name) for name in made} == expected
     together = [step for step in rig.steps if len(step.decodes) > 3]
     assert together, "rows decoded together"
+
+
+@pytest.mark.parametrize("layout", ["slots", "paged"])
+def test_attention_by_kernels_gives_the_same_where_the_decoder_is_ours(pair, expected, layout):
+    """Rows behind an image rotate by positions of their own, which a kernel does not know: they come rotated."""
+    model = pair[1]
+    if not is_own(model):
+        pytest.skip("mlx-lm's decoder attends by stock operations")
+    specs = model.layer_specs()
+    assert len(model.query_heads()) == len(specs)
+    used = {
+        ShapeClass(heads, spec.num_kv_heads, spec.key_dim, rows, mx.float32): True
+        for spec, heads in zip(specs, model.query_heads(), strict=True)
+        for rows in range(17)
+    }
+    engine = make_engine(model, classes=CLASSES, is_exact=False, layout=layout)
+    kernel = Counted()
+    engine.store.use_attention(AttentionChoice(kernel, used))
+    rig = MediaRig(model, engine)
+    made = requests_of(model)
+    rig.start(made, made)
+    rig.drain()
+    assert {name: rig.tokens(name) for name in made} == expected
+    assert kernel.num_decodes > len(specs)
+
+
+class Counted(ReferenceAttention):
+    num_decodes = 0
+
+    def attend(self, q, *rest):
+        self.num_decodes += q.shape[2] == 1
+        return super().attend(q, *rest)
 
 
 def test_decode_rows_wait_for_one_encoder_run_at_most(pair, expected):

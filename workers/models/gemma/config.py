@@ -70,6 +70,11 @@ class GemmaConfig:
     def is_gemma4(self) -> bool:
         return self.model_type in GEMMA4_TYPES
 
+    @property
+    def attention_heads(self) -> set[tuple[int, int, int]]:
+        """(query heads, key-value heads, head size) of its attention layers."""
+        return {(self.num_heads, layer.num_kv_heads, layer.head_dim) for layer in self.layers}
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], max_model_len: int) -> GemmaConfig:
         """Read a config.json, of a text model or of a multimodal one (its `text_config`).

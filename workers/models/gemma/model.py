@@ -38,6 +38,11 @@ class MultimodalConfig:
     audio: AudioConfig | UnifiedAudioConfig | None
     num_image_tokens: int  # of every image for Gemma 3, of the largest for Gemma 4
 
+    @property
+    def attention_heads(self) -> set[tuple[int, int, int]]:
+        """As `GemmaConfig.attention_heads`."""
+        return self.text.attention_heads
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], max_model_len: int) -> MultimodalConfig:
         """Read a config.json.
@@ -112,6 +117,14 @@ class Gemma(nn.Module):
 
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
+
+    def query_heads(self) -> list[int]:
+        """As `TextDecoder.query_heads`."""
+        return self.language_model.query_heads()
+
+    def shared_layers(self) -> list[int]:
+        """As `TextDecoder.shared_layers`."""
+        return self.language_model.shared_layers()
 
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)

@@ -191,6 +191,15 @@ class TextDecoder(nn.Module):
             if s.source is None
         ]
 
+    def query_heads(self) -> list[int]:
+        """Of each layer in `layer_specs`; a layer that reads what it wrote has as many."""
+        return [self.config.num_heads] * len(self.layer_specs())
+
+    def shared_layers(self) -> list[int]:
+        """Which of `layer_specs` other layers read, too."""
+        shapes = self.config.layers
+        return sorted({n for n, shape in zip(self._cache_of, shapes, strict=True) if shape.source is not None})
+
     def embedding_rows(self, inputs: mx.array) -> mx.array:
         """(..., H) as they are stored, for drafters: those scale them themselves."""
         return self.model.embed_tokens(inputs)

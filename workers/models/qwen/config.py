@@ -76,6 +76,11 @@ class QwenConfig:
     is_interleaved: bool  # height and width take every third frequency; False: axes lie one behind the other
     temporal_scale: float  # position steps per second of video; 0: frames count as one step each
 
+    @property
+    def attention_heads(self) -> set[tuple[int, int, int]]:
+        """As `DecoderConfig.attention_heads`."""
+        return self.text.attention_heads
+
     @classmethod
     def from_hf(cls, config: dict[str, Any], max_model_len: int) -> QwenConfig:
         """Read a config.json, with the text decoder's fields beside `vision_config` or in `text_config`.

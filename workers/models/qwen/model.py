@@ -50,6 +50,10 @@ class QwenVL(QwenMedia, nn.Module):
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
 
+    def query_heads(self) -> list[int]:
+        """As the text decoder's."""
+        return self.language_model.query_heads()
+
     def embed(self, inputs: mx.array) -> mx.array:
         return self.language_model.embed(inputs)
 
