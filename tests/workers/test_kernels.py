@@ -293,6 +293,17 @@ def test_what_was_found_is_kept_for_the_next_start(tmp_path: Path, monkeypatch: 
     assert selecting.select(layers, mx.float32, "stock", is_speculative=False, cache_folder=tmp_path) is None
 
 
+def test_what_was_found_without_graphs_is_not_taken_for_what_is_found_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = [ShapeClass(16, 8, 256, 1, mx.bfloat16)]
+    monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "0")
+    without = selecting.fingerprint(shapes)
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS")
+    assert selecting.fingerprint(shapes) != without
+    assert selecting.fingerprint([ShapeClass(16, 8, 256, 1, mx.bfloat16, True)]) != selecting.fingerprint(shapes)
+
+
 def test_asking_for_a_kernel_where_there_is_none_says_so(tmp_path: Path) -> None:
     layers = [(AttentionSpec(KV_HEADS, 64, 64), HEADS)]
     assert selecting.select(layers, mx.float32, "auto", is_speculative=True, cache_folder=tmp_path) is None

@@ -24,6 +24,7 @@ from shared.errors import BadModel
 from shared.gguf_file import GgufTensor
 from shared.model_files import ModelFiles, resolve
 from tests.workers.tiny_architectures import BASE, RUNS, VOCAB, config_of
+from workers.build import is_all_our_attention
 from workers.load import load
 from workers.load.gguf import load_gguf, read_tensor, unpermute
 
@@ -341,6 +342,14 @@ def test_gguf_of_qwen(tmp_path, model_type, is_tied):
     model = reference(config)
     path = write_gguf(tmp_path / "m.gguf", config, weights_of(model), gguf.GGMLQuantizationType.F32)
     assert_close(load(ModelFiles(name="m", gguf=path), "float32").model(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize(("head_dim", "is_ours"), [(16, False), (64, True)])
+def test_the_heads_of_a_gguf_file_are_known_before_it_is_loaded(tmp_path, head_dim, is_ours):
+    config = {**LLAMA, "head_dim": head_dim}
+    weights = weights_of(reference(config))
+    path = write_gguf(tmp_path / "m.gguf", config, weights, gguf.GGMLQuantizationType.F32)
+    assert is_all_our_attention(ModelFiles(name="m", gguf=path), Settings()) == is_ours
 
 
 def test_gguf_rope_factors_are_llama3_scaling(tmp_path):
