@@ -199,7 +199,9 @@ class Attention(nn.Module):
             self.join()
 
     def join(self) -> None:
-        """One product for q, k and v."""
+        """One product for q, k and v. Nothing where they are one."""
+        if "qkv_proj" in self:
+            return
         fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
         if fused is not None:
             self.qkv_proj = fused

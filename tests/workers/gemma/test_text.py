@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from tests.support.cached_logits import cached_logits
 from tests.support.engine_rig import EngineRig, make_engine
@@ -60,10 +61,16 @@ def overrides_of(case):
     return model_type, {**(hf.GEMMA3 if model_type == "gemma3_text" else hf.GEMMA4), **overrides}
 
 
+@pytest.mark.parametrize("is_joined", [False, True], ids=["apart", "joined as on a GPU"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(transformers, tmp_path, case):
+def test_logits_equal_transformers(transformers, tmp_path, case, is_joined):
     reference = hf.text_model(transformers, *overrides_of(case))
     model = hf.save_and_load(reference, tmp_path)
+    if is_joined:
+        model.is_cpu = False
+        model.fuse()
+        names = {name for name, _ in tree_flatten(model.parameters())}
+        assert {"model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight"} <= names
     tokens = np.random.default_rng(1).integers(3, hf.VOCAB, (2, 40))
     expected = hf.hf_logits(reference, tokens)
     np.testing.assert_allclose(np.array(model(mx.array(tokens))), expected, rtol=0, atol=1e-4)

@@ -118,6 +118,9 @@ class Gemma(nn.Module):
     def layer_specs(self) -> list[LayerSpec]:
         return self.language_model.layer_specs()
 
+    def fuse(self) -> None:
+        self.language_model.fuse()
+
     def query_heads(self) -> list[int]:
         """As `TextDecoder.query_heads`."""
         return self.language_model.query_heads()

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from workers.cache.spec import AttentionSpec, LayerSpec
 from workers.models.base import LayerCache, NoCache
 from workers.models.decoder import Norm
+from workers.models.fuse import fuse_linears
 from workers.models.gemma.config import SPAN_LAYERS, GemmaConfig, LayerShape
 from workers.models.gemma.experts import Experts, Router
 from workers.models.rope import Rope, Rotate
@@ -37,7 +38,12 @@ class OffsetNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, 1.0 + self.weight, self.eps)
+        return mx.fast.rms_norm(x, self._scale if "_scale" in self else 1.0 + self.weight, self.eps)
+
+    def fold(self) -> None:
+        """Add the one once; call it when the weights are in."""
+        self._scale = 1.0 + self.weight
+        mx.eval(self._scale)
 
 
 def make_norm(config: GemmaConfig, dims: int) -> nn.Module:
@@ -69,8 +75,13 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, rotate: Rotate, cache: LayerCache) -> mx.array:
         batch, length, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim))
-        k, v = self._keys_and_values(x) if self.writes else (None, None)
+        k: mx.array | None
+        v: mx.array | None
+        if "qkv_proj" in self:
+            q, k, v = self._from_one_product(x)
+        else:
+            q = self.q_norm(self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim))
+            k, v = self._keys_and_values(x) if self.writes else (None, None)
         out = cache.attend(
             q.swapaxes(1, 2), k, v, self.scale, window=self.window, rotation=rotate, sees_spans=self.sees_spans
         )
@@ -85,6 +96,47 @@ class Attention(nn.Module):
             v = mx.fast.rms_norm(v, None, self.eps)
         return self.k_norm(k).swapaxes(1, 2), v.swapaxes(1, 2)
 
+    def _from_one_product(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        heads = self.qkv_proj(x).reshape(*x.shape[:2], -1, self.head_dim)
+        ends = [self.num_heads, self.num_heads + self.num_kv_heads]
+        if "_norm_weights" not in self:
+            q, k, v = mx.split(heads, ends, axis=2)
+            return self.q_norm(q), self.k_norm(k).swapaxes(1, 2), v.swapaxes(1, 2)
+        normed = mx.fast.rms_norm(heads, None, self.eps)
+        q, k, v = mx.split(normed * self._norm_weights, ends, axis=2)
+        if not self.has_v_proj:
+            v = normed[:, :, self.num_heads :]
+        return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def join(self) -> None:
+        """One product for q, k and v, and one norm for all heads where values have one: for a GPU."""
+        if not self.writes or (not self.has_v_proj and not self.has_v_norm):
+            return
+        joined = fuse_linears([self.q_proj, self.k_proj, *([self.v_proj] if self.has_v_proj else [])])
+        if joined is None:
+            return
+        self.qkv_proj = joined
+        del self.q_proj, self.k_proj
+        if self.has_v_proj:
+            del self.v_proj
+        if self.has_v_norm:
+            counts = [(self.q_norm.weight, self.num_heads), (self.k_norm.weight, self.num_kv_heads)]
+            if self.has_v_proj:
+                counts.append((mx.ones_like(self.k_norm.weight), self.num_kv_heads))
+            self._norm_weights = mx.concatenate([mx.broadcast_to(w, (n, self.head_dim)) for w, n in counts])
+            mx.eval(self._norm_weights)
+
+
+@mx.compile
+def gated_gelu(gate: mx.array, x: mx.array) -> mx.array:
+    """gelu(gate) * x in one kernel."""
+    return nn.gelu_approx(gate) * x
+
+
+@mx.compile
+def scaled_sum(x: mx.array, y: mx.array, scale: mx.array) -> mx.array:
+    return (x + y) * scale
+
 
 class MLP(nn.Module):
     def __init__(self, hidden: int, inner: int) -> None:
@@ -94,7 +146,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        if "gate_up_proj" in self:
+            return self.down_proj(gated_gelu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
+        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
+
+    def join(self) -> None:
+        """One product for gate and up: for a GPU."""
+        joined = fuse_linears([self.gate_proj, self.up_proj])
+        if joined is not None:
+            self.gate_up_proj = joined
+            del self.gate_proj, self.up_proj
 
 
 class Layer(nn.Module):
@@ -128,11 +189,12 @@ class Layer(nn.Module):
         self, x: mx.array, rotate: Rotate, cache: LayerCache, per_layer_input: mx.array | None = None
     ) -> mx.array:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotate, cache))
-        x = x + self.post_feedforward_layernorm(self._feed_forward(x))
+        out = self.post_feedforward_layernorm(self._feed_forward(x))
         if per_layer_input is not None:
-            gated = nn.gelu_approx(self.per_layer_input_gate(x)) * per_layer_input
-            x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return x * self.layer_scalar if self.is_gemma4 else x
+            x = x + out
+            gated = gated_gelu(self.per_layer_input_gate(x), per_layer_input)
+            out = self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        return scaled_sum(x, out, self.layer_scalar) if self.is_gemma4 else x + out
 
     def _feed_forward(self, x: mx.array) -> mx.array:
         dense = self.mlp(self.pre_feedforward_layernorm(x))
@@ -245,6 +307,14 @@ class TextDecoder(nn.Module):
         self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
         return self.logits(self.hidden(inputs, cache, input_embeddings))
+
+    def fuse(self) -> None:
+        """Fewer operations for the same numbers. Call once, after the weights are in."""
+        for module in self.modules():
+            if isinstance(module, OffsetNorm):
+                module.fold()
+            elif isinstance(module, Attention | MLP) and not self.is_cpu:
+                module.join()
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Names as this decoder has them; drops what is stored but not used."""

@@ -112,7 +112,7 @@ class _DeltaNet:
         q, k, v = mx.split(convolved, [self.key_dim, 2 * self.key_dim], axis=-1)
         q, k = (x.reshape(batch, length, self.num_k_heads, self.head_k_dim) for x in (q, k))
         v = v.reshape(batch, length, self.num_v_heads, self.head_v_dim)
-        q, k = normalize_qk(q, k, inv_scale=self.head_k_dim**-0.5, eps=L2_EPS)
+        q, k = self._normalised(q, k)
         out, after = gated_delta_update(q, k, v, a, b, self.A_log, self.dt_bias, state, mask)
         if cache is not None:
             if cache.lengths is None:
@@ -125,13 +125,22 @@ class _DeltaNet:
                 cache.trail = DeltaTrail(self, [conv_input, k, v, a, b], state, cache.host_lengths)
         return self.out_proj(self.norm(out, z).reshape(batch, length, -1))
 
+    def _normalised(self: Any, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array]:
+        """Each head to length 1, queries scaled by the root of their size."""
+        if "_taps" not in self:
+            return normalize_qk(q, k, inv_scale=self.head_k_dim**-0.5, eps=L2_EPS)
+        eps = L2_EPS / self.head_k_dim  # it is added to the mean of squares, not to their sum
+        return mx.fast.rms_norm(q, self._q_scale, eps), mx.fast.rms_norm(k, self._k_scale, eps)
+
     def _convolved(self: Any, x: mx.array) -> mx.array:
         return short_convolution(x, self._taps) if "_taps" in self else nn.silu(self.conv1d(x))
 
     def join(self: Any) -> None:
-        """For a GPU. `_taps` (K, C) are the convolution's weights."""
+        """For a GPU. `_taps` (K, C) are the convolution's weights, `_q_scale` and `_k_scale` what norms multiply by."""
+        kind, size = self.conv1d.weight.dtype, self.head_k_dim
         self._taps = mx.contiguous(self.conv1d.weight[:, :, 0].T.astype(mx.float32))
-        mx.eval(self._taps)
+        self._q_scale, self._k_scale = mx.full((size,), 1 / size, dtype=kind), mx.full((size,), size**-0.5, dtype=kind)
+        mx.eval(self._taps, self._q_scale, self._k_scale)
 
 
 class GatedDeltaNet(_DeltaNet, qwen3_5.GatedDeltaNet):
