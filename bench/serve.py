@@ -1,4 +1,7 @@
-"""Load over HTTP against any OpenAI-compatible server: `python -m bench.serve --url URL --concurrency 8 ...`."""
+"""Load over HTTP against any OpenAI-compatible server: `python -m bench.serve --url URL --concurrency 8 ...`.
+
+With `--start MODEL` against a server of our own, which takes its settings from the environment and ends with the load.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import argparse
 import asyncio
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,14 +19,22 @@ from tqdm import tqdm
 
 from bench import report
 from bench.load import Played, Record, Target, play, summarize
+from bench.peers import ARMS, serving
 from bench.workloads import SEED_STRIDE, Prompt, Shape, build, choose_counter, parse_range
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 when any request failed."""
     args = _parser().parse_args(argv)
+    if not args.start:
+        return run(args, args.url.rstrip("/").removesuffix("/v1"))
+    with tempfile.TemporaryFile() as log, serving(ARMS[0], Path(sys.executable), args.start, {}, log) as started:
+        return run(args, started.url)
+
+
+def run(args: argparse.Namespace, url: str) -> int:
     target = Target(
-        url=args.url.rstrip("/").removesuffix("/v1"),
+        url=url,
         model=args.model,
         endpoint=args.endpoint,
         temperature=args.temperature,
@@ -119,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__)
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8080")
+    add("--start", type=Path, metavar="MODEL", help="start a server of this folder or file, and use it")
     add("--model", default="default", help="the model name to send")
     add("--endpoint", choices=["chat", "completions"], default="chat")
     add("--concurrency", type=_positive, default=8, help="clients of the closed loop")
