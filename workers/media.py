@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from shared.messages import MediaItem, MediaKind, MediaTensor, StepRow
-from workers.cache.kv import Spans
+from workers.cache.batch_shape import Spans
 from workers.models.base import MediaModel
 
 MAX_CACHED_BYTES = 256 << 20  # of encoder outputs: about 30 images of 1,000 tokens at 4,096 16-bit values

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from workers.cache.kv import BatchShape, KVLayer, KVView
+from workers.cache.batch_shape import BatchShape
+from workers.cache.kv import KVLayer, KVView
 from workers.cache.placement import Run
 from workers.models.rope import Rotate, rotated_pair
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from workers.cache.batch_shape import BatchShape, bucket_length
 from workers.cache.block_tables import BlockTables, Change
-from workers.cache.kv import BatchShape, KVLayer, KVView, bucket_length
+from workers.cache.kv import KVLayer, KVView
 from workers.cache.placement import Run
 from workers.cache.spec import AttentionSpec, LayerSpec
 from workers.cache.store import CacheStore

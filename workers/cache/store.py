@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from workers.cache.kv import BatchShape, KVLayer, KVView, Spans
+from workers.cache.batch_shape import BatchShape, Spans
+from workers.cache.kv import KVLayer, KVView
 from workers.cache.packed import PackedView, stretches
 from workers.cache.placement import Placement
 from workers.cache.recurrent import RecurrentLayer, RecurrentView, State
