@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,12 +17,12 @@ from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
 from workers.kernels import prove as proving
 from workers.kernels import select as selecting
-from workers.kernels.base import Variant
+from workers.kernels.base import MAX_ROWS, Variant
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.cuda import CudaAttention, max_rows, num_parts, shared_bytes, supports
 from workers.kernels.metal import combine
 from workers.kernels.pages import Pages, Pool, slot_pages, tiles
-from workers.kernels.prove import largest_error, prove, seconds
+from workers.kernels.prove import largest_error, prove, seconds, tiles_are_right
 from workers.kernels.reference import ReferenceAttention
 from workers.models.rope import Rope, RopeParameters, Rotation
 
@@ -376,3 +377,37 @@ def test_a_chunk_goes_by_tiles_only_where_a_kernel_appends_it() -> None:
         attend_through(store, [0], [0], [t[:, :, :1] for t in tensors])
         outputs.append(attend_through(store, [0], [1], tensors))
     np.testing.assert_allclose(np.array(outputs[1]), np.array(outputs[0]), atol=1e-5)
+
+
+class OffInTiles(ReferenceAttention):
+    """Right, but for sequences of which it gets several rows: one position too far."""
+
+    def attend(self, q, k, v, pool, pages, variant):
+        if len({tuple(row) for row in pages.table.tolist()}) < pages.num_rows:
+            pages = replace(pages, starts=pages.starts + 1, host_starts=tuple(s + 1 for s in pages.host_starts))
+        return super().attend(q, k, v, pool, pages, variant)
+
+
+class FailingInTiles(ReferenceAttention):
+    def append(self, k, v, pool, pages, old):
+        raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("attention", "is_right"), [(ReferenceAttention, True), (OffInTiles, False), (FailingInTiles, False)]
+)
+@pytest.mark.parametrize("dim", [16, 64])
+def test_tiles_prove_themselves_at_start(attention: type[ReferenceAttention], is_right: bool, dim: int) -> None:
+    shapes = [ShapeClass(4, 2, dim, rows, mx.float32) for rows in (1, 0, MAX_ROWS)]
+    assert tiles_are_right(attention(), shapes) == is_right
+
+
+def test_tiles_that_are_off_are_left_out_of_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [(AttentionSpec(2, 64, 64), 4)]
+    for attention, has_tiles in ((ReferenceAttention, True), (OffInTiles, False)):
+        monkeypatch.setattr(selecting, "machine_kernel", attention)
+        choice = selecting.select(
+            layers, mx.float32, "kernel", is_speculative=True, cache_folder=tmp_path, widths=[1, 0, MAX_ROWS]
+        )
+        assert choice is not None
+        assert choice.has_tiles == choice.takes_any_starts == has_tiles

@@ -13,9 +13,10 @@ from workers.cache import cpu_attention
 from workers.cache.batch_shape import BatchShape, Spans, pieces, position_mask
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
-from workers.kernels.base import MAX_ROWS, PagedAttention, Variant
+from workers.kernels.base import PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice
 from workers.kernels.pages import Pages, Pool
+from workers.kernels.tiles import attend_in_tiles
 from workers.models.rope import Rotate, Rotation, rotated
 
 RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
@@ -277,21 +278,13 @@ class KVView:
     def _attend_tiles(
         self, attention: PagedAttention, q: mx.array, k: mx.array, v: mx.array, variant: Variant
     ) -> mx.array:
-        """Prefill rows at any positions: written first, then attended as many verify rows of the same sequences.
-
-        A tile reads what is before it from the pool, where all tiles lie already; that it writes its own rows once more
-        changes nothing.
-        """
-        width = self._shape.width
+        """Prefill rows at any positions."""
         outputs = []
         for run in self._shape.runs:
             pool = self._layer.pool(run.capacity_class)
             rows = slice(run.first, run.first + run.size)
-            part = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
-            attention.append(part[1], part[2], pool, self._pages(run), 0)
-            q_cut, k_cut, v_cut = (_cut(x, width // MAX_ROWS) for x in part)
-            out = attention.attend(q_cut, k_cut, v_cut, pool, self._tiles(run), variant)
-            outputs.append(_join(out, run.size))
+            of_run = (q, k, v) if run.size == q.shape[0] else (q[rows], k[rows], v[rows])
+            outputs.append(attend_in_tiles(attention, of_run, pool, self._pages(run), self._tiles(run), variant))
             self._layer.adopt(run.capacity_class, pool)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
@@ -461,15 +454,3 @@ class KVView:
             return self._mask(shape.runs[0], length, layer.capacities[shape.runs[0].capacity_class], window)
         parts = [position_mask(shape, run, length, layer.capacities[run.capacity_class], window) for run in shape.runs]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-
-def _cut(x: mx.array, count: int) -> mx.array:
-    """(B, heads, count * n, D) -> (B * count, heads, n, D)."""
-    batch, heads, length, dim = x.shape
-    return x.reshape(batch, heads, count, length // count, dim).swapaxes(1, 2).reshape(-1, heads, length // count, dim)
-
-
-def _join(x: mx.array, batch: int) -> mx.array:
-    """The reverse of `_cut`."""
-    _, heads, length, dim = x.shape
-    return x.reshape(batch, -1, heads, length, dim).swapaxes(1, 2).reshape(batch, heads, -1, dim)

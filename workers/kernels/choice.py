@@ -77,15 +77,18 @@ class AttentionChoice:
         return self.attention if self.is_used.get(shape, False) else None
 
     @property
+    def may_have_tiles(self) -> bool:
+        """Tiles are verify rows whose keys and values were appended as a chunk; Metal has no kernel for that."""
+        return any(shape.rows == 0 and is_used for shape, is_used in self.is_used.items())
+
+    @property
     def takes_any_starts(self) -> bool:
         """May prefill rows that begin at different positions share a forward? Everything goes through kernels then."""
-        has_chunks = any(shape.rows == 0 for shape in self.is_used)
-        return self.has_tiles and has_chunks and all(self.is_used.values())
+        return self.has_tiles and self.may_have_tiles and all(self.is_used.values())
 
     def tiles(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> PagedAttention | None:
         """The implementation that takes `width` tokens a row as many verify rows of one sequence; see `attend`."""
         if not self.has_tiles or spec.key_dim != spec.value_dim or width <= MAX_ROWS or width % MAX_ROWS:
             return None
-        # Tiles are verify rows whose keys and values were appended as a chunk; Metal has no kernel for that.
         shapes = [ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, rows, q.dtype) for rows in (MAX_ROWS, 0)]
         return self.attention if all(self.is_used.get(shape, False) for shape in shapes) else None

@@ -12,10 +12,11 @@ import mlx.core as mx
 from workers.arrays import start_evaluating
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
-from workers.kernels.base import PagedAttention, Variant
+from workers.kernels.base import MAX_ROWS, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice, ShapeClass
-from workers.kernels.pages import Pages, Pool, slot_pages
+from workers.kernels.pages import Pages, Pool, slot_pages, tiles
 from workers.kernels.reference import ReferenceAttention
+from workers.kernels.tiles import attend_in_tiles
 from workers.models.rope import Rope, RopeParameters, Rotate, Rotation
 
 logger = logging.getLogger("target")
@@ -130,6 +131,55 @@ def _blocks(starts: tuple[int, ...]) -> Pages:
     table = mx.array([[7, 3, 12, 5, 9, 14, 11, 2, 8, 15], [1, 4, 6, 0, 10, 13, 16, 17, 18, 19]], dtype=mx.int32)
     table = mx.contiguous(table[: len(starts)])  # kernels read it by its pointer
     return Pages(table, mx.array(starts, dtype=mx.int32), starts, 5)
+
+
+def tiles_are_right(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> bool:
+    """Do prefill rows in tiles give what they give at once? `shapes` as they are used. False, with the reason logged.
+
+    Also compiles what tiles take, so that no request waits for it.
+    """
+    for shape in shapes:
+        if shape.rows != MAX_ROWS or shape.is_shared:
+            continue
+        try:
+            error = max(_tiles_error(attention, shape, case) for case in tile_cases(shape.dim))
+        except (RuntimeError, ValueError) as failure:
+            logger.warning("tiles of prefill chunks, %s: they fail: %s", shape.name, str(failure)[:200])
+            return False
+        if not error <= TOLERANCE[shape.dtype]:
+            logger.warning("tiles of prefill chunks, %s: off by %.3g", shape.name, error)
+            return False
+    return True
+
+
+def tile_cases(dim: int) -> list[Case]:
+    """Rows in the middle of their sequences; one long enough for the key axis to be split; a ring that wraps."""
+    with mx.stream(mx.cpu):
+        made = [
+            Case(slot_pages([2, 0], [37, 70]), 3, 250, Variant(dim**-0.5)),
+            Case(slot_pages([1], [1500]), 2, 1600, Variant(dim**-0.5)),
+            Case(slot_pages([0, 1], [170, 10]), 2, 192, Variant(0.1, window=100, softcap=20.0)),
+        ]
+        mx.eval([case.pages.table for case in made], [case.pages.starts for case in made])
+        return made
+
+
+def _tiles_error(attention: PagedAttention, shape: ShapeClass, case: Case) -> float:
+    count = 3
+    with mx.stream(mx.cpu):
+        q, k, v = _random(shape, case.pages.num_rows, count * MAX_ROWS)
+        cut = tiles(case.pages, MAX_ROWS, count)
+        pools = [_pool(shape, case) for _ in "ab"]
+        mx.eval(q, k, v, cut.table, cut.starts)
+    got = [attend_in_tiles(attention, (q, k, v), pools[0], case.pages, cut, case.variant)]
+    mx.eval(got)
+    with mx.stream(mx.cpu):
+        wanted = [ReferenceAttention().attend(q, k, v, pools[1], case.pages, case.variant)]
+    pools[0].settle()
+    mx.synchronize()
+    got += [pools[0].keys, pools[0].values]
+    wanted += [pools[1].keys, pools[1].values]
+    return max(_difference(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def compile_kernels(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> None:

@@ -19,7 +19,7 @@ from workers.kernels.base import MAX_ROWS, PagedAttention
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
 from workers.kernels.metal import MetalAttention
-from workers.kernels.prove import choose, compile_kernels
+from workers.kernels.prove import choose, compile_kernels, tiles_are_right
 from workers.machine import device_name
 
 logger = logging.getLogger("target")
@@ -81,7 +81,9 @@ def select(
         logger.info("attention kernels checked in %.1f s", time.perf_counter() - started)
         if setting == "auto":
             _write(path, choice, shapes)
-    choice.has_tiles = True
+    choice.has_tiles = choice.may_have_tiles and tiles_are_right(
+        attention, [shape for shape, is_used in choice.is_used.items() if is_used]
+    )
     for reason in choice.reasons:
         logger.info("attention: %s", reason)
     if setting == "kernel" and not all(choice.is_used.values()):
