@@ -143,9 +143,8 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     if prefix is not None:
         budget -= prefix.num_blocks * prefix.block_bytes
     blocks = make_block_pool(store, BLOCK_SIZE) if prefix is not None else None
-    if has_own_memory() and not is_cpu():
-        install_starts(loaded.model)
-    engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size, blocks)
+    starts = install_starts(loaded.model) if has_own_memory() and not is_cpu() else None
+    engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size, blocks, starts)
     info = WorkerInfo(
         model=loaded.name,
         architecture=loaded.architecture,

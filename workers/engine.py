@@ -32,6 +32,7 @@ from workers.accept import count_accepted
 from workers.arrays import start_evaluating, to_list
 from workers.cache.blocks import BlockPool
 from workers.cache.store import CacheStore, RecurrentSnapshot
+from workers.early_start import Starts
 from workers.features import Bits, as_bits
 from workers.kernels.base import MAX_VERIFY_WIDTH
 from workers.media import SlotMedia
@@ -86,10 +87,17 @@ class Engine:
         store: its caches.
         num_slots: slot ids are 0 .. num_slots-1.
         blocks: the prefix cache's device tier; None where it is switched off.
+        starts: switches whether forwards are handed over in parts; None where they never are.
     """
 
     def __init__(
-        self, model: ModelRunner, store: CacheStore, num_slots: int, vocab_size: int, blocks: BlockPool | None = None
+        self,
+        model: ModelRunner,
+        store: CacheStore,
+        num_slots: int,
+        vocab_size: int,
+        blocks: BlockPool | None = None,
+        starts: Starts | None = None,
     ) -> None:
         self.model = model
         self.store = store
@@ -112,10 +120,13 @@ class Engine:
         self._pools: dict[int, Pool] = {}  # slots whose hidden rows are wanted in place of tokens
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
+        self._starts = starts
+        self._num_begun = 0  # steps that are not finished
         self.packs_rows = store.packs_rows and getattr(model.model, "packs_rows", False)  # docs/speculation.md
 
     def reset(self) -> None:
-        """Forget every sequence and every cached prefix."""
+        """Forget every sequence and every cached prefix. No step that was begun is finished any more."""
+        self._num_begun = 0
         self.release(list(self._slots))
         if self.blocks is not None:
             self.blocks.reset()
@@ -148,6 +159,9 @@ class Engine:
     def begin(self, step: Step) -> PendingStep:
         """Queue a step on the device. Rows' caches are written in the order of the steps."""
         started = time.perf_counter()
+        if self._starts is not None:
+            self._starts.is_on = not self._num_begun
+        self._num_begun += 1
         self._restored = []
         for start in step.starts:
             self._bind(start)
@@ -415,6 +429,7 @@ class Engine:
     def finish(self, pending: PendingStep) -> StepResult:
         """Wait for a step and read it: the one synchronisation with the device."""
         started = time.perf_counter()
+        self._num_begun = max(0, self._num_begun - 1)
         mx.eval(pending.pending)
         waited = time.perf_counter()
         results: list[RowResult] = []
