@@ -98,9 +98,9 @@ class SplitMlxLmModel(MlxLmModel):
 
     def __init__(self, model: nn.Module, architecture: str) -> None:
         super().__init__(model, architecture)
-        hybrid.install(
-            model, is_cpu=is_cpu()
-        )  # what joins projections, which the caches of mlx-lm cannot be tried with
+        hybrid.install(model)
+        if not is_cpu():
+            hybrid.join(model)
 
     def query_heads(self) -> list[int]:
         return hybrid.query_heads(self.model)

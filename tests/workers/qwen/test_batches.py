@@ -13,10 +13,12 @@ from mlx.utils import tree_flatten
 
 from shared.messages import SamplingParams, Step
 from tests.support.engine_rig import EngineRig, make_engine
+from tests.support.layouts import EveryShape
 from tests.workers.qwen import hf
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.reference import ReferenceAttention
 from workers.models.own import is_own
+from workers.models.qwen import hybrid
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -129,11 +131,29 @@ def test_attention_by_kernels_gives_the_same_where_the_decoder_is_ours(pair, exp
     assert kernel.num_decodes > len(specs)
 
 
+@pytest.mark.parametrize("layout", ["slots", "paged"])
+def test_a_hybrid_as_on_a_gpu_gives_the_same(transformers, tmp_path, layout):
+    """Joined products, padded rows, attention by kernels, which rotate rows without media; with media, too."""
+    _, model = hf.make(transformers, tmp_path, "qwen3_5", seed=7, scale=0.3)
+    made = requests_of(model)
+    expected = alone(model, made)
+    hybrid.join(model.model)
+    engine = make_engine(model, classes=CLASSES, is_exact=False, layout=layout)
+    kernel = Counted()
+    engine.store.use_attention(EveryShape(kernel))
+    rig = MediaRig(model, engine)
+    rig.start(made, made)
+    rig.drain()
+    assert {name: rig.tokens(name) for name in made} == expected
+    assert kernel.num_decodes > 12 and 0 < kernel.num_rotated < kernel.num_decodes
+
+
 class Counted(ReferenceAttention):
-    num_decodes = 0
+    num_decodes = num_rotated = 0
 
     def attend(self, q, *rest):
         self.num_decodes += q.shape[2] == 1
+        self.num_rotated += rest[-1].rotation is not None
         return super().attend(q, *rest)
 
 
