@@ -17,6 +17,11 @@ class Caller(Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     on_failed_call: Callable[[], None] = lambda: None  # a tool call of the output was malformed
 
+    @property
+    def text_salt(self) -> str:
+        """Under which tokens of its texts are remembered: nobody else's get faster by them."""
+        return f"{self.tenant}\0{self.cache_salt}"
+
 
 def caller_of(request: Request) -> Caller:
     metrics: HttpMetrics = request.app.state.metrics

@@ -55,7 +55,7 @@ async def prepare_chat(service: Service, caller: Caller, body: ChatBody) -> Gene
     text = await render_chat(service, body.messages, tools=tools, kwargs=kwargs, media=parts)
     answer = answer_of(body.response_format, body.structured_outputs)
     grammar = await grammar_for(service.grammars, target, thinking.output_format, answer=answer, calls=calls)
-    prompt, media = await encode_chat(service, text, parts)
+    prompt, media = await encode_chat(service, text, parts, salt=caller.text_salt)
     has_new_name = body.max_completion_tokens is not None
     return prepare(
         service,

@@ -44,7 +44,7 @@ async def messages(request: Request) -> Response:
     thinking = _thinking(service, body)
     parts: list[MediaPart] = []
     text = await _render(service, body, tools, thinking, parts)
-    prompt, media = await encode_chat(service, text, parts)
+    prompt, media = await encode_chat(service, text, parts, salt=caller_of(request).text_salt)
     room = target.max_model_len - len(prompt)
     if room < 1:  # the words by which clients know that they should make the conversation shorter
         raise ContextLength(f"prompt is too long: {len(prompt)} tokens > {target.max_model_len - 1} maximum")
@@ -98,7 +98,7 @@ async def count_tokens(request: Request) -> Response:
     service.check_model(body.model)
     parts: list[MediaPart] = []
     text = await _render(service, body, _tools(service, body), _thinking(service, body), parts)
-    prompt, _ = await encode_chat(service, text, parts)
+    prompt, _ = await encode_chat(service, text, parts, salt=caller_of(request).text_salt)
     return errors.json_response(msgspec.json.encode({"input_tokens": len(prompt)}))
 
 

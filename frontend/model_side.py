@@ -8,6 +8,7 @@ from frontend.grammar import GrammarChecker
 from frontend.media.loader import MediaLoader
 from frontend.media.processors import processor_of
 from frontend.pieces import Pieces
+from frontend.segments import SegmentTokens
 from frontend.tokenizer import ModelText
 from shared import model_files
 from shared.config import Settings
@@ -27,6 +28,7 @@ class ModelSide:
         self.text = text
         self.media = media  # None: the model takes text only
         self.pieces = Pieces(text.tokenizer)
+        self.segments = SegmentTokens(text.tokenizer)
         self.template = ChatTemplate(text.chat_template, text.special_texts) if text.chat_template else None
         self.output_format = output_parser.choose(settings, text.chat_template, text.tokenizer)
         self.grammars = GrammarChecker(text)

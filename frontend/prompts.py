@@ -148,19 +148,22 @@ def _text_part(part: dict[str, Any], place: str) -> dict[str, str]:
 
 
 async def encode_chat(
-    service: Service, text: str, media: Sequence[MediaPart], *, param: str = "messages"
+    service: Service, text: str, media: Sequence[MediaPart], *, salt: str, param: str = "messages"
 ) -> tuple[list[int], list[MediaItem]]:
     """A rendered conversation as tokens, with its media in their places.
 
+    Args:
+        salt: as the prefix cache has it: tokens of its parts are remembered under it.
     Raises:
         InvalidRequest: a medium cannot be used.
     """
     if not media:
-        return await service.encode(text, add_special_tokens=False, param=param), []
+        return await service.encode(text, add_special_tokens=False, param=param, salt=salt), []
     assert service.media is not None, "media were collected for a model that takes text only"
     loaded = await service.media.load(media)
     text = service.media.rewrite(text, loaded)
-    return service.media.place(await service.encode(text, add_special_tokens=False, param=param), loaded)
+    tokens = await service.encode(text, add_special_tokens=False, param=param, salt=salt)
+    return service.media.place(tokens, loaded)
 
 
 async def encode_prompts(

@@ -49,6 +49,7 @@ class Service:
         self.settings = side.settings
         self.model_name, self._model_ids = side.model_name, side.names
         self.text, self.pieces, self.template = side.text, side.pieces, side.template
+        self.segments = side.segments
         self.media, self.grammars, self.output_format = side.media, side.grammars, side.output_format
 
     @property
@@ -86,9 +87,11 @@ class Service:
             shown_ids=frozenset(i for i in ids if i is not None),
         )
 
-    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str, salt: str | None = None) -> list[int]:
         """The text's tokens.
 
+        Args:
+            salt: whose text it is: long parts of a conversation are remembered for the next one with the same salt.
         Raises:
             InvalidRequest: the text has a lone surrogate, or is far longer than the context.
         """
@@ -100,6 +103,8 @@ class Service:
         try:
             if len(text) <= INLINE_CHARS:
                 return tokenizer.encode(self.text.tokenizer, text, add_special_tokens=add_special_tokens)
+            if salt is not None and not add_special_tokens:
+                return await asyncio.to_thread(self.segments.encode, text, salt)
             return await asyncio.to_thread(
                 tokenizer.encode, self.text.tokenizer, text, add_special_tokens=add_special_tokens
             )

@@ -132,7 +132,7 @@ async def encode(service: Service, body: ContextBody, context: Context, *, num_o
         text = await render_chat(
             service, messages, tools=tools, kwargs=thinking.template_kwargs, media=parts, param="input"
         )
-        token_ids, media = await encode_chat(service, text, parts, param="input")
+        token_ids, media = await encode_chat(service, text, parts, salt=context.tenant, param="input")
         return Prompt(text, token_ids, tools, thinking, media)
 
     async def fits(num_dropped: int) -> Prompt | None:

@@ -64,6 +64,24 @@ def test_a_delta_goes_out_when_it_comes(server: RunningServer, engine: FakeEngin
     assert statistics.median(seconds) < 0.008
 
 
+def test_the_next_turn_tokenizes_only_what_is_new(
+    server: RunningServer, client: openai.OpenAI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("frontend.service.INLINE_CHARS", 64)
+    engine.on_submit = says([*ids("ok"), EOS])
+    turns = [{"role": "user", "content": "first " * 60}]
+    client.chat.completions.create(model="default", messages=turns)  # type: ignore[arg-type]  # the SDK's own dicts
+    segments = server.service.segments
+    assert segments.num_remembered_chars == 0
+    turns += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "second " * 60}]
+    for tenant, remembered in (("", 360), ("other", 360), ("", 360 + 780)):
+        headers = {"X-Cache-Tenant": tenant} if tenant else {}
+        client.chat.completions.create(model="default", messages=turns, extra_headers=headers)  # type: ignore[arg-type]
+        assert remembered <= segments.num_remembered_chars < remembered + 60
+    tokens = server.http.post("/tokenize", json={"messages": turns}).json()["tokens"]
+    assert [submit.prompt_token_ids for submit in engine.wait_for(Submit, count=4)[1:]] == [tokens] * 3
+
+
 def lp(token_id: int, logprob: float, *top: tuple[int, float]) -> TokenLogprob:
     return TokenLogprob(logprob=logprob, top=[TopLogprob(token_id=i, logprob=value) for i, value in top])
 
