@@ -31,6 +31,7 @@ class BatchShape:
     spans: Spans | None = None  # per row, where its images lie
     tables: dict[tuple[int, int], Pages] = field(default_factory=dict)
     tile_tables: dict[tuple[int, int], Pages] = field(default_factory=dict)
+    chunk_masks: dict[tuple[int, int], mx.array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.offset = self.starts[0] if len(self.starts) == 1 else mx.array(self.starts, dtype=mx.int32)
@@ -60,6 +61,16 @@ class BatchShape:
         if (run.first, run.size) not in self.tile_tables:
             self.tile_tables[run.first, run.size] = tiles(self.pages(run), MAX_ROWS, self.width // MAX_ROWS)
         return self.tile_tables[run.first, run.size]
+
+    def chunk_mask(self, old: int, window: int, dtype: mx.Dtype) -> mx.array:
+        """What a chunk sees of `old` positions before it and its own, (width, old + width), as a number that is added
+        to the scores: made once for all layers of a window. A GPU adds a mask faster than it selects by one.
+        """
+        if (old, window) not in self.chunk_masks:
+            distance = mx.arange(old, old + self.width)[:, None] - mx.arange(old + self.width)
+            seen = (distance >= 0) & (distance < window)
+            self.chunk_masks[old, window] = mx.where(seen, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
+        return self.chunk_masks[old, window]
 
     @property
     def is_aligned(self) -> bool:

@@ -306,8 +306,7 @@ class KVView:
         self._layer.adopt(run.capacity_class, pool)
         mask: mx.array | str = "causal"
         if window is not None and old + width > window:
-            distance = mx.arange(old, old + width)[:, None] - mx.arange(old + width)
-            mask = (distance >= 0) & (distance < window)
+            mask = self._shape.chunk_mask(old, window, q.dtype)
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     def write(self, k: mx.array, v: mx.array) -> None:
