@@ -50,9 +50,14 @@ def last_exit() -> int | None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, a child whose supervisor is killed gets SIGTERM instead of living on as an orphan."""
+    """On Linux, a process whose parent is killed gets SIGTERM instead of living on as an orphan."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _is_orphan() -> bool:
+    """Is honcho gone already? It ends without its processes when it is told to end while it starts them."""
+    return "HONCHO_PROCESS_NAME" in os.environ and os.getppid() == 1
 
 
 def _remove_shared_memory(pid: int) -> None:
@@ -209,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, supervisor.restart)
     signal.signal(signal.SIGUSR1, supervisor.drain)
     signal.signal(signal.SIGUSR2, supervisor.pause)
+    _die_with_parent()
+    if _is_orphan():
+        return 0
     pid_file = folder / f"{name}.pid"
     pid_file.write_text(str(os.getpid()))
     try:

@@ -210,3 +210,35 @@ def test_sigusr2_ends_the_child_until_sighup() -> None:
     assert process.wait(30) == 0
     process.stdout.close()
     process.stderr.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to tell of the parent's end")
+def test_a_supervisor_ends_with_its_parent() -> None:
+    """As when honcho is told to end while it starts its processes, which it then leaves behind."""
+    supervisor = [sys.executable, "-m", "shared.supervise", "child", "--", *python(WAITS.format(handler="pass"))]
+    parent = subprocess.Popen(
+        python(f"import subprocess, time; subprocess.Popen({supervisor!r}); time.sleep(60)"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "up\n"
+    left = psutil.Process(parent.pid).children(recursive=True)
+    assert len(left) == 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive
+    parent.stdout.close()
+
+
+def test_a_supervisor_that_finds_its_parent_gone_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HONCHO_PROCESS_NAME", "child.1")
+    monkeypatch.setenv("TANDEM_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(supervise.os, "getppid", lambda: 1)
+    monkeypatch.setattr(supervise, "_die_with_parent", lambda: None)  # this process is pytest's
+    monkeypatch.setattr(supervise.signal, "signal", lambda *_: None)
+    assert supervise.main(["child", "--", *python(f"open({str(tmp_path / 'ran')!r}, 'w')")]) == 0
+    assert not (tmp_path / "ran").exists()
