@@ -18,7 +18,7 @@ using mlx::core::cu::Strides;
 
 #define NOTHING __int_as_float(0xff800000)  // -infinity: the maximum of no scores
 
-struct Params {  // see `Params` in workers/kernels/launch.py
+struct Params {  // see `params_of` in workers/kernels/params.py
   float scale, cap;
   int window, S, W, has_sinks;
   int R, M;  // query rows a sequence; query vectors of a key-value head

@@ -35,3 +35,14 @@ def fuse_linears(layers: Sequence[nn.Module]) -> nn.Module | None:
     mx.eval(fused.parameters())
     fused.freeze()
     return fused
+
+
+def join(module: nn.Module, parts: Sequence[str], joined: str) -> bool:
+    """Put one layer, `joined`, in the place of `parts` of a module; False, with nothing changed, as `fuse_linears`."""
+    fused = fuse_linears([module[part] for part in parts])
+    if fused is None:
+        return False
+    setattr(module, joined, fused)
+    for part in parts:
+        delattr(module, part)
+    return True

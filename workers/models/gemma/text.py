@@ -20,7 +20,7 @@ import mlx.nn as nn
 from workers.cache.spec import AttentionSpec, LayerSpec
 from workers.models.base import LayerCache, NoCache
 from workers.models.decoder import Norm
-from workers.models.fuse import fuse_linears
+from workers.models.fuse import join
 from workers.models.gemma.config import SPAN_LAYERS, GemmaConfig, LayerShape
 from workers.models.gemma.experts import Experts, Router
 from workers.models.rope import Rope, Rotate
@@ -112,14 +112,8 @@ class Attention(nn.Module):
         """One product for q, k and v, and one norm for all heads where values have one: for a GPU."""
         if not self.writes or (not self.has_v_proj and not self.has_v_norm):
             return
-        joined = fuse_linears([self.q_proj, self.k_proj, *([self.v_proj] if self.has_v_proj else [])])
-        if joined is None:
-            return
-        self.qkv_proj = joined
-        del self.q_proj, self.k_proj
-        if self.has_v_proj:
-            del self.v_proj
-        if self.has_v_norm:
+        parts = ["q_proj", "k_proj", "v_proj"] if self.has_v_proj else ["q_proj", "k_proj"]
+        if join(self, parts, "qkv_proj") and self.has_v_norm:
             counts = [(self.q_norm.weight, self.num_heads), (self.k_norm.weight, self.num_kv_heads)]
             if self.has_v_proj:
                 counts.append((mx.ones_like(self.k_norm.weight), self.num_kv_heads))
@@ -152,10 +146,7 @@ class MLP(nn.Module):
 
     def join(self) -> None:
         """One product for gate and up: for a GPU."""
-        joined = fuse_linears([self.gate_proj, self.up_proj])
-        if joined is not None:
-            self.gate_up_proj = joined
-            del self.gate_proj, self.up_proj
+        join(self, ["gate_proj", "up_proj"], "gate_up_proj")
 
 
 class Layer(nn.Module):

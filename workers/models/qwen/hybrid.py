@@ -18,8 +18,8 @@ from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
 from workers.cache.recurrent import RecurrentView, State
+from workers.models import fuse
 from workers.models.decoder import swiglu
-from workers.models.fuse import fuse_linears
 from workers.models.rope import Rope, RopeParameters
 
 L2_EPS = 1e-6
@@ -54,10 +54,7 @@ class Attention(qwen3_next.Qwen3NextAttention):
         return list(mx.split(self.qkv_proj(x), [2 * self.num_attention_heads * self.head_dim, -size], axis=-1))
 
     def join(self) -> None:
-        joined = fuse_linears([self.q_proj, self.k_proj, self.v_proj])
-        if joined is not None:
-            self.qkv_proj = joined
-            del self.q_proj, self.k_proj, self.v_proj
+        fuse.join(self, ["q_proj", "k_proj", "v_proj"], "qkv_proj")
 
 
 class DeltaTrail:
@@ -157,10 +154,7 @@ class GatedDeltaNet(_DeltaNet, qwen3_5.GatedDeltaNet):
 
     def join(self) -> None:
         super().join()
-        joined = fuse_linears([self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a])
-        if joined is not None:
-            self.in_proj = joined
-            del self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+        fuse.join(self, ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"], "in_proj")
 
 
 class NextGatedDeltaNet(_DeltaNet, qwen3_next.Qwen3NextGatedDeltaNet):
@@ -177,10 +171,7 @@ class MLP(qwen3_next.Qwen3NextMLP):
         return self.down_proj(swiglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
 
     def join(self) -> None:
-        joined = fuse_linears([self.gate_proj, self.up_proj])
-        if joined is not None:
-            self.gate_up_proj = joined
-            del self.gate_proj, self.up_proj
+        fuse.join(self, ["gate_proj", "up_proj"], "gate_up_proj")
 
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
