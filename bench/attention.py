@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from bench.report import print_last_line, provenance, table, write_json
+from bench.report import finish, provenance, table
 from workers.kernels.choice import ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
 from workers.kernels.prove import largest_error, seconds
@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **provenance("attention"), "shape": options.shape, "dtype": options.dtype, "copy_bytes_per_s": bandwidth,
         "rows": results,
     }  # fmt: skip
-    if options.json:
-        write_json(options.json, result)
-    print_last_line(result)
+    finish(result, options.json)
     return 0
 
 

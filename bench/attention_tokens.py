@@ -148,9 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if may_serve_all(SHAPES[options.shape]):
         cuda.leave_out_graphs()
     result = {**report.provenance("attention_tokens"), "shape": options.shape, **run(options)}
-    if options.json:
-        report.write_json(options.json, result)
-    report.print_last_line(result)
+    report.finish(result, options.json)
     return int(any(arm["differ"] > arm["ties"] for arm in result["arms"].values()))
 
 

@@ -214,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "options": {k: v for k, v in vars(args).items() if k != "json"},
         "runs": runs,
     }
-    if args.json:
-        report.write_json(args.json, result)
-    report.print_last_line(result)
+    report.finish(result, args.json)
     return 0
 
 

@@ -148,9 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rows:
             print(report.table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     result = {**report.provenance("host_costs"), "shape": options.shape, "launches": launches, "steps": steps}
-    if options.json:
-        report.write_json(options.json, result)
-    report.print_last_line(result)
+    report.finish(result, options.json)
     return 0
 
 

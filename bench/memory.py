@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "growth": growth,
         "growth_in_all": total,
     }
-    if options.json:
-        report.write_json(options.json, result)
-    report.print_last_line(result)
+    report.finish(result, options.json)
     return 0
 
 

@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(["rows of the step", "padded, prefill apart", "packed"],
                        [[r["rows"], f"{r['padded_ms']:.0f}", f"{r['packed_ms']:.0f}"] for r in rows]))  # fmt: skip
     result = {**report.provenance("packed"), "context": CONTEXT, "repeats": options.repeats, "steps": rows}
-    if options.json:
-        report.write_json(options.json, result)
-    report.print_last_line(result)
+    report.finish(result, options.json)
     return 0
 
 

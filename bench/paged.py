@@ -190,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     result = {**report.provenance("paged"), "shape": options.shape, "layouts": found}
-    if options.json:
-        report.write_json(options.json, result)
-    report.print_last_line(result)
+    report.finish(result, options.json)
     return 0
 
 

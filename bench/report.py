@@ -126,6 +126,13 @@ def print_last_line(result: Mapping[str, Any]) -> None:
     print(json.dumps(result), flush=True)
 
 
+def finish(result: Mapping[str, Any], path: str | Path | None) -> None:
+    """The end of a benchmark: the result in a file where one is asked for, and as the last line."""
+    if path:
+        write_json(path, result)
+    print_last_line(result)
+
+
 def _output(command: Sequence[str]) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -195,9 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = ["running + waiting", "rows", "step min", "step p50", "step p90", "step p99", "wire p50", "submit p50"]
     print(report.table(header, rows))
     result = report.provenance("scheduler") | {"num_steps": args.steps, "runs": runs}
-    if args.json:
-        report.write_json(args.json, result)
-    report.print_last_line(result)
+    report.finish(result, args.json)
     return 0
 
 

@@ -30,7 +30,7 @@ import mlx.core as mx
 import msgspec
 
 from bench.model_shapes import ASSISTANTS, SHAPES, random_model
-from bench.report import print_last_line, provenance, write_json
+from bench.report import finish, provenance
 from bench.synthetic_drafters import Coin, Drafter, RandomAssistant, WaitDrafter
 from scheduler.core import Core
 from scheduler.metrics import Metrics
@@ -302,9 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "draft_ms": options.draft_ms if options.drafter == "wait" else None, "rows": rows,
         "step_costs": [_struct_cost(c) for c in costs],
     }  # fmt: skip
-    if options.json:
-        write_json(options.json, result)
-    print_last_line(result)
+    finish(result, options.json)
     return 0
 
 

@@ -217,6 +217,7 @@ def test_a_rate_is_of_each_key_and_keys_of_the_file_count(server: KeyedServer) -
 @pytest.mark.skipif(not IS_LONG, reason="make faults runs it")
 @pytest.mark.parametrize("what", ["a stream", "complete answers"])
 def test_a_client_that_does_not_read_is_cut_off_and_holds_nothing(server: KeyedServer, what: str) -> None:
+    server.wait_for(lambda: "target.beat" in Footprint.of(server).run_files, "the target touches its beat", WAIT_S)
     before = Footprint.of(server)
     if what == "a stream":  # megabytes: the system's own buffers take two or three
         sent = request(BODY | {"stream": True, "max_tokens": 400, "n": MAX_QUEUE, "logprobs": 5, "temperature": 1})
