@@ -111,8 +111,9 @@ def test_a_key_with_two_requests_waits_for_two_of_the_others_not_for_all(server:
         target.resume()
     assert all(asked.result().status_code == 200 for asked in (*many, *few))
     order = sorted((*many, *few), key=lambda asked: asked.ended)
-    assert order.index(few[0]) <= 2 and order.index(few[1]) <= 4
-    assert order.index(many[-1]) == 7
+    # First come, first served would end them sixth and seventh. Answers are 60 tokens apart, so their threads here may swap two.
+    assert order.index(few[0]) <= 3 and order.index(few[1]) <= 5
+    assert order[-1] in many
 
 
 @pytest.mark.parametrize("is_queued", [True, False])
