@@ -79,7 +79,7 @@ class Answer(ABC):
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.chunk_object if body.stream else self.whole_object,
             "created": int(time.time()),
-            "model": service.model_name,
+            "model": service.shown_name(body.model),
             "system_fingerprint": info.fingerprint,
         }
 

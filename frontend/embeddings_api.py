@@ -58,7 +58,8 @@ async def embeddings(request: Request) -> Response:
         if len(prompt) >= target.max_model_len:
             text = f"input: a text has {len(prompt)} tokens; this model takes {target.max_model_len - 1}"
             raise ContextLength(text, param="input")
-    pooled = PooledPrompts(service.engine, [_submit(request, prompt, pooling) for prompt in prompts])
+    adapter = service.adapter_of(body.model)
+    pooled = PooledPrompts(service.engine, [_submit(request, prompt, pooling, adapter) for prompt in prompts])
     watcher = ClientWatcher(request, pooled)
     try:
         vectors = await pooled.vectors()
@@ -71,7 +72,7 @@ async def embeddings(request: Request) -> Response:
             {"object": "embedding", "index": i, "embedding": _shown(normalized(vector, body.dimensions), body)}
             for i, vector in enumerate(vectors)
         ],
-        "model": service.model_name,
+        "model": service.shown_name(body.model),
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
     return json_response(msgspec.json.encode(answer))
@@ -100,7 +101,7 @@ def pooling_for(service: Service) -> Pooling:
     return of_checkpoint.kind
 
 
-def _submit(request: Request, prompt: list[int], pooling: Pooling) -> Submit:
+def _submit(request: Request, prompt: list[int], pooling: Pooling, adapter: str) -> Submit:
     return Submit(
         request_id=RequestId(uuid.uuid4().hex),
         prompt_token_ids=prompt,
@@ -110,6 +111,7 @@ def _submit(request: Request, prompt: list[int], pooling: Pooling) -> Submit:
         timeout_s=request.scope.get("timeout_s"),
         cache_salt=cache_salt(request),
         pooling=pooling,
+        adapter=adapter,
     )
 
 

@@ -209,7 +209,8 @@ class Generation:
         """Raises Unavailable when no target is ready."""
         if self._tracing is not None:
             for output in self.outputs:
-                output.span = self._tracing.sequence(output.submit, self._model_name)
+                name = output.submit.adapter or self._model_name
+                output.span = self._tracing.sequence(output.submit, name)
         try:
             self._stream = self._engine.open([output.submit for output in self.outputs])
         except TandemError:
@@ -351,6 +352,7 @@ def prepare(
                 timeout_s=caller.timeout_s,
                 cache_salt=caller.cache_salt,
                 media=list(media),
+                adapter=service.adapter_of(body.model),
             )
             outputs.append(OutputText(service, submit, index, body, parsing))
     return Generation(service, outputs, body.n)

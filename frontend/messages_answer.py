@@ -52,7 +52,7 @@ class MessagesAnswer:
             "id": f"msg_{uuid.uuid4().hex[:24]}",
             "type": "message",
             "role": "assistant",
-            "model": service.model_name,
+            "model": generation.outputs[0].submit.adapter or service.model_name,
         }
 
     def error_event(self, error: TandemError) -> bytes:

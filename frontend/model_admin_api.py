@@ -20,10 +20,14 @@ router = APIRouter()
 
 
 class LoadModelBody(Body, frozen=True, kw_only=True):
-    """`model` and `draft_model` as the settings of these names; the same model again reads its files anew."""
+    """`model` and `draft_model` as the settings of these names; the same model again reads its files anew.
+
+    `adapters` are names and places of LoRA adapters, in place of those that are served.
+    """
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
     draft_model: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
+    adapters: Annotated[dict[str, str], Meta(max_length=256)] | None = None
     wait: bool = False  # for the end; otherwise /health tells
 
 
@@ -36,7 +40,8 @@ async def load_model(request: Request) -> Response:
     """202 at once, or with `wait` 200 once the model is served."""
     service = _open_to_admin(request)
     body = parse(await read_body(request), LoadModelBody)
-    return await _answer(service, service.model_change.load(body.model, body.draft_model), body.wait)
+    task = service.model_change.load(body.model, body.draft_model, body.adapters)
+    return await _answer(service, task, body.wait)
 
 
 @router.post("/v1/models/unload", openapi_extra=openapi_body(UnloadModelBody))

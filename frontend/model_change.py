@@ -11,7 +11,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +19,7 @@ import msgspec
 from frontend import model_side
 from frontend.engine import RETRY_AFTER_S
 from frontend.model_side import ModelSide
+from shared import adapters as adapter_names
 from shared import served as served_model
 from shared.errors import BadConfig, BadModel, EngineFailure, InvalidRequest, TandemError, Unavailable
 from shared.served import Choice, Served
@@ -69,16 +70,25 @@ class ModelChange:
 
     # ------------------------------------------------------------ what the operator asks for
 
-    def load(self, model: str, draft_model: str | None) -> asyncio.Task[None]:
-        """Raises Unavailable: the model is being changed already, or the server ends."""
+    def load(self, model: str, draft_model: str | None, adapters: Mapping[str, str] | None) -> asyncio.Task[None]:
+        """Args:
+            adapters: name -> place; None: those that are served now, where the model stays.
+        Raises:
+            InvalidRequest: the adapters' names or places cannot be used.
+            Unavailable: the model is being changed already, or the server ends.
+        """
         now, first = served_model.read(self._settings).choice, self._settings
+        known = now if model == now.model else Choice.of(first) if model == first.model else None
         if draft_model is not None:
-            choice = Choice(model=model, draft_model=draft_model, draft_kind="", draft_block_size=0)
-        elif model in (now.model, first.model):
-            choice = msgspec.structs.replace(now if model == now.model else Choice.of(first), is_loaded=True)
+            kept = known.adapters if known is not None else ""
+            choice = Choice(model=model, draft_model=draft_model, draft_kind="", draft_block_size=0, adapters=kept)
+        elif known is not None:
+            choice = msgspec.structs.replace(known, is_loaded=True)
         else:  # a drafter's checkpoint is made for one model
             draft = "auto" if first.draft_checkpoint else first.draft_model
             choice = Choice(model=model, draft_model=draft, draft_kind="", draft_block_size=0)
+        if adapters is not None:
+            choice = msgspec.structs.replace(choice, adapters=_setting_of(adapters))
         self._check_free()
         return self._begin(model, self._load(choice))
 
@@ -140,7 +150,8 @@ class ModelChange:
 
     async def _checked(self, choice: Choice) -> ModelSide:
         """Raises InvalidRequest."""
-        command = [sys.executable, "-m", "workers.check", choice.model, choice.draft_model, choice.draft_kind]
+        words = [choice.model, choice.draft_model, choice.draft_kind, choice.adapters]
+        command = [sys.executable, "-m", "workers.check", *words]
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )
@@ -235,3 +246,11 @@ class ModelChange:
 
     def _shut_unloaded(self) -> None:
         self._service.door.shut(UNLOADED, "no model is loaded: POST /v1/models/load brings one", 10 * RETRY_AFTER_S)
+
+
+def _setting_of(adapters: Mapping[str, str]) -> str:
+    """Raises InvalidRequest."""
+    try:
+        return adapter_names.to_setting(adapters)
+    except BadConfig as error:
+        raise InvalidRequest(error.message, param="adapters") from error

@@ -10,15 +10,16 @@ from frontend.media.processors import processor_of
 from frontend.pieces import Pieces
 from frontend.segments import SegmentTokens
 from frontend.tokenizer import ModelText
-from shared import model_files
+from shared import adapters, model_files
 from shared.config import Settings
+from shared.errors import BadConfig
 
 
 class ModelSide:
     """Immutable; a change of the model makes a new one.
 
     Raises:
-        BadConfig: a setting names a parser that does not exist.
+        BadConfig: a setting names a parser that does not exist, or adapters that cannot be told apart.
         BadModel: the chat template does not parse.
     """
 
@@ -33,6 +34,9 @@ class ModelSide:
         self.output_format = output_parser.choose(settings, text.chat_template, text.tokenizer)
         self.grammars = GrammarChecker(text)
         self.names = {"", "default", model_name, settings.model, settings.model_name}
+        self.adapters = adapters.parse(settings.adapters)
+        for name in self.names & self.adapters.keys():
+            raise BadConfig(f"adapters: {name!r} is a name of the model itself")
 
 
 def load(settings: Settings) -> ModelSide:

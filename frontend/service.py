@@ -47,7 +47,7 @@ class Service:
     def adopt(self, side: ModelSide) -> None:
         """This is the model from now on. No request may be between its prompt and its answer."""
         self.settings = side.settings
-        self.model_name, self._model_ids = side.model_name, side.names
+        self.model_name, self._model_ids, self.adapters = side.model_name, side.names, side.adapters
         self.text, self.pieces, self.template = side.text, side.pieces, side.template
         self.segments = side.segments
         self.media, self.grammars, self.output_format = side.media, side.grammars, side.output_format
@@ -70,9 +70,20 @@ class Service:
         return ["text", *(self.media.modalities if self.media is not None else [])]
 
     def check_model(self, model: str) -> None:
-        """Raises NotFound for a name that is not the served model's."""
-        if model not in self._model_ids:
-            raise NotFound(f"no model {model!r} here; {self.model_name!r} (or 'default') is served", param="model")
+        """Raises NotFound for a name that is neither the served model's nor an adapter's."""
+        if model not in self._model_ids and model not in self.adapters:
+            served = f"{self.model_name!r} (or 'default') is served"
+            if self.adapters:
+                served += ", with the adapters " + ", ".join(map(repr, self.adapters))
+            raise NotFound(f"no model {model!r} here; {served}", param="model")
+
+    def adapter_of(self, model: str) -> str:
+        """The LoRA adapter that a request's `model` names; "" for the base model."""
+        return model if model in self.adapters else ""
+
+    def shown_name(self, model: str) -> str:
+        """What an answer calls the model that a request's `model` named."""
+        return self.adapter_of(model) or self.model_name
 
     def detokenizer(
         self, *, skip_special_tokens: bool, is_text_start: bool, markers: frozenset[str] = frozenset()

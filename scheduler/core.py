@@ -24,7 +24,7 @@ from scheduler.step_timeout import StepTimeout
 from scheduler.suspects import OUTER_DEATH, OWN_DEATH, POISON, RESTART, Suspects, strikes_of
 from scheduler.waiting import WaitingQueue
 from shared.config import Settings
-from shared.errors import Busy, ContextLength, DeadlineExceeded, InvalidRequest, PoisonRequest, Unavailable
+from shared.errors import Busy, ContextLength, DeadlineExceeded, InvalidRequest, NotFound, PoisonRequest, Unavailable
 from shared.messages import (
     BlocksArchived,
     BlocksLoaded,
@@ -366,7 +366,7 @@ class Core:
             return
         self.waiting.push(sequence)
 
-    def _refusal(self, submit: Submit) -> tuple[str, InvalidRequest | Busy | Unavailable] | None:
+    def _refusal(self, submit: Submit) -> tuple[str, InvalidRequest | NotFound | Busy | Unavailable] | None:
         info = self.target.info if self.target else None
         is_resumed = submit.is_resumed or bool(submit.output_token_ids)
         if submit.request_id in self._requests:
@@ -384,6 +384,8 @@ class Core:
             return "bad_request", InvalidRequest(f"the hidden rows of {info.architecture} cannot be seen")
         if submit.pooling is not None and (submit.max_tokens != 1 or submit.output_token_ids):
             return "bad_request", InvalidRequest("a pooled request has no output")
+        if submit.adapter and submit.adapter not in info.adapters:
+            return "bad_request", NotFound(f"no adapter {submit.adapter!r} here", param="model")
         if (fault := media_fault(submit, info)) is not None:
             return "bad_request", InvalidRequest(fault)
         total = len(submit.prompt_token_ids) + submit.max_tokens
@@ -539,6 +541,9 @@ class Core:
         self.metrics.kv_usage.set(session.slots.used_tokens / total if session is not None and total else 0.0)
         if session is not None and session.prefix is not None:
             session.prefix.measure()
+        self.metrics.adapters.known = len(self.target.info.adapters) if self.target and self.target.info else 0
+        self.metrics.adapters.running = {s.submit.adapter for s in self.running}
+        self.metrics.adapters.waiting = {s.submit.adapter for s in self.waiting}
         return self.metrics.page()
 
     # ------------------------------------------------ invariants

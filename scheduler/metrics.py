@@ -3,12 +3,13 @@ them."""
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as Values
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from scheduler.prefix.counts import PrefixCollector, PrefixCounts
@@ -49,6 +50,28 @@ class WeightedHistogram(Collector):
         return [family]
 
 
+class AdapterCollector(Collector):
+    """Which LoRA adapters requests run and wait with, in vLLM's form: names in labels, the time as value."""
+
+    def __init__(self, labels: dict[str, str], registry: CollectorRegistry) -> None:
+        self.known = 0  # adapters that are served
+        self.running: set[str] = set()  # "": the base model
+        self.waiting: set[str] = set()
+        self._labels = labels
+        registry.register(self)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        info = {
+            "max_lora": str(self.known),
+            "running_lora_adapters": ",".join(sorted(self.running - {""})),
+            "waiting_lora_adapters": ",".join(sorted(self.waiting - {""})),
+        }
+        text = "Time of this page; the labels name the LoRA adapters that requests run and wait with."
+        family = GaugeMetricFamily(names.LORA_REQUESTS_INFO, text, labels=[*self._labels, *info])
+        family.add_metric([*self._labels.values(), *info.values()], time.time())
+        return [family]
+
+
 WORKERS = ("target", "drafter", "image")
 
 
@@ -80,6 +103,7 @@ class Metrics:
         self.running = gauge(names.RUNNING, "Requests in slots.")
         self.waiting = gauge(names.WAITING, "Requests in the queue.")
         self.kv_usage = gauge(names.KV_USAGE, "KV capacity held, 0..1.")
+        self.adapters = AdapterCollector(labels, self.registry)
         self.preemptions = counter(names.PREEMPTIONS, "Sequences whose slot was taken, to be recomputed.")
         self.prompt_tokens = counter(names.PROMPT_TOKENS, "Prompt tokens of finished requests.")
         self.prompt_tokens_cached = counter(names.PROMPT_TOKENS_CACHED, "Prompt tokens taken from the prefix cache.")

@@ -302,6 +302,7 @@ class Planner:
                 restore_state=sequence.restore_state,
                 media=sequence.submit.media,
                 pooling=sequence.submit.pooling,
+                adapter=sequence.submit.adapter,
             )
         )
 

@@ -110,7 +110,9 @@ class Session:
         self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
         self.prefix: PrefixCache | None = None
         if info.prefix_cache is not None:
-            self.prefix = PrefixCache(info.prefix_cache, info.fingerprint, metrics.prefix, settings.prefix_check_rate)
+            self.prefix = PrefixCache(
+                info.prefix_cache, info.fingerprint, metrics.prefix, settings.prefix_check_rate, adapters=info.adapters
+            )
         budget = settings.max_num_batched_tokens or info.max_step_tokens
         self.planner = Planner(
             waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix, info.whole_media
@@ -269,10 +271,10 @@ class Session:
         if prefix is None or self._in_flight:
             return
         if self._check is None and prefix.to_check:
-            token_ids, hashes = prefix.to_check.pop()
-            capacity = self.slots.class_for(len(token_ids))
+            hit = prefix.to_check.pop()
+            capacity = self.slots.class_for(len(hit.token_ids))
             if capacity is not None and self.slots.can_hold(capacity):
-                self._check = SelfCheck(self.slots.allocate(capacity), capacity, token_ids, hashes)
+                self._check = SelfCheck(self.slots.allocate(capacity), capacity, hit)
         if self._check is None:
             return
         self._num_steps += 1

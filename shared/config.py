@@ -43,6 +43,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     draft_max_batch: Annotated[int, "no drafts while more sequences decode; 0: as long as they pay"] = 0
     draft_tokens: Annotated[int, "drafted in every step, whatever it costs (to measure); 0: as many as pay"] = 0
     ngram: Annotated[bool, "propose from the text itself before asking the drafter"] = False
+    adapters: Annotated[
+        str, "LoRA adapters, `name=folder` or `name=org/repository`, comma separated; a request names one as its model"
+    ] = ""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         "of weights, activations and caches; `auto`: float32 on a CPU, else the checkpoint's",

@@ -92,6 +92,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     load_id: int = 0  # of the choice of a model that it was started with (shared/served.py)
     attention: list[str] = field(default_factory=list)  # target only: which kernels attend, and why; empty: stock
     embedding_size: int = 0  # target only: numbers of a pooled hidden row; 0: its hidden rows cannot be seen
+    adapters: dict[str, str] = field(default_factory=dict)  # target only: LoRA adapters' names -> fingerprints
 
 
 class StepCost(Part, frozen=True, kw_only=True):
@@ -225,6 +226,7 @@ class Submit(Message, frozen=True, kw_only=True):
     is_resumed: bool = False  # it was accepted before: a new scheduler takes it even before a target is ready
     media: list[MediaItem] = field(default_factory=list)  # in the order of their places
     pooling: Pooling | None = None  # wanted is one vector for the prompt and no output; max_tokens is 1
+    adapter: str = ""  # the LoRA adapter's name; empty: the base model
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -373,6 +375,7 @@ class SequenceStart(Part, frozen=True, kw_only=True):
     restore_state: int | None = None  # recurrent models: the state behind the last of these blocks
     media: list[MediaItem] = field(default_factory=list)
     pooling: Pooling | None = None
+    adapter: str = ""  # one of WorkerInfo.adapters; empty: the base model
 
 
 class DraftDistribution(Part, frozen=True, kw_only=True):

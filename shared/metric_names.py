@@ -5,6 +5,7 @@ from __future__ import annotations
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
+LORA_REQUESTS_INFO = "vllm:lora_requests_info"
 PREEMPTIONS = "vllm:num_preemptions"
 PROMPT_TOKENS = "vllm:prompt_tokens"
 PROMPT_TOKENS_CACHED = "vllm:prompt_tokens_cached"

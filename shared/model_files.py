@@ -71,6 +71,20 @@ def resolve(model: str, settings: Settings) -> ModelFiles:
     return _in_folder(name, _from_hub(model))
 
 
+def adapter_folder(place: str) -> Path:
+    """The folder of a LoRA adapter, downloaded first where `place` is a Hugging Face id.
+
+    Raises:
+        BadModel: no such folder or id, or a download failed.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return path
+    if place.startswith((".", "/", "~")) or place.count("/") != 1:
+        raise BadModel(f"nothing at {place!r}: give a folder or a Hugging Face id like 'org/name'")
+    return _from_hub(place)
+
+
 def _in_folder(name: str, folder: Path) -> ModelFiles:
     if (folder / "config.json").exists():
         return ModelFiles(name=name, folder=folder)

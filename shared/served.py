@@ -25,6 +25,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     draft_model: str
     draft_kind: str
     draft_block_size: int
+    adapters: str = ""
     is_loaded: bool = True
 
     @classmethod
@@ -34,6 +35,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             draft_model=settings.draft_model,
             draft_kind=settings.draft_kind,
             draft_block_size=settings.draft_block_size,
+            adapters=settings.adapters,
         )
 
     def applied(self, settings: Settings) -> Settings:

@@ -33,9 +33,9 @@ def load(
     Args:
         model: a folder, a .gguf file, a Hugging Face id, or "default" (the embedded model).
         draft_model: "ngram", "auto" (the same, where it pays), "none", or a drafter as `model` is named.
-        settings: of the server, by their names: dtype, max_model_len, max_num_seqs, kv_cache_bytes, draft_kind,
-            draft_block_size, prefix_cache, enable_thinking and so on. What is not given is taken from the `TANDEM_*`
-            variables, as for `tandem serve`.
+        settings: of the server, by their names: adapters, dtype, max_model_len, max_num_seqs, kv_cache_bytes,
+            draft_kind, draft_block_size, prefix_cache, enable_thinking and so on. What is not given is taken from the
+            `TANDEM_*` variables, as for `tandem serve`.
     Returns:
         The model, warm. It holds a thread and the device's memory until it is closed.
     Raises:

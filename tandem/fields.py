@@ -21,6 +21,8 @@ def expand(options: Mapping[str, Any]) -> dict[str, Any]:
         InvalidRequest: two of them ask for different formats.
     """
     fields = {name: value for name, value in options.items() if value is not None}
+    if "adapter" in fields:
+        fields["model"] = fields.pop("adapter")
     given = [name for name in _SHORT if name in fields]
     if len(given) + ("structured_outputs" in fields) > 1:
         text = f"{given[0]}: only one of structured_outputs, {', '.join(_SHORT)} can be given"

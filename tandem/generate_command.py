@@ -49,6 +49,7 @@ def _sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image, by path or URL; may be repeated.")
 @click.option("--audio", "audio", multiple=True, metavar="FILE", help="A sound file; may be repeated.")
 @click.option("--video", "videos", multiple=True, metavar="FILE", help="A video; may be repeated.")
+@click.option("--adapter", metavar="NAME", help="One of --adapters to answer with.")
 @click.option("--raw", is_flag=True, help="Go on with the prompt as it stands, without the chat template.")
 @_sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="The output ends before it; may be repeated.")

@@ -15,6 +15,7 @@ Message = Mapping[str, Any]
 class SamplingOptions(TypedDict, total=False):
     """How tokens are drawn and where an output ends. What is not given is the model's own default, then OpenAI's."""
 
+    adapter: str  # the name of a LoRA adapter that was loaded with the model; default: the model itself
     max_tokens: int  # default: what the context holds
     min_tokens: int
     temperature: float  # 0 is greedy

@@ -8,7 +8,7 @@ import mlx.core as mx
 import msgspec
 import psutil
 
-from shared import tokenizer
+from shared import adapters, tokenizer
 from shared.config import Settings
 from shared.errors import BadModel, InvalidRequest
 from shared.grammar import Compiler
@@ -68,10 +68,14 @@ def capacity_classes(max_model_len: int) -> list[int]:
 
 
 def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
-    """Raises BadModel: the files cannot be loaded."""
+    """Raises:
+    BadModel: the files, or those of an adapter, cannot be loaded.
+    BadConfig: the setting of the adapters is malformed.
+    """
     if not is_cpu() and is_all_our_attention(files, settings):
         cuda.leave_out_graphs()
-    loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    places = adapters.parse(settings.adapters)
+    loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code, adapter_places=places)
     if is_cpu():
         mx.set_cache_limit(max(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * mx.get_active_memory())))
     return loaded
@@ -144,7 +148,8 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         budget -= prefix.num_blocks * prefix.block_bytes
     blocks = make_block_pool(store, BLOCK_SIZE) if prefix is not None else None
     starts = install_starts(loaded.model) if has_own_memory() and not is_cpu() else None
-    engine = Engine(ModelRunner(loaded.model), store, num_slots, loaded.vocab_size, blocks, starts)
+    runner = ModelRunner(loaded.model)
+    engine = Engine(runner, store, num_slots, loaded.vocab_size, blocks, starts, loaded.adapters)
     info = WorkerInfo(
         model=loaded.name,
         architecture=loaded.architecture,
@@ -164,6 +169,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         prefix_cache=prefix,
         whole_media=engine.media.whole_media if engine.media is not None else [],
         modalities=engine.media.modalities if engine.media is not None else [],
+        adapters=loaded.adapters.fingerprints if loaded.adapters is not None else {},
     )
     return engine, info
 

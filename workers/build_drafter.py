@@ -25,9 +25,9 @@ from workers.drafters.causal_lm import CausalLMDrafter
 from workers.drafters.checkpoint import detect
 from workers.drafters.config import DrafterConfig
 from workers.drafters.registry import load_drafter, load_fusion
+from workers.fingerprint import fingerprint
 from workers.kernels.select import select
 from workers.load import LoadedModel, load
-from workers.load.fingerprint import fingerprint
 from workers.machine import DTYPES, device_name, is_cpu
 from workers.models.base import TextModel
 from workers.models.own import is_own

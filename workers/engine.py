@@ -29,6 +29,7 @@ from shared.messages import (
     TokenLogprob,
 )
 from workers.accept import count_accepted
+from workers.adapters import Adapters
 from workers.arrays import start_evaluating, to_list
 from workers.cache.blocks import BlockPool
 from workers.cache.store import CacheStore, RecurrentSnapshot
@@ -88,6 +89,7 @@ class Engine:
         num_slots: slot ids are 0 .. num_slots-1.
         blocks: the prefix cache's device tier; None where it is switched off.
         starts: switches whether forwards are handed over in parts; None where they never are.
+        adapters: the model's LoRA adapters; None: it has none.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Engine:
         vocab_size: int,
         blocks: BlockPool | None = None,
         starts: Starts | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.model = model
         self.store = store
@@ -108,7 +111,9 @@ class Engine:
         self.hidden_size = 0  # of its hidden rows, where they can be seen; known after the warm-up
         self.state_bytes = 0  # of one slot's recurrent states, known after the warm-up
         self.media = SlotMedia(model.model) if isinstance(model.model, MediaModel) else None
+        self.adapters = adapters
         self._slots: dict[int, SlotSampling] = {}
+        self._adapter_names: dict[int, str] = {}  # slot -> its sequence's adapter; "" for the base model
         self._request_ids: dict[int, RequestId] = {}
         self._snapshots: dict[int, RecurrentSnapshot] = {}
         self._replay: dict[int, list[int]] = {}  # recurrent: accepted tokens that the slot's state lacks
@@ -218,6 +223,10 @@ class Engine:
             state.constraint = constraint.start(self.grammars, start.grammar, start.thinking, output)
         except InvalidRequest as error:  # the frontend checks grammars, so this is a model or a client of its own
             state.error = error.message
+        is_known = not start.adapter or (self.adapters is not None and start.adapter in self.adapters.names)
+        if not is_known:  # a target with other adapters took over
+            state.error = f"the adapter {start.adapter!r} is not served any more"
+        self._adapter_names[start.slot] = start.adapter if is_known else ""
         self._slots[start.slot] = state
         if start.pooling is not None:
             self._pools[start.slot] = Pool(start.pooling)
@@ -321,6 +330,7 @@ class Engine:
             batch = self.store.open_packed(slots, starts, widths)
             ordered = [group[i] for i in batch.order]
             inputs = self._packed_inputs(ordered)
+            self._select_adapters(ordered, [_width(row) for row in ordered])
         else:
             width = self._padded(max(widths))
             spans = self.media.spans(group) if self.media is not None else None
@@ -329,6 +339,7 @@ class Engine:
                 view.has_drafts = self._rewinds and any(row.num_drafts for row in group)
             ordered = [group[i] for i in batch.order]
             inputs = self._inputs(ordered, width)
+            self._select_adapters(ordered)
         media = self.media.forward(ordered, inputs) if self.media is not None else None
         hidden = self.model.hidden_rows(inputs, batch.layers, self._wanted(ordered, batch.firsts), media)
         features = self.model.features()
@@ -352,6 +363,11 @@ class Engine:
                 result.append((row, hidden[at : at + n]))
                 at += n
         return result
+
+    def _select_adapters(self, rows: list[StepRow], widths: Sequence[int] | None = None) -> None:
+        """Before a forward is built. `widths` where its rows are packed."""
+        if self.adapters is not None:
+            self.adapters.select([self._adapter_names[row.slot] for row in rows], widths)
 
     def _padded(self, width: int) -> int:
         """Steps on a GPU come in few widths, since each new shape is compiled; padding goes into the slack."""

@@ -270,7 +270,7 @@ def _head(service: Service, body: ResponsesBody, response_id: str) -> Json:
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
-        "model": service.model_name,
+        "model": service.shown_name(body.model),
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,

@@ -8,7 +8,9 @@ until they are loaded.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from scheduler.prefix.counts import PrefixCounts
 from scheduler.prefix.hashing import chain_seed, extend_chain
@@ -46,26 +48,43 @@ class Hit:
     reason: str | None  # why it is not longer, where more blocks are known
 
 
+@dataclass(frozen=True)
+class ToCheck:
+    """A hit to compute again: tokens 0 .. of a sequence and the hashes of the blocks that hold them."""
+
+    token_ids: list[int]
+    hashes: list[bytes]
+    adapter: str
+
+
 class PrefixCache:
     """Args:
     info: of the target.
     fingerprint: of its weights; blocks of another model are never met.
+    adapters: fingerprints of its LoRA adapters, likewise.
     counts: outlives this object.
     check_rate: share of hits to be computed again.
     """
 
     def __init__(
-        self, info: PrefixCacheInfo, fingerprint: str, counts: PrefixCounts, check_rate: float = 0.0, seed: int = 0
+        self,
+        info: PrefixCacheInfo,
+        fingerprint: str,
+        counts: PrefixCounts,
+        check_rate: float = 0.0,
+        seed: int = 0,
+        adapters: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.info = info
         self.counts = counts
         self.index = PrefixIndex(info.num_blocks, info.num_states)
         self.sharing = Sharing(self.index, info.block_size) if info.is_shared else None
         self.to_load: list[LoadBlocks] = []  # to be sent by the owner, epoch not yet set
-        self.to_check: list[tuple[list[int], list[bytes]]] = []  # (tokens, hashes) of hits to compute again
+        self.to_check: list[ToCheck] = []
         self.num_checked = 0  # blocks of the comparison that is on its way
         self.num_untold = info.num_archived  # blocks of the archive that the target is about to tell of
         self._fingerprint = fingerprint
+        self._adapters = adapters
         self._seeds: dict[str, bytes] = {}
         self._computing: dict[bytes, Sequence] = {}  # blocks that a running prefill will have
         self._loads: dict[int, Load] = {}
@@ -143,7 +162,8 @@ class PrefixCache:
         # A media segment would need its encoder again; one check at a time is enough.
         is_chosen = self.info.is_checkable and self._random.random() < self._check_rate
         if is_chosen and not self.to_check and not sequence.marks:
-            self.to_check.append((sequence.token_ids[: sequence.num_scheduled], hashes[:n]))
+            tokens = sequence.token_ids[: sequence.num_scheduled]
+            self.to_check.append(ToCheck(tokens, hashes[:n], sequence.submit.adapter))
 
     def _usable(self, chain: list[Entry]) -> Hit:
         """The longest part of a chain of resident blocks that a slot can be restored from."""
@@ -176,7 +196,10 @@ class PrefixCache:
         return 0 if sequence.submit.pooling == "mean" else self._limit(sequence)
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
-        tenant = f"{sequence.submit.tenant}\0{sequence.submit.cache_salt}"
+        submit = sequence.submit
+        tenant = f"{submit.tenant}\0{submit.cache_salt}"
+        if submit.adapter:  # a target that lacks it fails the sequence
+            tenant += f"\0{self._adapters.get(submit.adapter, submit.adapter)}"
         if tenant not in self._seeds:
             if len(self._seeds) >= 4096:  # made anew when wanted again
                 self._seeds.clear()

@@ -7,36 +7,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.prefix.cache import PrefixCache
+from scheduler.prefix.cache import PrefixCache, ToCheck
 from shared.messages import BlockStore, RequestId, SamplingParams, SequenceStart, Step, StepRow
 
 
 @dataclass
 class SelfCheck:
-    """Tokens 0 .. len(token_ids)-1 of one hit, of which `num_computed` are on their way."""
+    """One hit, of whose tokens `num_computed` are on their way."""
 
     slot: int
     capacity: int
-    token_ids: list[int]
-    hashes: list[bytes]
+    hit: ToCheck
     num_computed: int = 0
 
     @property
     def is_done(self) -> bool:
-        return self.num_computed == len(self.token_ids)
+        return self.num_computed == len(self.hit.token_ids)
 
     def next_step(self, epoch: int, step_id: int, max_tokens: int, prefix: PrefixCache) -> Step:
         """The next chunk; the last one brings the comparison."""
         first = self.num_computed
-        tokens = self.token_ids[first : first + max_tokens]
+        tokens = self.hit.token_ids[first : first + max_tokens]
         self.num_computed += len(tokens)
         start = SequenceStart(
             slot=self.slot,
             request_id=RequestId(""),  # nobody's: no drafter hears of it
             sampling=SamplingParams(temperature=0.0),
-            num_prompt_tokens=len(self.token_ids),
-            token_ids=self.token_ids,
+            num_prompt_tokens=len(self.hit.token_ids),
+            token_ids=self.hit.token_ids,
             capacity=self.capacity,
+            adapter=self.hit.adapter,
         )
         row = StepRow(slot=self.slot, start=first, capacity=self.capacity, token_ids=tokens, is_sampled=False)
         return Step(
@@ -50,7 +50,7 @@ class SelfCheck:
 
     def _comparison(self, prefix: PrefixCache) -> list[BlockStore]:
         """Those of the blocks that are still in the pool."""
-        held = [(i, h, e.block_id) for i, h in enumerate(self.hashes) if (e := prefix.index.get(h)) and e.is_ready]
+        held = [(i, h, e.block_id) for i, h in enumerate(self.hit.hashes) if (e := prefix.index.get(h)) and e.is_ready]
         if not held:
             return []
         prefix.num_checked = len(held)

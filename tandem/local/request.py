@@ -74,11 +74,13 @@ def _is_conversation(items: Sequence[Any]) -> bool:
 async def prepare(service: Service, prompt: Prompt, options: Mapping[str, Any]) -> Generation:
     """Raises:
     InvalidRequest: an option is unknown, out of place, out of range, or does not fit the model.
+    NotFound: no adapter has this name.
     """
     for name in options:
         if name not in Options.__annotations__:
             raise InvalidRequest(f"{name}: unknown or unsupported option", param=name)
     fields = expand(options)
+    service.check_model(fields.get("model", ""))
     media = [_part(*item, kind) for name, kind in _KINDS.items() for item in paths_of(fields.pop(name, ()), name)]
     if not isinstance(prompt, str) and not _is_tokens(prompt):
         messages = attach([message for message in prompt if isinstance(message, Mapping)], media)

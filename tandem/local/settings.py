@@ -13,9 +13,9 @@ from shared.errors import BadConfig
 # The others are about HTTP, sockets, processes and the archive of the prefix cache, which there are none of here.
 NAMES = (
     "model", "draft_model", "model_name", "draft_kind", "draft_block_size", "draft_max_batch", "draft_tokens", "ngram",
-    "dtype", "trust_remote_code", "tool_parser", "reasoning_parser", "thinking_start_token", "thinking_end_token",
-    "enable_thinking", "cache_dir", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_bytes",
-    "attention", "kv_layout", "prefix_cache", "prefix_cache_bytes", "prefix_check_rate", "max_queue",
+    "adapters", "dtype", "trust_remote_code", "tool_parser", "reasoning_parser", "thinking_start_token",
+    "thinking_end_token", "enable_thinking", "cache_dir", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
+    "kv_cache_bytes", "attention", "kv_layout", "prefix_cache", "prefix_cache_bytes", "prefix_check_rate", "max_queue",
     "memory_limit_bytes",
     "priority_ageing_s", "ttft_bound_s", "blas", "blas_threads", "allow_media_urls", "media_hosts", "media_roots",
     "media_max_bytes", "media_timeout_s",

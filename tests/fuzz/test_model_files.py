@@ -19,9 +19,9 @@ from shared.model_files import ModelFiles
 from tests.fuzz.random_messages import damaged
 from tests.fuzz.scale import SEED, count
 from tests.support import tiny_model
-from workers.load.folder import check_safetensors
 from workers.load.gguf import check_sizes, read_config, read_tensor
 from workers.load.loader import load
+from workers.safetensors import check_safetensors
 
 MAX_BYTES = 64 * 1024 * 1024
 NUMBERS = (0, 1, -1, 2**31, 2**62, 2**63, 2**64 - 1, 10**30, 1.5, None, "7", [], {}, True)

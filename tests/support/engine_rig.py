@@ -51,6 +51,7 @@ from shared.messages import (
 from tests.support.fake_target import worker_info
 from tests.support.layouts import store_of
 from tests.workers.tiny_architectures import RUNS, config_of
+from workers.adapters import Adapters
 from workers.build import prefix_cache_info
 from workers.cache.layouts import make_block_pool
 from workers.cache.spec import LayerSpec
@@ -120,12 +121,13 @@ def make_engine(
     max_width: int = 32,
     block_size: int | None = None,
     layout: str = "slots",
+    adapters: Adapters | None = None,
 ) -> Engine:
     """With a `block_size` the engine has a prefix cache."""
     specs: list[LayerSpec] = model.layer_specs()
     store = store_of(layout, specs, list(classes), max_width, is_exact, block_size or 16)
     blocks = make_block_pool(store, block_size) if block_size is not None else None
-    return Engine(ModelRunner(model), store, num_slots, model.vocab_size, blocks)
+    return Engine(ModelRunner(model), store, num_slots, model.vocab_size, blocks, adapters=adapters)
 
 
 def prefix_info(engine: Engine, num_blocks: int, num_states: int = 6) -> PrefixCacheInfo | None:
@@ -219,6 +221,7 @@ class EngineRig:
             modalities=engine.media.modalities if engine.media is not None else [],
             whole_media=engine.media.whole_media if engine.media is not None else [],
             embedding_size=1 if engine.model.shows_hidden else 0,  # the core asks only whether there is one
+            adapters=engine.adapters.fingerprints if engine.adapters is not None else {},
         )  # fmt: skip
         self.send("target", Hello(role="target", instance_id="target", pid=2))
         self.send("target", Ready(epoch=self.epochs["target"], info=info))

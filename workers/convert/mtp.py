@@ -10,7 +10,8 @@ import mlx.core as mx
 from shared.errors import BadModel
 from workers.drafters.checkpoint import detect
 from workers.drafters.tensors import TensorIndex
-from workers.load.folder import check_safetensors, read_config
+from workers.load.folder import read_config
+from workers.safetensors import check_safetensors
 
 
 def split_mtp(source: Path, target: Path) -> int:

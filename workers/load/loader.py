@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ from mlx.utils import tree_map_with_path
 
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
-from workers.load.fingerprint import fingerprint
+from workers import adapters
+from workers.adapters import Adapters
+from workers.fingerprint import fingerprint
 from workers.load.folder import load_folder
 from workers.load.gguf import load_gguf
 from workers.models.base import TextModel
@@ -36,9 +39,16 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int
     dtype: str
+    adapters: Adapters | None = None
 
 
-def load(files: ModelFiles, dtype: str, trust_remote_code: bool = False, max_model_len: int = 0) -> LoadedModel:
+def load(
+    files: ModelFiles,
+    dtype: str,
+    trust_remote_code: bool = False,
+    max_model_len: int = 0,
+    adapter_places: Mapping[str, str] | None = None,
+) -> LoadedModel:
     """Read `files`.
 
     On the CPU, quantised weights are dequantised and "auto" means float32: nothing else is fast there. On a GPU "auto"
@@ -49,6 +59,7 @@ def load(files: ModelFiles, dtype: str, trust_remote_code: bool = False, max_mod
         trust_remote_code: must be False; no code is ever imported from a model's folder.
         max_model_len: longest sequence that will be served, 0 for the model's own limit; some position embeddings
             depend on it.
+        adapter_places: LoRA adapters to be served with it: name -> folder or Hugging Face id.
     Raises:
         BadModel: the files are damaged, describe an unknown architecture, or do not fit their own description.
     """
@@ -70,6 +81,7 @@ def load(files: ModelFiles, dtype: str, trust_remote_code: bool = False, max_mod
     if is_cpu:
         _dequantize(model)
         cast(model, compute)
+    added = adapters.install(model, adapter_places, compute) if adapter_places else None
     if hasattr(model, "fuse"):
         model.fuse()
     mx.eval(model.parameters())
@@ -86,6 +98,7 @@ def load(files: ModelFiles, dtype: str, trust_remote_code: bool = False, max_mod
         max_model_len=_max_model_len(config),
         vocab_size=ready.vocab_size,
         dtype=name,
+        adapters=added,
     )
 
 

@@ -15,6 +15,7 @@ from workers.load import folder as folders
 from workers.load.gguf import read_config as read_gguf_config
 from workers.models.mlxlm import adapted
 from workers.models.own import OWN, WITH_ENCODERS, adapted_to_caches
+from workers.safetensors import check_safetensors
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -75,7 +76,7 @@ def _check(files: ModelFiles) -> None:
     elif files.folder is not None:
         config = folders.read_config(files.folder)
         for path in folders.weight_files(files.folder):
-            folders.check_safetensors(path)
+            check_safetensors(path)
         name = config["model_type"]
         try:
             if name in OWN:
