@@ -166,7 +166,7 @@ def test_options_are_the_apis_fields() -> None:
         "model", "stream", "stream_options", "n", "user", "metadata", "messages", "max_completion_tokens", "modalities",
         "service_tier", "store", "return_token_origins",
     }  # fmt: skip
-    own = {"json_schema", "regex", "choice", "grammar", "images", "videos", "audio"}
+    own = {"adapter", "json_schema", "regex", "choice", "grammar", "images", "videos", "audio"}
     assert set(Options.__annotations__) - own == set(ChatBody.__struct_fields__) - without_sense
 
 
