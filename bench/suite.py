@@ -77,6 +77,7 @@ GROUPS: dict[str, tuple[Task, ...]] = {
             {"TANDEM_DRAFT_MODEL": "none"},
         ),
         Task("prefix-8b", "bench.prefix --model {out}/random-8b --turns 20 --turns-without 2", 240),
+        Task("adapters-8b", "bench.adapters --model {out}/random-8b", 60),
     ),
     "qwen": (_family("qwen", "qwen3.5-4b", 180),),
     "gemma": (_family("e4b", "gemma4-e4b", 110), _family("26b", "gemma4-26b-a4b", 120)),

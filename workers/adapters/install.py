@@ -28,15 +28,13 @@ def install(model: nn.Module, places: Mapping[str, str], dtype: mx.Dtype) -> Ada
         BadModel: an adapter cannot be read, or does not fit the model.
     """
     read_adapters = [read(name, place) for name, place in places.items()]
-    linears = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.QuantizedLinear)
-    }
-    pairs = [_by_path(adapter, linears) for adapter in read_adapters]
+    projections = linears(model)
+    pairs = [_by_path(adapter, projections) for adapter in read_adapters]
     ranks = {adapter.name: adapter.rank for adapter in read_adapters}
     adapters = Adapters(ranks, {adapter.name: adapter.fingerprint for adapter in read_adapters})
     wrapped = []
     for path in sorted({path for of_adapter in pairs for path in of_adapter}):
-        linear = linears[path]
+        linear = projections[path]
         size_in, size_out = sizes(linear)
         columns = [
             _padded(of_adapter.get(path), rank, size_in, size_out)
@@ -49,14 +47,20 @@ def install(model: nn.Module, places: Mapping[str, str], dtype: mx.Dtype) -> Ada
     return adapters
 
 
-def _by_path(adapter: Adapter, linears: Mapping[str, nn.Module]) -> dict[str, tuple[mx.array, mx.array]]:
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of a model by its path."""
+    found = model.named_modules()
+    return {path: module for path, module in found if isinstance(module, nn.Linear | nn.QuantizedLinear)}
+
+
+def _by_path(adapter: Adapter, projections: Mapping[str, nn.Module]) -> dict[str, tuple[mx.array, mx.array]]:
     """The pairs by the names that the model's own definition gives to its projections."""
     found: dict[str, tuple[mx.array, mx.array]] = {}
     for key, pair in adapter.pairs.items():
-        path = _find(key, linears)
+        path = _find(key, projections)
         if path is None:
             raise BadModel(f"adapter {adapter.name!r}: the model has no linear layer {key!r} that could be adapted")
-        wanted, given = sizes(linears[path]), (pair[0].shape[0], pair[1].shape[1])
+        wanted, given = sizes(projections[path]), (pair[0].shape[0], pair[1].shape[1])
         if wanted != given:
             raise BadModel(
                 f"adapter {adapter.name!r}: {key} maps {given[0]} to {given[1]} numbers, the model's {wanted}"
@@ -67,10 +71,10 @@ def _by_path(adapter: Adapter, linears: Mapping[str, nn.Module]) -> dict[str, tu
     return found
 
 
-def _find(key: str, linears: Mapping[str, nn.Module]) -> str | None:
+def _find(key: str, projections: Mapping[str, nn.Module]) -> str | None:
     """A projection of the decoder by its layer's number and its place in it, whatever holds the layers."""
     place = _place(key)
-    found = [path for path in linears if place is not None and _place(path) == place]
+    found = [path for path in projections if place is not None and _place(path) == place]
     return found[0] if len(found) == 1 else None
 
 
