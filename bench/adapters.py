@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,20 @@ from typing import Any
 from bench import blas, report
 from shared.model_files import ModelFiles
 
-CONTEXT = 100  # tokens of each sequence before the measured step
-CAPACITY = 512
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-STEPS: tuple[tuple[str, int, int, int], ...] = (  # what, decode rows, drafts of each, tokens of a prompt's chunk
-    ("1 decode row", 1, 0, 0),
-    ("8 decode rows", 8, 0, 0),
-    ("8 rows with 3 drafts", 8, 3, 0),
-    ("128 prompt tokens", 0, 0, 128),
+STEPS: tuple[tuple[str, tuple[int, ...], int], ...] = (  # what, drafts of each decode row, tokens of a prompt's chunk
+    ("1 decode row", (0,), 0),
+    ("8 decode rows", (0,) * 8, 0),
+    ("8 rows with 3 drafts", (3,) * 8, 0),
+    ("128 prompt tokens", (), 128),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     blas.preload(blas.find(options.blas), options.blas_threads)
+    from bench.engine_steps import CONTEXT
+
     rows = measure(options.model, options.adapters, options.rank, options.repeats)
     arms = list(rows[0]["ms"])
     cells = [[row["rows"], *(f"{row['ms'][arm]:.1f}" for arm in arms)] for row in rows]
@@ -53,6 +52,7 @@ def measure(model: str | None, num_adapters: int, rank: int, repeats: int) -> li
     """
     import msgspec
 
+    from bench.engine_steps import CAPACITY, step_seconds
     from shared.adapters import to_setting
     from shared.config import Settings, load
     from shared.model_files import resolve
@@ -77,11 +77,11 @@ def measure(model: str | None, num_adapters: int, rank: int, repeats: int) -> li
         "all in turn": (engines[1], names),
     }
     found = []
-    for name, num_rows, num_drafts, num_prompt in STEPS:
+    for name, drafts, num_prompt in STEPS:
         best = dict.fromkeys(arms, float("inf"))
         for _ in range(repeats + 1):  # the first round grows buffers
             for arm, (engine, used) in arms.items():
-                best[arm] = min(best[arm], _seconds(engine, used, num_rows, num_drafts, num_prompt))
+                best[arm] = min(best[arm], step_seconds(engine, drafts, num_prompt, used))
         found.append({"rows": name, "ms": {arm: 1000 * seconds for arm, seconds in best.items()}})
     return found
 
@@ -117,39 +117,6 @@ def write(files: ModelFiles, num_adapters: int, rank: int, folder: Path) -> Mapp
         mx.save_safetensors(str(place / "adapter_model.safetensors"), tensors)
         places[place.name] = str(place)
     return places
-
-
-def _seconds(
-    engine: Any,  # noqa: ANN401 - imported after BLAS
-    names: Sequence[str],
-    num_rows: int,
-    num_drafts: int,
-    num_prompt: int,
-) -> float:
-    """One step of fresh sequences, whose adapters are `names` in turn."""
-    from shared.messages import RequestId, SamplingParams, SequenceStart, Step, StepRow
-
-    def start(slot: int, num_tokens: int) -> SequenceStart:
-        return SequenceStart(
-            slot=slot, request_id=RequestId(f"row-{slot}"), sampling=SamplingParams(temperature=0.0),
-            num_prompt_tokens=num_tokens, token_ids=[1] * num_tokens, adapter=names[slot % len(names)],
-        )  # fmt: skip
-
-    def row(slot: int, first: int, num_tokens: int, num_drafts: int = 0) -> StepRow:
-        return StepRow(slot=slot, start=first, capacity=CAPACITY, token_ids=[1] * num_tokens, num_drafts=num_drafts)
-
-    slots = range(num_rows)
-    if num_rows:
-        starts, contexts = [start(slot, CONTEXT) for slot in slots], [row(slot, 0, CONTEXT) for slot in slots]
-        engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=starts, decodes=[], prefills=contexts)))
-    decodes = [row(slot, CONTEXT, 1 + num_drafts, num_drafts) for slot in slots]
-    joining = [start(num_rows, num_prompt)] if num_prompt else []
-    prefills = [row(num_rows, 0, num_prompt)] if num_prompt else []
-    began = time.perf_counter()
-    engine.finish(engine.begin(Step(epoch=0, step_id=1, starts=joining, decodes=decodes, prefills=prefills)))
-    seconds = time.perf_counter() - began
-    engine.reset()
-    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:

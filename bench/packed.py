@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import blas, report
 
-CONTEXT = 100  # tokens of each sequence before the measured step
-CAPACITY = 512
 STEPS: tuple[tuple[str, tuple[int, ...], int], ...] = (  # what, drafts of each decode row, tokens of a prompt's chunk
     ("2 with 7 drafts, 6 without", (7, 7, 0, 0, 0, 0, 0, 0), 0),
     ("2 with 3 drafts, 6 without", (3, 3, 0, 0, 0, 0, 0, 0), 0),
@@ -29,6 +26,8 @@ STEPS: tuple[tuple[str, tuple[int, ...], int], ...] = (  # what, drafts of each 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     blas.preload(blas.find(options.blas), options.blas_threads)
+    from bench.engine_steps import CONTEXT
+
     rows = measure(options.model, options.repeats)
     print(report.table(["rows of the step", "padded, prefill apart", "packed"],
                        [[r["rows"], f"{r['padded_ms']:.0f}", f"{r['packed_ms']:.0f}"] for r in rows]))  # fmt: skip
@@ -43,6 +42,7 @@ def measure(model: str | None, repeats: int) -> list[dict[str, Any]]:
     Raises:
         BadModel: the model cannot be loaded, or its rows are never packed here.
     """
+    from bench.engine_steps import CAPACITY, step_seconds
     from shared.config import Settings, load
     from shared.errors import BadModel
     from shared.model_files import resolve
@@ -60,36 +60,9 @@ def measure(model: str | None, repeats: int) -> list[dict[str, Any]]:
         for _ in range(repeats + 1):  # the first pair grows buffers
             for is_packed in best:
                 engine.packs_rows = is_packed
-                best[is_packed] = min(best[is_packed], _seconds(engine, drafts, num_prompt))
+                best[is_packed] = min(best[is_packed], step_seconds(engine, drafts, num_prompt))
         found.append({"rows": name, "padded_ms": 1000 * best[False], "packed_ms": 1000 * best[True]})
     return found
-
-
-def _seconds(engine: Any, drafts: Sequence[int], num_prompt: int) -> float:  # noqa: ANN401 - imported after BLAS
-    """One step of fresh sequences."""
-    from shared.messages import RequestId, SamplingParams, SequenceStart, Step, StepRow
-
-    def start(slot: int, num_tokens: int) -> SequenceStart:
-        return SequenceStart(
-            slot=slot, request_id=RequestId(f"row-{slot}"), sampling=SamplingParams(temperature=0.0),
-            num_prompt_tokens=num_tokens, token_ids=[1] * num_tokens,
-        )  # fmt: skip
-
-    def row(slot: int, first: int, num_tokens: int, num_drafts: int = 0) -> StepRow:
-        return StepRow(slot=slot, start=first, capacity=CAPACITY, token_ids=[1] * num_tokens, num_drafts=num_drafts)
-
-    slots = range(len(drafts))
-    contexts = [row(slot, 0, CONTEXT) for slot in slots]
-    starts = [start(slot, CONTEXT) for slot in slots]
-    engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=starts, decodes=[], prefills=contexts)))
-    decodes = [row(slot, CONTEXT, 1 + k, k) for slot, k in zip(slots, drafts, strict=True)]
-    joining = [start(len(drafts), num_prompt)] if num_prompt else []
-    prefills = [row(len(drafts), 0, num_prompt)] if num_prompt else []
-    began = time.perf_counter()
-    engine.finish(engine.begin(Step(epoch=0, step_id=1, starts=joining, decodes=decodes, prefills=prefills)))
-    seconds = time.perf_counter() - began
-    engine.reset()
-    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:
