@@ -29,11 +29,12 @@ _QUIT = frozenset({"/quit", "/exit", "/bye"})
 _PROMPT = "> "
 # Controls that a model's output could steer a terminal with; tab and line feed are text.
 _CONTROLS = dict.fromkeys([*(i for i in range(32) if i not in (9, 10)), *range(127, 160)])
-_FOR_SERVER = ("model", "draft_model", "cache_dir")
+_FOR_SERVER = ("model", "adapters", "draft_model", "cache_dir")
 
 
 @click.command()
 @click.argument("name", metavar="[MODEL]", required=False)
+@click.option("--adapter", metavar="NAME", help="A LoRA adapter of the server to talk with.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--image", "images", metavar="PATH", multiple=True, type=click.Path(), help="Beside the first message.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Default: the model's own.")
@@ -44,8 +45,8 @@ _FOR_SERVER = ("model", "draft_model", "cache_dir")
 @server_options
 @setting_options(["host", "port", *_FOR_SERVER])
 def command(
-    name: str | None, system: str | None, images: tuple[str, ...], url: str | None, api_key: str | None,
-    found: Effective, **sampling: Any,  # noqa: ANN401 # numbers and a flag
+    name: str | None, adapter: str | None, system: str | None, images: tuple[str, ...], url: str | None,
+    api_key: str | None, found: Effective, **sampling: Any,  # noqa: ANN401 # numbers and a flag
 ) -> int:  # fmt: skip
     """Talk with the model of a running server.
 
@@ -56,7 +57,7 @@ def command(
     if thinking is not None:
         given["enable_thinking"] = thinking
     with _server(name, url, api_key, found) as client:
-        model = health(client)["model"]
+        model = adapter or health(client)["model"]
         talk = Conversation(client, model, system, given)
         for path in images:
             talk.add_image(path)
@@ -70,7 +71,7 @@ def command(
 @contextmanager
 def _server(name: str | None, url: str | None, api_key: str | None, found: Effective) -> Iterator[httpx.Client]:
     """The server to talk to: the one that runs, or one of our own."""
-    wants_own = name is not None or found.sources["model"] == "--model"
+    wants_own = name is not None or any(found.sources[key] == f"--{key}" for key in ("model", "adapters"))
     if not wants_own or url is not None:
         with connect(found.settings, url, api_key) as client:
             if url is not None or _answers(client):

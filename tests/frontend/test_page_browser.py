@@ -282,6 +282,27 @@ def test_settings_reach_the_engine_and_are_kept(browser: Browser, site: Site) ->
         assert site.prompt().startswith("<|im_start|>system\nBe kind")
 
 
+def test_an_adapter_can_be_chosen_and_stays_chosen(browser: Browser, start_site: Callable[..., Site]) -> None:
+    site = start_site(adapters="sql=./sql-lora,tone=./tone-lora")
+    site.answers("one", "two", "three")
+    with site.visit(browser) as visit:
+        page = visit.page
+        send(visit, "Hi")
+        wait_answered(visit)
+        page.click("#open-settings")
+        assert page.locator("[name=model] option").all_inner_texts() == ["Fake-1B", "sql", "tone"]
+        page.select_option("[name=model]", "sql")
+        page.keyboard.press("Escape")
+        assert page.inner_text("#model-name") == "sql"
+        send(visit, "Hi")
+        wait_answered(visit, 2)
+        page.reload()
+        page.wait_for_selector("#model-name:text-is('sql')")
+        send(visit, "Hi")
+        wait_answered(visit, 3)
+    assert [submit.adapter for submit in site.submits] == ["", "sql", "sql"]
+
+
 def test_a_server_with_keys_is_usable_once_the_key_is_known(browser: Browser, start_site: Callable[..., Site]) -> None:
     site = start_site(api_keys="secret-key")
     site.answers("welcome")

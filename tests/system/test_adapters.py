@@ -15,6 +15,7 @@ from tandem import generate, load
 from tests.support import tiny_model
 from tests.support.server import READY_S, Server
 from tests.support.stream import BODY, Stream, held_stream, hold, wait_in_engine
+from tests.support.terminal import Terminal
 from tests.support.tiny_adapter import Sizes, write_mlx, write_peft
 
 pytestmark = [pytest.mark.system, pytest.mark.mlx]
@@ -99,6 +100,20 @@ def test_sdk_clients_name_adapters_as_models(server: Server) -> None:
             assert message.model == ("tiny" if name == "default" else name)
             texts.add(message.content[0].text if message.content else "")  # type: ignore[union-attr]  # text only
     assert len(texts) == len(NAMES)
+
+
+def test_a_chat_in_a_terminal_talks_with_the_adapter(server: Server, tmp_path: Path) -> None:
+    options = ("--port", str(server.port), "--max-tokens", "12", "--temperature", "0")
+    with Terminal(tmp_path, "chat", *options, "--adapter", "sql") as chat:
+        chat.expect("sql at http.*> ")
+        chat.type("hello")
+        chat.expect(r"tokens/s.*> ")
+        chat.ctrl_d()
+        assert chat.end()[0] == 0
+    with Terminal(tmp_path, "chat", *options, "--adapter", "sqll") as chat:
+        chat.expect("> ")
+        chat.type("hello")
+        chat.expect("no model 'sqll' here.*'sql', 'tone'")
 
 
 def test_kill_9_of_the_target_changes_no_token(server: Server, alone: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ class Page {
     this.modalities = ["text"];
     this.running = null; // AbortController of the answer that streams
     this.editFrom = null; // index of the message that is being written anew
-    this.settings = new Settings($("settings"), () => this.connect());
+    this.settings = new Settings($("settings"), () => this.connect(), () => this.showModel());
   }
 
   async start() {
@@ -56,16 +56,20 @@ class Page {
     const place = $("model-state");
     place.dataset.state = name;
     place.textContent = { ready: "ready", starting: "starting", offline: "no answer", locked: "API key needed" }[name];
-    if (state?.model) {
-      $("model-name").textContent = state.model;
-      document.title = `${state.model} · Tandem`;
-    }
+    if (state?.model) this.showModel(state.model);
     if (state?.input_modalities) this.setModalities(state.input_modalities);
+  }
+
+  /** Whom one talks with: the model of /health until there is a choice. */
+  showModel(name = this.settings.model) {
+    $("model-name").textContent = name;
+    document.title = `${name} · Tandem`;
   }
 
   async readModels() {
     try {
       this.settings.setModels(await models(this.settings.key));
+      this.showModel();
       this.notify("");
     } catch (error) {
       if (error.status !== 401) throw error;

@@ -10,12 +10,12 @@ const NUMBERS = [
 const TEXTS = ["model", "system", "stop", "thinking", "tools", "theme"];
 
 /**
- * The form's values. `onKey` is called when the API key was changed.
+ * The form's values. `onKey` is called when the API key was changed, `onModel` when another model was chosen.
  *
  * The key is kept for the tab alone unless its owner ticks the box; all else stays in this browser.
  */
 export class Settings {
-  constructor(dialog, onKey) {
+  constructor(dialog, onKey, onModel) {
     this.dialog = dialog;
     this.form = dialog.querySelector("form");
     const kept = load(localStorage, "settings", {});
@@ -28,6 +28,7 @@ export class Settings {
     this.form.addEventListener("input", (event) => this.#changed(event.target));
     this.form.addEventListener("change", (event) => {
       if (event.target.name === "api_key") onKey();
+      if (event.target.name === "model") onModel();
     });
     // Enter in a field would press the dialog's first button, which closes it.
     this.form.addEventListener("keydown", (event) => {
@@ -76,6 +77,10 @@ export class Settings {
     this.#field("api_key").focus();
   }
 
+  get model() {
+    return this.#text("model");
+  }
+
   get key() {
     return this.#text("api_key");
   }
@@ -86,10 +91,12 @@ export class Settings {
     else document.documentElement.dataset.theme = theme;
   }
 
-  /** Show what is served. */
+  /** Show what is served: the model, and its adapters. The one chosen last stays chosen while it is there. */
   setModels(cards) {
     const field = this.#field("model");
+    const wanted = field.value || load(localStorage, "settings", {}).model;
     field.replaceChildren(...cards.map((card) => el("option", { value: card.id }, card.id)));
+    if (cards.some((card) => card.id === wanted)) field.value = wanted;
     const [card] = cards;
     const facts = [
       ["Context", card.max_model_len ? `${card.max_model_len.toLocaleString("en")} tokens` : "not known yet"],
