@@ -69,7 +69,7 @@ test-convert: $(VENV)/.dev-$(BACKEND)
 
 # Every injected fault, each stop and each change of the model, through real processes: some minutes.
 faults: $(VENV)/.dev-$(BACKEND)
-	FAULTS_LONG=1 $(PYTHON) -m pytest tests/faults $(addprefix tests/system/test_,$(addsuffix .py,drain memory model_change sockets))
+	FAULTS_LONG=1 $(PYTHON) -m pytest tests/faults $(addprefix tests/system/test_,$(addsuffix .py,adapters drain memory model_change sockets))
 
 # 200 random kills under 16 streams, then MINUTES of mixed traffic; figures in bench/results.
 MINUTES ?= 60
