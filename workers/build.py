@@ -267,20 +267,25 @@ def _kv_budget_bytes() -> int:
 
 
 def warm_up(engine: Engine, info: WorkerInfo) -> None:
-    """One prefill and one decode step: kernels are compiled and libraries loaded before the first request."""
+    """One prefill and one decode step: kernels are compiled and libraries loaded before the first request.
+
+    Where there are adapters, also with one: all of them take the same way.
+    """
     tokens = [0] * min(16, info.max_model_len - 1)
-    start = SequenceStart(
-        slot=0,
-        request_id="warm-up",  # type: ignore[arg-type] # a NewType of str
-        sampling=SamplingParams(temperature=0.0),
-        num_prompt_tokens=len(tokens),
-        token_ids=tokens,
-    )
     capacity = len(tokens) + 1
     prefill = StepRow(slot=0, start=0, capacity=capacity, token_ids=tokens)
     decode = StepRow(slot=0, start=len(tokens), capacity=capacity)
-    engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[start], decodes=[], prefills=[prefill])))
-    engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[], decodes=[decode], prefills=[])))
+    for adapter in ("", *list(info.adapters)[:1]):
+        start = SequenceStart(
+            slot=0,
+            request_id="warm-up",  # type: ignore[arg-type] # a NewType of str
+            sampling=SamplingParams(temperature=0.0),
+            num_prompt_tokens=len(tokens),
+            token_ids=tokens,
+            adapter=adapter,
+        )
+        engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[start], decodes=[], prefills=[prefill])))
+        engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[], decodes=[decode], prefills=[])))
     engine.hidden_size = engine.model.final_rows().shape[-1] if engine.model.shows_hidden else 0
     engine.state_bytes = sum(layer.nbytes() for layer in engine.store.recurrent_layers)  # of the one slot in use
     engine.reset()

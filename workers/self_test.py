@@ -64,12 +64,11 @@ def run(settings: config.Settings, *, is_tiny: bool) -> Report:
     import mlx.core as mx
 
     from shared import tokenizer
-    from workers.build import make_engine, select_attention, warm_up
-    from workers.load import load
+    from workers.build import load_target, make_engine, select_attention, warm_up
     from workers.machine import device_name
 
     started = time.perf_counter()
-    loaded = tiny_model() if files is None else load(files, settings.dtype)
+    loaded = tiny_model() if files is None else load_target(files, settings)
     engine, info = make_engine(loaded, settings)
     info = select_attention(loaded, engine, info, settings)
     warm_up(engine, info)
