@@ -181,8 +181,8 @@ def processor(**changes):
 
 
 def image_processor(transformers, **settings):
-    """transformers', which needs torchvision for two functions. Where that is missing they are PyTorch's own, which
-    torchvision calls for 8-bit images on a CPU that computes with AVX2.
+    """transformers', which needs torchvision for two functions. Where that is missing they are PyTorch's, which
+    torchvision calls: for pixels of 8 bits, or on other CPUs for floats that it rounds.
     """
     from transformers import image_processing_backends as backends
 
