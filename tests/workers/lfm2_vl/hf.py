@@ -202,7 +202,7 @@ def image_processor(transformers, **settings):
                 del sys.modules[stand]
         backends.tvF = functional
         backends.pil_torch_interpolation_mapping = {2: "bilinear", 3: "bicubic"}
-    return sys.modules[name].Lfm2VlImageProcessor(**settings)
+    return importlib.import_module(name).Lfm2VlImageProcessor(**settings)
 
 
 def _resize(pixels, size, interpolation, antialias):
