@@ -121,9 +121,7 @@ class Lfm2VlProcessor(Processor):
         new_height, new_width = (max(side, round(length / side) * side) for length in (height, width))
         if new_height * new_width > most:
             shrink = math.sqrt(height * width / most)
-            new_height, new_width = (
-                max(side, math.floor(length / shrink / side) * side) for length in (height, width)
-            )
+            new_height, new_width = (max(side, math.floor(length / shrink / side) * side) for length in (height, width))
         elif new_height * new_width < least:
             stretch = math.sqrt(least / (height * width))
             new_height, new_width = (math.ceil(length * stretch / side) * side for length in (height, width))
@@ -149,7 +147,7 @@ class Lfm2VlProcessor(Processor):
         return best
 
     def _grids(self) -> list[tuple[int, int]]:
-        """All (columns, rows), by their number of tiles. Where these are equal the order is the reference's, a set's."""
+        """All (columns, rows), by their number of tiles. Those of one number lie as in the reference's set."""
         counts = range(self.min_tiles, self.max_tiles + 1)
         found = {(w, h) for n in counts for w in range(1, n + 1) for h in range(1, n + 1) if w * h in counts}
         return sorted(found, key=lambda grid: grid[0] * grid[1])

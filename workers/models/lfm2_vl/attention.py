@@ -1,4 +1,4 @@
-"""LFM2's attention layers: mlx-lm's modules with a forward that ends in `cache.attend`, so that our kernels serve it."""
+"""LFM2's attention layers: mlx-lm's modules with a forward that ends in `cache.attend`, so that our kernels serve."""
 
 # mypy: disable-error-code="misc, no-any-return"
 # mlx.nn has no types, so its modules are Any to mypy.

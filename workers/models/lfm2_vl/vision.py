@@ -37,8 +37,8 @@ class Embeddings(nn.Module):
 def resampling(size: int, length: int) -> np.ndarray:
     """Weights (length, size) float32 of a row's values in the row's resampling to another length.
 
-    Triangles around each new value's place, as wide as old values lie apart where the row gets longer, as new ones where
-    it gets shorter (bilinear with antialiasing); they are cut at the row's ends.
+    Bilinear with antialiasing: triangles around each new value's place, as wide as old values lie apart where the row
+    gets longer, as new ones where it gets shorter; they are cut at the row's ends.
     """
     scale = size / length
     width = max(scale, 1.0)
