@@ -69,16 +69,17 @@ class Lfm2VlProcessor(Processor):
         Raises:
             InvalidRequest: it is too long for its width.
         """
-        return self._resized(picture, *self.fitting_size(picture.height, picture.width))
+        height, width = self.fitting_size(picture.height, picture.width)
+        return self._processed(np.asarray(picture.resize((width, height), self.resampling), dtype=np.uint8))
 
     def tiles(self, picture: Image.Image) -> list[Processed]:
         """Raises:
-        InvalidRequest: it is too long for its width.
+        InvalidRequest: as `image`.
         """
-        height, width = self.fitting_size(picture.height, picture.width)
         columns, rows = self.grid(picture.height, picture.width)
         if rows * columns == 1:
-            return [replace(self._resized(picture, height, width), lead=START if self.has_markers else "")]
+            return [replace(self.image(picture), lead=START if self.has_markers else "")]
+        thumbnail = [self.image(picture)] if self.has_thumbnail else []
         size = self.tile_size
         pixels = np.asarray(picture.resize((columns * size, rows * size), self.resampling), dtype=np.uint8)
         parts = [
@@ -87,9 +88,7 @@ class Lfm2VlProcessor(Processor):
             for column in range(columns)
         ]
         leads = [f"<|img_row_{row + 1}_col_{column + 1}|>" for row in range(rows) for column in range(columns)]
-        if self.has_thumbnail:
-            parts.append(self._resized(picture, height, width))
-            leads.append(THUMBNAIL)
+        parts, leads = [*parts, *thumbnail], [*leads, THUMBNAIL][: len(parts) + len(thumbnail)]
         if not self.has_markers:
             return parts
         leads[0] = START + leads[0]
@@ -157,9 +156,6 @@ class Lfm2VlProcessor(Processor):
         """Of a picture in one piece, or of a tile."""
         of_tile = (self.tile_size // self.patch_size) ** 2 if self.max_tiles > 1 else 0
         return max(self.max_tokens * self.merge_size**2, of_tile)
-
-    def _resized(self, picture: Image.Image, height: int, width: int) -> Processed:
-        return self._processed(np.asarray(picture.resize((width, height), self.resampling), dtype=np.uint8))
 
     def _processed(self, pixels: np.ndarray) -> Processed:
         """Pixels (height, width, 3) uint8, which the target scales and cuts into patches."""
