@@ -135,7 +135,7 @@ class Lfm2VlProcessor(Processor):
         """
         side = self.patch_size * self.merge_size
         new_height, new_width = (max(self.patch_size, round(length / side) * side) for length in (height, width))
-        if self.max_tiles == 1 or new_height * new_width <= self.max_tokens * side**2 * self.tolerance:
+        if new_height * new_width <= self.max_tokens * side**2 * self.tolerance:
             return 1, 1
         best, least = (1, 1), math.inf
         for columns, rows in self._grids():

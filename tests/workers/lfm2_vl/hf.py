@@ -167,7 +167,7 @@ def our_logits(model, made, chunks=()):
         inputs = mx.array([tokens])
         row = StepRow(slot=0, start=first, capacity=256, token_ids=tokens)
         batch = store.open([0], [first], end - first)
-        parts.append(model(inputs, cache=batch.layers, **media.forward([row], inputs)))
+        parts.append(model.logits(model.hidden(inputs, cache=batch.layers, **media.forward([row], inputs))))
         batch.close()
     return np.array(mx.concatenate(parts, axis=1))[0]
 

@@ -22,7 +22,20 @@ from tests.workers.lfm2_vl import hf
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
 # Small, square, in each direction just below and above what comes in tiles, large, and as long as can be.
-SIZES = [(3, 5), (24, 24), (40, 24), (33, 31), (32, 33), (61, 20), (150, 77), (40, 100), (301, 299), (8, 64), (500, 51)]
+SIZES = [
+    (3, 5),
+    (24, 24),
+    (40, 24),
+    (33, 31),
+    (32, 33),
+    (61, 20),
+    (45, 41),
+    (150, 77),
+    (40, 100),
+    (301, 299),
+    (8, 64),
+    (500, 51),
+]
 CHANGES = {
     "as it is": {},
     "no thumbnail, few tiles, another filter": {"use_thumbnail": False, "min_tiles": 3, "max_tiles": 6, "resample": 3},
@@ -79,17 +92,21 @@ def test_tiles_and_pixels_equal_transformers(transformers, tmp_path, name):
     assert (len(grids) > 3) == (name != "in one piece")
 
 
-def test_grids_of_tiles_equal_transformers_for_every_shape(transformers):
-    """With the released settings; also where two grids are equally near."""
-    mine, reference = hf.Lfm2VlProcessor(), hf.image_processor(transformers)
+@pytest.mark.parametrize("tiles", [(2, 10), (2, 2), (1, 4), (3, 6)])
+def test_grids_of_tiles_equal_transformers_for_every_shape(transformers, tiles):
+    """With the released settings and others; also where two grids are equally near."""
+    least, most = tiles
+    mine, reference = hf.Lfm2VlProcessor(min_tiles=least, max_tiles=most), hf.image_processor(transformers)
     sizes = [(h, w) for h in range(300, 4000, 97) for w in range(300, 4000, 101)]
     sizes += [(1000 * a, 1000 * b) for a in range(1, 14) for b in range(1, 14)]
-    sizes += [(1200 * a // 8, 1200) for a in range(1, 60)] + [(1200, 1200 * a // 8) for a in range(1, 60)]
+    sizes += (
+        [(1200 * a // 8, 1200) for a in range(1, 60)] + [(1200, 1500)] + [(1200, 1200 * a // 8) for a in range(1, 60)]
+    )
     for height, width in sizes:
         resized = reference.smart_resize(height, width, 2, 64, 256, 16)
         assert mine.fitting_size(height, width) == (resized[1], resized[0])
         is_large = reference._is_image_too_large(height, width, 256, 16, 2, 2.0)
-        wanted = reference._get_grid_layout(height, width, 2, 10, 512)[:2] if is_large else (1, 1)
+        wanted = reference._get_grid_layout(height, width, least, most, 512)[:2] if is_large else (1, 1)
         assert mine.grid(height, width) == wanted
 
 

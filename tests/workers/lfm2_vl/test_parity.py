@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -25,8 +26,8 @@ CASES = {
         {"num_patches": 1, "layer_norm_eps": 1e-3}, {"downsample_factor": 3, "projector_hidden_act": "silu"},
     ),
     "attention by index, a wider MLP": (
-        {"layer_types": None, "full_attn_idxs": [1, 2], "block_ffn_dim_multiplier": 1.5}, {"num_patches": 64},
-        {"projector_hidden_act": "quick_gelu"},
+        {"layer_types": None, "full_attn_idxs": [1, 2], "block_ffn_dim_multiplier": 1.5, "block_multiple_of": 20},
+        {"num_patches": 64}, {"projector_hidden_act": "quick_gelu"},
     ),
 }  # fmt: skip
 WORDS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
@@ -67,6 +68,8 @@ def test_logits_equal_transformers(pair, content):
     made = hf.prompt(contents(model.model.config.vision.merge_size)[content])
     wanted = hf.hf_logits(reference, made)
     np.testing.assert_allclose(hf.our_logits(model, made), wanted, rtol=0, atol=1e-4)
+    if content == "text":
+        np.testing.assert_allclose(np.array(model(mx.array([made.tokens])))[0], wanted, rtol=0, atol=1e-4)
     cuts = [len(made.tokens) // 3, len(made.tokens) // 2]  # inside an image, where there is one
     np.testing.assert_allclose(hf.our_logits(model, made, cuts), wanted, rtol=0, atol=1e-4)
 
