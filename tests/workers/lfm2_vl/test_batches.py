@@ -14,6 +14,7 @@ from tests.workers.lfm2_vl import hf
 from tests.workers.lfm2_vl.test_images import picture
 from workers.features import Bits
 from workers.kernels.reference import ReferenceAttention
+from workers.models.lfm2_vl import attention
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -120,7 +121,9 @@ def test_a_mixed_batch_gives_what_each_request_gives_alone(pair, expected):
 
 
 @pytest.mark.parametrize("layout", ["slots", "paged"])
-def test_attention_by_kernels_gives_the_same(pair, expected, layout):
+def test_attention_by_kernels_gives_the_same(pair, expected, layout, monkeypatch):
+    """As on a GPU: kernels rotate, too."""
+    monkeypatch.setattr(attention, "is_cpu", lambda: False)
     model = pair[1]
     assert model.query_heads() == [4, 4]
     engine = make_engine(model, classes=CLASSES, is_exact=False, layout=layout)
@@ -131,14 +134,15 @@ def test_attention_by_kernels_gives_the_same(pair, expected, layout):
     rig.start(made, made)
     rig.drain()
     assert {name: rig.tokens(name) for name in made} == expected
-    assert kernel.num_decodes > LENGTH
+    assert kernel.num_decodes > LENGTH and kernel.num_rotated > LENGTH
 
 
 class Counted(ReferenceAttention):
-    num_decodes = 0
+    num_decodes = num_rotated = 0
 
     def attend(self, q, *rest):
         self.num_decodes += q.shape[2] == 1
+        self.num_rotated += rest[-1].rotation is not None
         return super().attend(q, *rest)
 
 
