@@ -27,7 +27,7 @@ class Loaded:
     """A request's media in order, not placed yet."""
 
     items: list[MediaItem]
-    leads: list[list[str]]  # of each video, what the prompt says before each of its parts
+    leads: list[list[str]]  # of each item of the kind `Processor.led`, what the prompt says before each of its parts
 
 
 class MediaLoader:
@@ -77,12 +77,12 @@ class MediaLoader:
                     "messages: the images and videos of this request are too large together", param="messages"
                 )
             loaded.items.extend(items)
-            if part.kind == "video":
+            if part.kind == self._processor.led:
                 loaded.leads.append([processed.lead for processed in found])
         return loaded
 
     def rewrite(self, prompt: str, loaded: Loaded) -> str:
-        """As `Processor.rewrite`."""
+        """As `Processor.rewrite`, which may raise InvalidRequest."""
         return self._processor.rewrite(prompt, loaded.leads)
 
     def _prepare(self, part: MediaPart, data: bytes) -> list[Processed]:
@@ -93,7 +93,7 @@ class MediaLoader:
                 case "video":
                     return self._processor.video(data, part.param)
                 case "image":
-                    return [self._processor.image(decode_image(data, part.param))]
+                    return self._processor.tiles(decode_image(data, part.param))
         except InvalidRequest as error:
             told = error.message if error.message.startswith(part.param) else f"{part.param}: {error.message}"
             raise InvalidRequest(told, param=part.param) from error

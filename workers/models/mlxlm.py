@@ -21,6 +21,7 @@ from workers.cache.spec import AttentionSpec, LayerSpec, LeafSpec, ListSpec, Rec
 from workers.cache.store import CacheStore
 from workers.machine import is_cpu
 from workers.models import gated_delta
+from workers.models.lfm2_vl import attention as lfm2_attention
 from workers.models.qwen import hybrid
 
 logger = logging.getLogger("target")
@@ -37,8 +38,9 @@ REFUSED = {
     "phi3small": "its block-sparse attention assumes that all rows of a batch have one length",
 }
 
-# Whose decoder, embedding and head are known to be all there is: no scale or cap lies between them.
-SPLIT = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_next"})
+# Of both, decoder, embedding and head are known to be all there is: no scale or cap lies between them.
+HYBRIDS = frozenset({"qwen3_5", "qwen3_5_moe", "qwen3_next"})
+SHORT_CONVOLUTIONS = frozenset({"lfm2"})
 
 
 class MlxLmModel:
@@ -89,21 +91,7 @@ class MlxLmModel:
 
 
 class SplitMlxLmModel(MlxLmModel):
-    """One of `SPLIT`: also a `SplitModel`, so that drafters see its final rows and share its embedding and head.
-
-    Its layers run by workers/models/qwen/hybrid.py.
-    """
-
-    rewinds = True  # its recurrent layers leave trails
-
-    def __init__(self, model: nn.Module, architecture: str) -> None:
-        super().__init__(model, architecture)
-        hybrid.install(model)
-        if not is_cpu():
-            hybrid.join(model)
-
-    def query_heads(self) -> list[int]:
-        return hybrid.query_heads(self.model)
+    """Also a `SplitModel`, so that drafters and embeddings see its final rows and share its embedding and head."""
 
     def embed(self, inputs: mx.array) -> mx.array:
         rows: mx.array = self.model.model.embed_tokens(inputs)
@@ -118,10 +106,36 @@ class SplitMlxLmModel(MlxLmModel):
 
     def logits(self, hidden: mx.array) -> mx.array:
         language_model = getattr(self.model, "language_model", self.model)
-        is_tied = language_model.args.tie_word_embeddings
-        head = language_model.model.embed_tokens.as_linear if is_tied else language_model.lm_head
+        has_head = "lm_head" in language_model
+        head = language_model.lm_head if has_head else language_model.model.embed_tokens.as_linear
         logits: mx.array = head(hidden)
         return logits
+
+
+class HybridMlxLmModel(SplitMlxLmModel):
+    """One of `HYBRIDS`. Its layers run by workers/models/qwen/hybrid.py."""
+
+    rewinds = True  # its recurrent layers leave trails
+
+    def __init__(self, model: nn.Module, architecture: str) -> None:
+        super().__init__(model, architecture)
+        hybrid.install(model)
+        if not is_cpu():
+            hybrid.join(model)
+
+    def query_heads(self) -> list[int]:
+        return hybrid.query_heads(self.model)
+
+
+class ShortConvolutionModel(SplitMlxLmModel):
+    """LFM2: attention and short convolutions. Attention runs by workers/models/lfm2_vl/attention.py."""
+
+    def __init__(self, model: nn.Module, architecture: str) -> None:
+        super().__init__(model, architecture)
+        lfm2_attention.install(model)
+
+    def query_heads(self) -> list[int]:
+        return lfm2_attention.query_heads(self.model)
 
 
 def adapted(model: nn.Module, architecture: str) -> MlxLmModel:
@@ -130,7 +144,9 @@ def adapted(model: nn.Module, architecture: str) -> MlxLmModel:
     """
     if hasattr(sys.modules[type(model).__module__], "gated_delta_update"):
         logger.info("gated delta rule: %s", gated_delta.install(is_cpu=is_cpu()))
-    return (SplitMlxLmModel if architecture in SPLIT else MlxLmModel)(model, architecture)
+    if architecture in HYBRIDS:
+        return HybridMlxLmModel(model, architecture)
+    return (ShortConvolutionModel if architecture in SHORT_CONVOLUTIONS else MlxLmModel)(model, architecture)
 
 
 class GroupedMask:

@@ -13,6 +13,9 @@ from workers.models.gemma import gemma3n
 from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig
 from workers.models.gemma.text import TextDecoder
+from workers.models.lfm2_vl import model as lfm2_vl
+from workers.models.lfm2_vl.config import MODEL_TYPES as LFM2_VL_TYPES
+from workers.models.lfm2_vl.config import Lfm2VlConfig
 from workers.models.mlxlm import MlxLmModel, adapted
 from workers.models.qwen import added_vision
 from workers.models.qwen import model as qwen
@@ -47,6 +50,7 @@ def _with_vision(name: str) -> Own:
 WITH_ENCODERS = {
     **{name: _with_vision(name) for name in added_vision.CLASSES},
     **{name: Own(gemma3n.Gemma3n, gemma3n.Gemma3nConfig.from_hf) for name in gemma3n.MODEL_TYPES},
+    **{name: Own(lfm2_vl.Lfm2Vl, Lfm2VlConfig.from_hf) for name in LFM2_VL_TYPES},
 }
 
 
@@ -58,6 +62,8 @@ def adapted_to_caches(model: nn.Module, architecture: str) -> MlxLmModel:
     """
     if isinstance(model, gemma3n.Gemma3n):
         return gemma3n.ReadyGemma3n(model, architecture)
+    if isinstance(model, lfm2_vl.Lfm2Vl):
+        return lfm2_vl.ReadyLfm2Vl(model, architecture)
     if architecture in WITH_ENCODERS and "vision_tower" in model:
         return added_vision.AddedVision(model, architecture)
     return adapted(model, architecture)

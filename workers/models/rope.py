@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from shared.errors import BadModel
@@ -199,6 +200,13 @@ class Rope:
         x = x.swapaxes(1, 2)
         x = mx.fast.rope(x, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths)
         return x.swapaxes(1, 2)
+
+
+def plain_rope(module: Any) -> Rope | None:  # noqa: ANN401 - a rotation of mlx-lm's
+    """The same as one that a kernel may do; None for a rotation with a scaling, whose own module is called."""
+    if type(module) is not nn.RoPE or module.traditional or module.scale != 1.0:
+        return None
+    return Rope(RopeParameters(tuple(module.base ** (-i / module.dims) for i in range(0, module.dims, 2))))
 
 
 def rotated(x: mx.array, rotate: Rotate) -> mx.array:

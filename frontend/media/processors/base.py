@@ -21,7 +21,7 @@ class Processed:
     grid: list[int]  # frames, rows, columns of patches
     num_tokens: int  # that stand for it in the prompt
     seconds_per_grid: float = 1.0  # of a video: between two frames of `grid`
-    lead: str = ""  # of a part of a video: what the prompt says before it
+    lead: str = ""  # of a part of an item of the kind `Processor.led`: what the prompt says before it
 
 
 class Processor(Protocol):
@@ -42,6 +42,14 @@ class Processor(Protocol):
             InvalidRequest: its form does not suit the model.
         """
 
+    def tiles(self, picture: Image.Image) -> list[Processed]:
+        """An RGB image in one part or several, each an item of its own.
+
+        Raises:
+            InvalidRequest: as `image`.
+        """
+        return [self.image(picture)]
+
     def audio(self, data: bytes, param: str) -> Processed:
         """An audio file.
 
@@ -58,11 +66,18 @@ class Processor(Protocol):
         """
         raise InvalidRequest("video input is not supported for this model", param=param)
 
+    @property
+    def led(self) -> MediaKind:
+        """The kind whose parts stand in the prompt each behind its `Processed.lead`."""
+        return "video"
+
     def rewrite(self, prompt: str, leads: Sequence[Sequence[str]] = ()) -> str:
         """The rendered conversation, where the family writes something around its placeholders.
 
         Args:
-            leads: of each part of each video, in their order.
+            leads: of each part of each item of the kind `led`, in their order.
+        Raises:
+            InvalidRequest: it cannot be told which placeholder is whose.
         """
         return prompt
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_5_moe
 
 from shared.messages import MediaItem
-from workers.models.mlxlm import SplitMlxLmModel
+from workers.models.mlxlm import HybridMlxLmModel
 from workers.models.qwen.config import AddedVisionConfig
 from workers.models.qwen.experts import split_experts
 from workers.models.qwen.media import QwenMedia
@@ -101,7 +101,7 @@ class PlacedRope:
         return mx.concatenate([rotated(x[..., :dim], self._rotate), x[..., dim:]], axis=-1)
 
 
-class AddedVision(QwenMedia, SplitMlxLmModel):
+class AddedVision(QwenMedia, HybridMlxLmModel):
     """Also a `MediaModel`, around a model of `CLASSES` that holds an image encoder."""
 
     def __init__(self, model: nn.Module, architecture: str) -> None:

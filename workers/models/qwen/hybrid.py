@@ -20,7 +20,7 @@ from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 from workers.cache.recurrent import RecurrentView, State
 from workers.models import fuse
 from workers.models.decoder import swiglu
-from workers.models.rope import Rope, RopeParameters
+from workers.models.rope import Rope, plain_rope
 
 L2_EPS = 1e-6
 
@@ -198,20 +198,11 @@ def join(model: nn.Module) -> None:
             if type(module) in OURS.values():
                 module.join()
             if isinstance(module, Attention):
-                module.own_rope = _plain_rope(module.rope)
+                module.own_rope = plain_rope(getattr(module.rope, "plain", module.rope))  # inside `PlacedRope`
 
 
 def _modules(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return layer.linear_attn if layer.is_linear else layer.self_attn, layer.mlp
-
-
-def _plain_rope(rope: Any) -> Rope | None:  # noqa: ANN401 - mlx-lm's, or `PlacedRope` around one
-    """For rotations without a scaling. None: the module's own is called."""
-    plain = getattr(rope, "plain", rope)
-    if type(plain) is not nn.RoPE or plain.traditional or plain.scale != 1.0:
-        return None
-    frequencies = tuple(plain.base ** (-i / plain.dims) for i in range(0, plain.dims, 2))
-    return Rope(RopeParameters(frequencies))
 
 
 def query_heads(model: nn.Module) -> list[int]:
