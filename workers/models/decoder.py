@@ -9,7 +9,7 @@ Parameters carry Hugging Face's names. After loading, `fuse` joins q/k/v and, on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -327,6 +327,11 @@ class Model(nn.Module):
         self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
         return self.logits(self.hidden(inputs, cache, input_embeddings))
+
+    def tie(self) -> None:
+        """The embedding is the head, too: for a checkpoint that holds no other. Call before the weights come in."""
+        self.config = replace(self.config, is_tied=True)
+        self.pop("lm_head", None)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Drop what checkpoints carry but the model does not need: stored frequencies, the copy of a tied head."""
