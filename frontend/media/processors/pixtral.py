@@ -1,4 +1,4 @@
-"""Images of Mistral 3, Ministral 3 and Pixtral: shrunk to a largest edge and stretched to whole tokens, 8 bits a channel.
+"""Images of Mistral 3, Ministral 3 and Pixtral: shrunk to a largest edge, stretched to whole tokens, 8 bits a channel.
 
 In a prompt each row of an image ends in a token of text, the last one in another; they count as the image's, so that
 the target gets one item for an image and fills in the embeddings of both kinds.
@@ -96,8 +96,7 @@ def from_configs(
         KeyError, TypeError, ValueError: malformed, or something that is not done here.
     """
     vision = config.get("vision_config")
-    default = "clip_vision_model" if config["model_type"] == "llava" else "pixtral"
-    if vision is None or vision.get("model_type", default) != "pixtral":
+    if vision is None or vision.get("model_type", None if config["model_type"] == "llava" else "pixtral") != "pixtral":
         return None
     if (config.get("text_config") or {}).get("model_type", "mistral") not in TEXT_TYPES:
         return None

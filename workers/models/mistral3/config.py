@@ -23,12 +23,12 @@ _DEFAULT_WINDOW = 4096  # of Mistral's layers, except in the files that have MLX
 def is_defined(config: dict[str, Any]) -> bool:
     """Is this a text decoder of ours with Pixtral's encoder or none? mlx-lm serves the text of the others."""
     text, vision = config.get("text_config"), config.get("vision_config")
+    is_llava = bool(config["model_type"] == "llava")  # whose encoder is CLIP's if nothing is said
     if not isinstance(text, dict) or text.get("model_type", "mistral") not in decoder.MODEL_TYPES:
         return False
     if vision is None:
-        return config["model_type"] != "llava"  # whose encoder would be CLIP's
-    default = "clip_vision_model" if config["model_type"] == "llava" else "pixtral"
-    return isinstance(vision, dict) and bool(vision.get("model_type", default) == "pixtral")
+        return not is_llava
+    return isinstance(vision, dict) and bool(vision.get("model_type", None if is_llava else "pixtral") == "pixtral")
 
 
 @dataclass(frozen=True)
