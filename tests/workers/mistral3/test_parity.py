@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 CASES = {
     "mistral3": ("mistral3", {}, {}, {}),
     "mistral3, an inner layer, biases, three patches a side": (
-        "mistral3", {"sliding_window": 8}, {"hidden_act": "silu"},
+        "mistral3", {"sliding_window": 8, "rms_norm_eps": 0.01}, {"hidden_act": "silu"},
         {"vision_feature_layer": -2, "multimodal_projector_bias": True, "spatial_merge_size": 3,
          "projector_hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": False},
     ),
@@ -72,6 +72,19 @@ def test_features_equal_transformers(pair):
         np.testing.assert_allclose(given[is_image], rows.numpy(), rtol=0, atol=1e-4)
         breaks = np.array(model.embed(mx.array([hf.BREAK])))
         np.testing.assert_array_equal(given[~is_image], np.repeat(breaks, sum(~is_image), axis=0))
+
+
+def test_a_nearly_grey_image_is_normed_as_in_transformers(pair):
+    """Where the norms' epsilon is as large as what they see."""
+    import torch
+
+    reference, model, made = pair
+    pixels = hf.normalised(hf.item(made, 45, 21, 1)) * np.float32(0.01)
+    inputs = {"pixel_values": torch.tensor(pixels.transpose(2, 0, 1)[None]), "image_sizes": [pixels.shape[:2]]}
+    with torch.no_grad():
+        wanted = reference.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
+    image = np.array(model.encode_image(mx.array(pixels)))
+    np.testing.assert_allclose(image.reshape(-1, 32), wanted.numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("content", ["text", "image", "two images"])
