@@ -187,9 +187,10 @@ def test_matrices_of_8_bit_floats_are_what_they_stand_for(transformers, tmp_path
     from safetensors.torch import load_file as load_torch
     from safetensors.torch import save_file as save_torch
 
-    reference, _ = hf.make(transformers, tmp_path, "mistral3", hf.MINISTRAL)
+    source = tmp_path / "source"
+    reference, _ = hf.make(transformers, source, "mistral3", hf.MINISTRAL)
     made, plain = {}, {}
-    for name, weight in load_torch(tmp_path / "model.safetensors").items():
+    for name, weight in load_torch(source / "model.safetensors").items():
         is_packed = name.endswith("_proj.weight") and "vision" not in name and "projector" not in name
         made[name] = weight
         if not is_packed:
@@ -200,19 +201,24 @@ def test_matrices_of_8_bit_floats_are_what_they_stand_for(transformers, tmp_path
         made[f"{name.removesuffix('.weight')}.activation_scale"] = torch.tensor(0.02)
         plain[name] = (made[name].float() * scale.float()).bfloat16().float()
     assert len(plain) == 3 * 7
-    save_torch(made, tmp_path / "model.safetensors", {"format": "pt"})
-    rewritten = json.loads((tmp_path / "config.json").read_text())
+    save_torch(made, source / "model.safetensors", {"format": "pt"})
+    rewritten = json.loads((source / "config.json").read_text())
     rewritten["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
-    (tmp_path / "config.json").write_text(json.dumps(rewritten))
+    (source / "config.json").write_text(json.dumps(rewritten))
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             for stored, weight in plain.items():
                 if ".".join(bare(stored)) == ".".join(bare(name)):
                     parameter.copy_(weight)
-    asked = question(hf.processor(tmp_path))
-    np.testing.assert_allclose(
-        hf.our_logits(loaded(tmp_path), asked), hf.hf_logits(reference, asked), rtol=0, atol=1e-4
-    )
+    asked = question(hf.processor(source))
+    expected = hf.hf_logits(reference, asked)
+    np.testing.assert_allclose(hf.our_logits(loaded(source), asked), expected, rtol=0, atol=1e-4)
+    for name, how in (("plain", {"dtype": "float32"}), ("packed", {"bits": 8, "group_size": 32})):
+        convert(str(source), tmp_path / name, **how)
+        told = json.loads((tmp_path / name / "config.json").read_text())
+        assert (told.get("quantization_config") or {}).get("quant_method") != "fp8"
+        tolerance = 1e-4 if name == "plain" else 0.05 * np.abs(expected).max()
+        np.testing.assert_allclose(hf.our_logits(loaded(tmp_path / name), asked), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.oracle
