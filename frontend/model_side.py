@@ -42,6 +42,7 @@ class ModelSide:
 def load(settings: Settings) -> ModelSide:
     """Reads the model's files. Raises BadConfig, BadModel."""
     files = model_files.resolve(settings.model, settings)
-    processor = processor_of(files.folder) if files.folder is not None else None
+    text = tokenizer.load(files)
+    processor = processor_of(files.folder, text.tokenizer.token_to_id) if files.folder is not None else None
     media = MediaLoader(processor, settings) if processor is not None else None
-    return ModelSide(settings, files.name, tokenizer.load(files), media)
+    return ModelSide(settings, files.name, text, media)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from workers.kernels.cuda import supports
-from workers.models.own import OWN
+from workers.models.own import own_of
 
 SMALLEST_ITEM = 2  # bytes; a decode row of 32-bit floats fits wherever one of 16 bits does
 
@@ -18,7 +18,7 @@ def may_serve_all(config: dict[str, Any]) -> bool:
     Raises:
         BadModel: it is one, and cannot be read.
     """
-    own = OWN.get(config["model_type"])
+    own = own_of(config)
     if own is None:
         return False
     shapes: set[tuple[int, int, int]] = own.read_config(config, 0).attention_heads

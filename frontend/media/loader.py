@@ -116,7 +116,7 @@ class MediaLoader:
             if item is None or item.kind != kinds[token]:
                 text = "messages: the prompt has a placeholder without an image, clip or video"
                 raise InvalidRequest(text, param="messages")
-            tokens, offset = self._processor.expansion(item.kind, item.num_tokens)
+            tokens, offset = self._processor.expansion(item.kind, item.num_tokens, item.grid)
             placed.append(msgspec.structs.replace(item, start=len(expanded) + offset))
             expanded += tokens
         if len(placed) != len(items):

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 against transformers, and their parts against plain definitions."""
+"""Llama, Mistral, Ministral 3, Qwen2 and Qwen3 against transformers, and their parts against plain definitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.model_files import ModelFiles
 from tests.support.cached_logits import cached_logits
 from workers.cache.spec import AttentionSpec
 from workers.load import load
-from workers.models import decoder
+from workers.models import decoder, fp8
 from workers.models.base import SplitModel
 from workers.models.fuse import fuse_linears
 from workers.models.rope import rope_parameters
@@ -30,6 +30,7 @@ SHAPE = {
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LATER = {"llama_4_scaling_beta": 0.7, "original_max_position_embeddings": 8}  # queries grow from position 8 on
 HALF = 8  # frequencies of a head of 16
 
 CASES = {
@@ -61,6 +62,13 @@ CASES = {
     }}),
     "mistral window": ("mistral", {"sliding_window": 8}),
     "mistral full": ("mistral", {"sliding_window": None}),
+    "ministral 3": ("ministral3", {"head_dim": 16, "rope_parameters": {
+        **YARN, **LATER, "mscale": 1.0, "mscale_all_dim": 1.0,
+    }}),
+    "ministral 3 window, tied": ("ministral3", {
+        "head_dim": 32, "sliding_window": 8, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **LATER},
+    }),
     "qwen2": ("qwen2", {}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
@@ -140,12 +148,15 @@ def test_fusing_keeps_the_logits_and_drops_the_parts():
     assert "q_proj" not in model.layers[0].self_attn
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_products_joined_as_on_a_gpu_keep_the_logits(has_bias):
+@pytest.mark.parametrize("overrides", [
+    {"model_type": "llama"}, {"model_type": "llama", "mlp_bias": True},
+    {"model_type": "ministral3", "rope_parameters": LATER},
+], ids=["plain", "bias", "query scaling"])  # fmt: skip
+def test_products_joined_as_on_a_gpu_keep_the_logits(overrides):
     """Without the attention kernel, whose part is joining q, k and v."""
-    config = decoder.DecoderConfig.from_hf({**SHAPE, "model_type": "llama", "mlp_bias": has_bias}, 128)
+    config = decoder.DecoderConfig.from_hf({**SHAPE, **overrides}, 128)
     model = decoder.Model(config)
-    inputs = mx.random.randint(0, 96, (2, 7))
+    inputs = mx.random.randint(0, 96, (2, 17))
     expected = np.array(model(inputs))
     for layer in model.layers:
         layer.self_attn.is_cpu = layer.mlp.is_cpu = False
@@ -226,6 +237,28 @@ def test_length_dependent_rope_follows_what_is_served():
     dynamic = {"max_position_embeddings": 128, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     assert rope_parameters(dynamic, 16, 128).inv_freq == rope_parameters({}, 16, 0).inv_freq
     assert rope_parameters(dynamic, 16, 256).inv_freq[-1] < rope_parameters(dynamic, 16, 128).inv_freq[-1]
+
+
+@pytest.mark.parametrize("rope", [{}, {"llama_4_scaling_beta": 0.1}, {**LATER, "original_max_position_embeddings": 0}])
+def test_ministral_3_without_its_scaling_of_queries_is_refused(rope):
+    with pytest.raises(BadModel, match="ministral3"):
+        decoder.DecoderConfig.from_hf({**SHAPE, "model_type": "ministral3", "rope_parameters": rope}, 0)
+
+
+def test_matrices_of_8_bit_floats_with_a_scale_are_unpacked():
+    """Every value of the format, with NaN left out, against PyTorch."""
+    torch = pytest.importorskip("torch")
+    values = np.array([i for i in range(256) if i & 127 != 127], np.uint8)
+    stored = {
+        "a.weight": mx.array(values), "a.weight_scale_inv": mx.array(0.37, mx.bfloat16),
+        "a.activation_scale": mx.array(2.0), "norm.weight": mx.ones((3,)),
+    }  # fmt: skip
+    made = fp8.unpacked(stored)
+    assert set(made) == {"a.weight", "norm.weight"} and made["a.weight"].dtype == mx.bfloat16
+    plain = torch.tensor(values).view(torch.float8_e4m3fn).float() * torch.tensor(0.37, dtype=torch.bfloat16).float()
+    np.testing.assert_array_equal(np.array(made["a.weight"].astype(mx.float32)), plain.bfloat16().float().numpy())
+    with pytest.raises(BadModel, match=r"a\.weight.*\(2,\)"):
+        fp8.unpacked(stored | {"a.weight_scale_inv": mx.ones((2,))})
 
 
 def test_rope_factors_of_the_wrong_number_are_refused():

@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +29,7 @@ from workers.cache.packed import join, stretches
 from workers.cache.store import CacheStore
 from workers.models.qwen.config import QwenConfig
 from workers.models.qwen.model import QwenVL
+from workers.models.rope import QueryScaling
 
 pytestmark = pytest.mark.mlx
 
@@ -54,8 +55,16 @@ def experts_target():
     return model
 
 
+def scaling_target():
+    """Queries grow with their position, as Ministral 3's do."""
+    model = decoder_target()
+    model.config = replace(model.config, query_scaling=QueryScaling(0.7, 8))
+    return model
+
+
 TARGETS = {
     "plain": decoder_target,
+    "scaled queries": scaling_target,
     "sliding": lambda: decoder_target(window=WINDOW),
     "experts": experts_target,
     **{name: lambda name=name: gemma_target(name) for name in GEMMA},

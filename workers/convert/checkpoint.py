@@ -65,6 +65,8 @@ def convert(
     if quantization is not None:
         quantization.check_mlx()
     model, config = load_folder(source, 0)
+    if (config.get("quantization_config") or {}).get("quant_method") == "fp8":
+        del config["quantization_config"]  # such matrices were unpacked when they were read
     is_packed = any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
     if quantization is not None and is_packed:
         raise BadConfig(f"{source.name} is quantised already: dequantise it first, and know that its loss stays")

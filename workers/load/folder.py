@@ -10,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from shared.errors import BadModel
-from workers.models.own import OWN, WITH_ENCODERS
+from workers.models.own import WITH_ENCODERS, own_of
 from workers.safetensors import check_safetensors
 
 
@@ -76,12 +76,12 @@ class _Classes:
         self.max_model_len = max_model_len
 
     def __call__(self, config: dict[str, Any]) -> tuple[Any, Any]:
-        own = OWN.get(config["model_type"]) or WITH_ENCODERS.get(config["model_type"])
+        own = own_of(config) or WITH_ENCODERS.get(config["model_type"])
         return (own.model, self) if own is not None else mlx_lm_classes(config)
 
     def from_dict(self, config: dict[str, Any]) -> Any:  # noqa: ANN401 - each family has a type of its own
-        name = config["model_type"]
-        return (OWN.get(name) or WITH_ENCODERS[name]).read_config(config, self.max_model_len)
+        own = own_of(config) or WITH_ENCODERS[config["model_type"]]
+        return own.read_config(config, self.max_model_len)
 
 
 def mlx_lm_classes(config: dict[str, Any]) -> tuple[Any, Any]:

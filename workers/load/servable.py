@@ -14,7 +14,7 @@ from workers.drafters.checkpoint import detect
 from workers.load import folder as folders
 from workers.load.gguf import read_config as read_gguf_config
 from workers.models.mlxlm import adapted
-from workers.models.own import OWN, WITH_ENCODERS, adapted_to_caches
+from workers.models.own import WITH_ENCODERS, adapted_to_caches, own_of
 from workers.safetensors import check_safetensors
 
 
@@ -79,8 +79,8 @@ def _check(files: ModelFiles) -> None:
             check_safetensors(path)
         name = config["model_type"]
         try:
-            if name in OWN:
-                OWN[name].read_config(config, 0)
+            if (own := own_of(config)) is not None:
+                own.read_config(config, 0)
             elif name in WITH_ENCODERS:
                 own = WITH_ENCODERS[name]
                 adapted_to_caches(own.model(own.read_config(config, 0)), name)

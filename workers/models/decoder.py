@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: one decoder whose parts are switched by the configuration.
+"""Llama, Mistral, Ministral 3, Qwen2 and Qwen3: one decoder whose parts are switched by the configuration.
 
 Parameters carry Hugging Face's names. After loading, `fuse` joins q/k/v and, on a GPU, gate/up into one product each.
 """
@@ -9,7 +9,7 @@ Parameters carry Hugging Face's names. After loading, `fuse` joins q/k/v and, on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,10 +19,11 @@ from shared.errors import BadModel
 from workers import cpu_math
 from workers.cache.spec import AttentionSpec, LayerSpec
 from workers.models.base import LayerCache, NoCache
+from workers.models.fp8 import unpacked
 from workers.models.fuse import join
-from workers.models.rope import Rope, RopeParameters, Rotate, rope_parameters
+from workers.models.rope import QueryScaling, Rope, RopeParameters, Rotate, rope_parameters
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "ministral3", "qwen2", "qwen3")
 
 # From this many rows a mean by matrix product beats mx.fast.rms_norm on the CPU: 30 times 256 rows of 576 take 5
 # against 14 ms.
@@ -50,6 +51,7 @@ class DecoderConfig:
     has_mlp_bias: bool
     has_qk_norm: bool
     is_tied: bool
+    query_scaling: QueryScaling | None = None
 
     @property
     def attention_heads(self) -> set[tuple[int, int, int]]:
@@ -88,6 +90,7 @@ class DecoderConfig:
                 has_mlp_bias=bool(config.get("mlp_bias", False)),
                 has_qk_norm=model_type == "qwen3",
                 is_tied=bool(config.get("tie_word_embeddings", False)),
+                query_scaling=QueryScaling.from_hf(config) if model_type == "ministral3" else None,
             )
         except KeyError as missing:
             raise BadModel(f"{model_type}: {missing} is missing from the model's configuration") from missing
@@ -107,7 +110,7 @@ def _windows(config: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
     layer_types = config.get("layer_types")
     if layer_types is None:
         match config["model_type"]:
-            case "mistral":
+            case "mistral" | "ministral3":
                 first = 0
             case "qwen2" | "qwen3":
                 first = int(config.get("max_window_layers", 28))
@@ -152,7 +155,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, rotate: Rotate, cache: LayerCache) -> mx.array:
+    def __call__(self, x: mx.array, rotate: Rotate, cache: LayerCache, query_scale: mx.array | None = None) -> mx.array:
         """On the CPU q, k and v come from one product and q and k are rotated together: fewer, larger operations.
 
         On a GPU parts of one array would have to be copied apart for more than one row (H100, 8 rows: 11.2 ms a step
@@ -160,21 +163,22 @@ class Attention(nn.Module):
         """
         batch, length, _ = x.shape
         if not self.is_cpu:
-            return self._attend_apart(x, rotate, cache)
+            return self._attend_apart(x, rotate, cache, query_scale)
         num_qk = self.num_heads + self.num_kv_heads
         qkv = self._qkv(x).reshape(batch, length, num_qk + self.num_kv_heads, self.head_dim)
         qk, v = qkv[:, :, :num_qk], qkv[:, :, num_qk:]
         if self.has_qk_norm:
             q, k = self.q_norm(qk[:, :, : self.num_heads]), self.k_norm(qk[:, :, self.num_heads :])
             qk = mx.concatenate([q, k], axis=2)
-        qk = rotate(qk).swapaxes(1, 2)
-        out = cache.attend(
-            qk[:, : self.num_heads], qk[:, self.num_heads :], v.swapaxes(1, 2), self.scale, window=self.window
-        )
+        qk = rotate(qk)
+        q, k = qk[:, :, : self.num_heads], qk[:, :, self.num_heads :]
+        if query_scale is not None:
+            q = q * query_scale.astype(q.dtype)
+        out = cache.attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), self.scale, window=self.window)
         out = out.swapaxes(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
         return self.o_proj(out)
 
-    def _attend_apart(self, x: mx.array, rotate: Rotate, cache: LayerCache) -> mx.array:
+    def _attend_apart(self, x: mx.array, rotate: Rotate, cache: LayerCache, query_scale: mx.array | None) -> mx.array:
         batch, length, _ = x.shape
         if "qkv_proj" in self:  # where a kernel reads the parts as they lie
             qkv = self.qkv_proj(x).reshape(batch, length, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
@@ -185,6 +189,8 @@ class Attention(nn.Module):
             v = self.v_proj(x).reshape(batch, length, self.num_kv_heads, self.head_dim)
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if query_scale is not None:  # turning keeps lengths
+            q = q * query_scale.astype(q.dtype)
         q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
         out = cache.attend(q, k, v, self.scale, window=self.window, rotation=rotate)
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, self.num_heads * self.head_dim))
@@ -252,8 +258,8 @@ class Layer(nn.Module):
         self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps, is_cpu)
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps, is_cpu)
 
-    def __call__(self, x: mx.array, rotate: Rotate, cache: LayerCache) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), rotate, cache)
+    def __call__(self, x: mx.array, rotate: Rotate, cache: LayerCache, *query_scale: mx.array) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), rotate, cache, *query_scale)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -306,8 +312,10 @@ class Model(nn.Module):
         x = self.embed(inputs) if input_embeddings is None else input_embeddings
         caches: Sequence[LayerCache] = [NoCache()] * len(self.model.layers) if cache is None else cache
         rotate = self._rope.at(caches[0].offset, x.shape[1], x.shape[0], self.is_cpu)
+        scaling = self.config.query_scaling
+        query_scale = [] if scaling is None else [scaling.at(caches[0].offset, x.shape[1])]
         for layer, layer_cache in zip(self.model.layers, caches, strict=True):
-            x = layer(x, rotate, layer_cache)
+            x = layer(x, rotate, layer_cache, *query_scale)
         return self.model.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -320,9 +328,14 @@ class Model(nn.Module):
     ) -> mx.array:
         return self.logits(self.hidden(inputs, cache, input_embeddings))
 
+    def tie(self) -> None:
+        """The embedding is the head, too: for a checkpoint that holds no other. Call before the weights come in."""
+        self.config = replace(self.config, is_tied=True)
+        self.pop("lm_head", None)
+
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Drop what checkpoints carry but the model does not need: stored frequencies, the copy of a tied head."""
-        kept = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+        kept = {name: w for name, w in unpacked(weights).items() if not name.endswith("rotary_emb.inv_freq")}
         if "embed_tokens.weight" in kept:  # saved as the bare decoder, as embedding models are
             kept = {f"model.{name}": w for name, w in kept.items()}
         if self.config.is_tied:

@@ -16,6 +16,9 @@ from workers.models.gemma.text import TextDecoder
 from workers.models.lfm2_vl import model as lfm2_vl
 from workers.models.lfm2_vl.config import MODEL_TYPES as LFM2_VL_TYPES
 from workers.models.lfm2_vl.config import Lfm2VlConfig
+from workers.models.mistral3 import config as mistral3
+from workers.models.mistral3.config import Mistral3Config
+from workers.models.mistral3.model import Mistral3
 from workers.models.mlxlm import MlxLmModel, adapted
 from workers.models.qwen import added_vision
 from workers.models.qwen import model as qwen
@@ -38,7 +41,16 @@ OWN = {
         for name in (*GEMMA3_TYPES, *GEMMA4_TYPES)
     },
     **{name: Own(qwen.QwenVL, QwenConfig.from_hf) for name in QWEN_TYPES},
+    **{name: Own(Mistral3, Mistral3Config.from_hf) for name in mistral3.MODEL_TYPES},
 }
+
+
+def own_of(config: dict[str, Any]) -> Own | None:
+    """Our definition of the model that a config.json describes; None: mlx-lm defines it, or nobody."""
+    name = config["model_type"]
+    if name in mistral3.MODEL_TYPES and not mistral3.is_defined(config):
+        return None
+    return OWN.get(name)
 
 
 def _with_vision(name: str) -> Own:

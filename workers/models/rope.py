@@ -141,6 +141,28 @@ def _longrope(
 
 
 @dataclass(frozen=True)
+class QueryScaling:
+    """Later queries are longer: by 1 + beta * log(1 + floor(p / trained_len)) at position p."""
+
+    beta: float
+    trained_len: int
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> QueryScaling:
+        """As `llama_4_scaling_beta` asks for. Raises KeyError and such where the fields are missing or malformed."""
+        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        made = cls(float(scaling["llama_4_scaling_beta"]), int(scaling["original_max_position_embeddings"]))
+        if made.trained_len < 1:
+            raise ValueError(f"original_max_position_embeddings {made.trained_len}")
+        return made
+
+    def at(self, offset: int | mx.array, length: int) -> mx.array:
+        """Factors (batch or 1, length, 1, 1), float32, of `offset` as `Rope.at` has it."""
+        positions = token_positions(offset, length)[..., None, None]
+        return 1.0 + self.beta * mx.log(1.0 + mx.floor(positions / self.trained_len))
+
+
+@dataclass(frozen=True)
 class Rotation:
     """One forward's rotation of its rows, as a function and as what it is made of.
 
@@ -179,12 +201,7 @@ class Rope:
         """
         if not is_cpu:
             return Rotation(self, offset, self._inv_freq, self.dim, self._factor == 1.0)
-        if isinstance(offset, mx.array) and offset.ndim == 2:
-            positions = offset.astype(mx.float32)
-        else:
-            positions = mx.arange(length, dtype=mx.float32)
-            positions = (positions + offset)[None] if isinstance(offset, int) else positions[None] + offset[:, None]
-        angles = positions[..., None, None] * self._inv_freq  # (batch or 1, length, 1, dim / 2)
+        angles = token_positions(offset, length)[..., None, None] * self._inv_freq  # (batch or 1, length, 1, dim / 2)
         cos, sin = mx.cos(angles), mx.sin(angles)
         if self._factor != 1.0:
             cos, sin = cos * self._factor, sin * self._factor
@@ -207,6 +224,14 @@ def plain_rope(module: Any) -> Rope | None:  # noqa: ANN401 - a rotation of mlx-
     if type(module) is not nn.RoPE or module.traditional or module.scale != 1.0:
         return None
     return Rope(RopeParameters(tuple(module.base ** (-i / module.dims) for i in range(0, module.dims, 2))))
+
+
+def token_positions(offset: int | mx.array, length: int) -> mx.array:
+    """(batch or 1, length) float32, of `offset` as `Rope.at` has it."""
+    if isinstance(offset, mx.array) and offset.ndim == 2:
+        return offset.astype(mx.float32)
+    positions = mx.arange(length, dtype=mx.float32)
+    return (positions + offset)[None] if isinstance(offset, int) else positions[None] + offset[:, None]
 
 
 def rotated(x: mx.array, rotate: Rotate) -> mx.array:

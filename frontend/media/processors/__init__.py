@@ -7,29 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frontend.media.processors import gemma, lfm2_vl, qwen
+from frontend.media.processors import gemma, lfm2_vl, pixtral, qwen
 from frontend.media.processors.base import Processor
 from shared.errors import BadModel
+
+TokenId = Callable[[str], int | None]
 
 FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Processor | None]] = {
     **dict.fromkeys(qwen.MODEL_TYPES, qwen.from_configs),
     **dict.fromkeys(gemma.MODEL_TYPES, gemma.from_configs),
     **dict.fromkeys(lfm2_vl.MODEL_TYPES, lfm2_vl.from_configs),
 }
+# Those whose prompts have tokens that their configurations name by text only.
+NAMING_FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any], TokenId], Processor | None]] = {
+    **dict.fromkeys(pixtral.MODEL_TYPES, pixtral.from_configs),
+}
 
 
-def processor_of(folder: Path) -> Processor | None:
+def _no_token(text: str) -> None:
+    """Of a tokenizer that nobody asked for."""
+
+
+def processor_of(folder: Path, token_id: TokenId = _no_token) -> Processor | None:
     """What prepares images for the model in `folder`; None for one that takes text only.
 
+    Args:
+        token_id: of the model's tokenizer; None for a text that is no token.
     Raises:
         BadModel: its configuration is malformed.
     """
     config = _read(folder / "config.json")
-    make = FAMILIES.get(str(config.get("model_type")))
-    if make is None:
-        return None
+    name = str(config.get("model_type"))
     try:
-        return make(config, _settings(folder))
+        if name in NAMING_FAMILIES:
+            return NAMING_FAMILIES[name](config, _settings(folder), token_id)
+        return FAMILIES[name](config, _settings(folder)) if name in FAMILIES else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadModel(f"{folder.name}: malformed image settings: {error!r}") from error
 

@@ -81,6 +81,10 @@ class Processor(Protocol):
         """
         return prompt
 
-    def expansion(self, kind: MediaKind, num_tokens: int) -> tuple[list[int], int]:
-        """What stands in a prompt for one placeholder, and where in it the item's `num_tokens` begin."""
+    def expansion(self, kind: MediaKind, num_tokens: int, grid: Sequence[int] = ()) -> tuple[list[int], int]:
+        """What stands in a prompt for one placeholder, and where in it the item's `num_tokens` begin.
+
+        Args:
+            grid: the item's, as in `Processed`.
+        """
         return [self.placeholders[kind]] * num_tokens, 0

@@ -68,7 +68,7 @@ class GemmaProcessor(Processor):
             prompt = prompt.replace(text, f"\n\n{text}\n\n")
         return prompt
 
-    def expansion(self, kind: MediaKind, num_tokens: int) -> tuple[list[int], int]:
+    def expansion(self, kind: MediaKind, num_tokens: int, grid: Sequence[int] = ()) -> tuple[list[int], int]:
         before, after = self.around[kind]
         return [before, *[self.repeated[kind]] * num_tokens, after], 1
 

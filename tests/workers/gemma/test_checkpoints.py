@@ -18,8 +18,9 @@ from shared.model_files import ModelFiles
 from tests.support.cached_logits import cached_logits
 from tests.workers.gemma import hf
 from workers.load import load
+from workers.models.checkpoint_names import canonical_name
 from workers.models.gemma.config import GemmaConfig
-from workers.models.gemma.model import Gemma, MultimodalConfig, canonical_name
+from workers.models.gemma.model import ENCODER_PARTS, Gemma, MultimodalConfig
 
 pytestmark = pytest.mark.mlx
 
@@ -137,7 +138,7 @@ def test_mixed_quantisation_by_layer(tmp_path, overrides):
     ],
 )
 def test_names_of_both_checkpoint_forms(name, expected):
-    assert canonical_name(name) == expected
+    assert canonical_name(name, ENCODER_PARTS) == expected
 
 
 REFUSED = {

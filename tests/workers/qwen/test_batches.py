@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from shared.messages import SamplingParams, Step
-from tests.support.engine_rig import EngineRig, make_engine
+from shared.messages import SamplingParams
+from tests.support.engine_rig import make_engine
 from tests.support.layouts import EveryShape
+from tests.support.media_rig import CLASSES, MediaRig, alone
 from tests.workers.qwen import hf
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.reference import ReferenceAttention
@@ -22,7 +23,6 @@ from workers.models.qwen import hybrid
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
-CLASSES = [48, 96, 192]
 MODEL_TYPES = list(hf.TEXTS)
 
 
@@ -45,35 +45,6 @@ def requests_of(model):
         "video": hf.prompt([[20, 21], hf.item("video", frames, config), [22]]),
         "long text": hf.prompt([list(range(3, 60))]),
     }
-
-
-class MediaRig(EngineRig):
-    """Its target takes images and video; `steps` are all it was sent."""
-
-    def __init__(self, model, engine=None, block_size=None, **more):
-        self.steps = []
-        super().__init__(engine or make_engine(model, classes=CLASSES, block_size=block_size), **more)
-        self.core.target.info = msgspec.structs.replace(self.core.target.info, modalities=model.modalities)
-
-    def start(self, made, names, max_tokens=12):
-        for name in names:
-            self.submit(name, made[name].tokens, max_tokens, media=made[name].media)
-
-    def work(self):
-        if self.queue and isinstance(self.queue[0], Step):
-            self.steps.append(self.queue[0])
-        return super().work()
-
-
-def alone(model, made, max_tokens=12):
-    found = {}
-    for name in made:
-        rig = MediaRig(model)
-        rig.start(made, [name], max_tokens)
-        rig.drain()
-        found[name] = rig.tokens(name)
-        assert len(found[name]) == max_tokens
-    return found
 
 
 @pytest.fixture(scope="module")

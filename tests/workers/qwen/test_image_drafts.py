@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from shared.messages import DraftRow, FeatureRows, SamplingParams
 from tests.support.engine_rig import make_engine
+from tests.support.media_rig import CLASSES, MediaRig
 from tests.workers.drafters import torch_reference
 from tests.workers.qwen import hf
-from tests.workers.qwen.test_batches import CLASSES, MediaRig
 from tests.workers.test_speculation import Corrected
 from workers.build_drafter import install_fusion
 from workers.draft_engine import DraftEngine

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from shared.errors import BadModel
 from shared.messages import MediaItem, MediaKind
 from workers.cache.spec import LayerSpec
+from workers.models.checkpoint_names import canonical_name
 from workers.models.gemma.audio import AudioConfig, AudioTower
 from workers.models.gemma.clipped import MediaEmbedder
 from workers.models.gemma.config import GemmaConfig
@@ -25,6 +26,7 @@ from workers.models.gemma.vision import VisionConfig, VisionTower, cut_patches
 
 IMAGE_PARTS = ("vision_tower", "embed_vision", "multi_modal_projector", "vision_embedder")
 AUDIO_PARTS = ("audio_tower", "embed_audio")
+ENCODER_PARTS = (*IMAGE_PARTS, *AUDIO_PARTS)
 
 MAX_SOFT_TOKENS = 280  # of an image, where the configuration does not say
 
@@ -206,7 +208,7 @@ class Gemma(nn.Module):
 
         Encoders that the checkpoint holds no weights of are dropped: text-only conversions keep their configuration.
         """
-        named = {canonical_name(name): weight for name, weight in weights.items()}
+        named = {canonical_name(name, ENCODER_PARTS): weight for name, weight in weights.items()}
         text = {n.removeprefix("language_model."): w for n, w in named.items() if n.startswith("language_model.")}
         made = {f"language_model.{name}": weight for name, weight in self.language_model.sanitize(text).items()}
         for parts in (IMAGE_PARTS, AUDIO_PARTS):
@@ -219,14 +221,3 @@ class Gemma(nn.Module):
                 for part in parts:
                     self.pop(part, None)
         return made
-
-
-def canonical_name(name: str) -> str:
-    """`model.language_model.layers...` -> `language_model.model.layers...`; towers' names without `model.`."""
-    if name.startswith("lm_head."):
-        return f"language_model.{name}"
-    if name.startswith("model.language_model."):
-        return "language_model.model." + name.removeprefix("model.language_model.")
-    bare = name.removeprefix("model.")
-    parts = ("language_model", *IMAGE_PARTS, *AUDIO_PARTS)
-    return bare if bare.startswith(tuple(f"{part}." for part in parts)) else name

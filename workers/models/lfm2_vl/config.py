@@ -8,11 +8,11 @@ from typing import Any
 from mlx_lm.models import lfm2
 
 from shared.errors import BadModel
+from workers.models.encoder_parts import ACTIVATIONS
 from workers.models.gemma.siglip import SiglipConfig
 
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")  # the first release and MLX have a hyphen
 
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
 _ENCODERS = ("siglip2_vision_model", "siglip2", "lfm2_vl")
 _LAYER_TYPES = {"conv", "full_attention"}
 

@@ -9,9 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from workers.models.encoder_parts import activate
 from workers.models.gemma.siglip import Encoder
 from workers.models.lfm2_vl.config import VisionConfig
-from workers.models.qwen.vision import activate
 
 
 class Embeddings(nn.Module):

@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 from shared.errors import BadModel
 from workers.models.decoder import DecoderConfig
+from workers.models.encoder_parts import ACTIVATIONS
 from workers.models.rope import RopeParameters, rope_parameters
 
 THIRD = ("qwen3_vl", "qwen3_vl_moe")
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", *THIRD)
 MLX_LM_TYPES = ("qwen3_5", "qwen3_5_moe")  # mlx-lm's text decoder, our image encoder
-
-_ACTIVATIONS = ("quick_gelu", "gelu_pytorch_tanh", "gelu", "silu")
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _vision(config: dict[str, Any], model_type: str, text_size: int) -> VisionCo
     hidden = int(config["embed_dim"] if kind == "layer" else config["hidden_size"])
     default = {"layer": "quick_gelu", "window": "silu", "deep": "gelu_pytorch_tanh"}[kind]
     activation = config.get("hidden_act") or default
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise BadModel(f"{model_type}: hidden_act {activation!r} of the image encoder is not supported")
     if kind == "layer":
         inner, output = int(hidden * config.get("mlp_ratio", 4)), int(config.get("hidden_size", text_size))

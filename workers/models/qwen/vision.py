@@ -16,7 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from workers.models.encoder_parts import GatedMLP, activate
 from workers.models.qwen.config import VisionConfig
+from workers.models.rope import rotate_halves
 
 NORM_EPS = 1e-6
 
@@ -33,7 +35,7 @@ class Attention(nn.Module):
         """x (n, C); each of `lengths` patches in turn attend to each other."""
         n = x.shape[0]
         qkv = self.qkv(x).reshape(n, 3, self.num_heads, self.head_dim)
-        q, k, v = _rotate(qkv[:, 0], cos, sin), _rotate(qkv[:, 1], cos, sin), qkv[:, 2]
+        q, k, v = rotate_halves(qkv[:, 0], cos, sin), rotate_halves(qkv[:, 1], cos, sin), qkv[:, 2]
         parts, first = [], 0
         for length, count in _runs(lengths):
             end = first + length * count
@@ -56,25 +58,6 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """x (n, heads, dim), cos and sin (n, 1, dim / 2), in float32 as trained."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].astype(mx.float32), x[..., half:].astype(mx.float32)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-class GatedMLP(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.activation = config.activation
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(activate(self.gate_proj(x), self.activation) * self.up_proj(x))
-
-
 class PlainMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -86,16 +69,8 @@ class PlainMLP(nn.Module):
         return self.fc2(activate(self.fc1(x), self.activation))
 
 
-def activate(x: mx.array, name: str) -> mx.array:
-    match name:
-        case "quick_gelu":
-            return x * mx.sigmoid(1.702 * x)
-        case "gelu_pytorch_tanh":
-            return nn.gelu_approx(x)
-        case "gelu":
-            return nn.gelu(x)
-        case _:
-            return nn.silu(x)
+def _gated(config: VisionConfig) -> GatedMLP:
+    return GatedMLP(config.hidden_size, config.intermediate_size, config.activation, bias=True)
 
 
 def _norm(size: int, config: VisionConfig) -> nn.Module:
@@ -107,7 +82,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = _norm(config.hidden_size, config), _norm(config.hidden_size, config)
         self.attn = Attention(config)
-        self.mlp = GatedMLP(config) if config.is_gated else PlainMLP(config)
+        self.mlp = _gated(config) if config.is_gated else PlainMLP(config)
 
     def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, lengths: Sequence[int]) -> mx.array:
         x = x + self.attn(self.norm1(x), cos, sin, lengths)
