@@ -27,7 +27,7 @@ class Loaded:
     """A request's media in order, not placed yet."""
 
     items: list[MediaItem]
-    leads: list[list[str]]  # of each video, what the prompt says before each of its parts
+    leads: list[list[str]]  # of each item that has any, what the prompt says before each of its parts
 
 
 class MediaLoader:
@@ -77,7 +77,7 @@ class MediaLoader:
                     "messages: the images and videos of this request are too large together", param="messages"
                 )
             loaded.items.extend(items)
-            if part.kind == "video":
+            if any(processed.lead for processed in found):
                 loaded.leads.append([processed.lead for processed in found])
         return loaded
 
@@ -93,7 +93,7 @@ class MediaLoader:
                 case "video":
                     return self._processor.video(data, part.param)
                 case "image":
-                    return [self._processor.image(decode_image(data, part.param))]
+                    return self._processor.image_parts(decode_image(data, part.param))
         except InvalidRequest as error:
             told = error.message if error.message.startswith(part.param) else f"{part.param}: {error.message}"
             raise InvalidRequest(told, param=part.param) from error

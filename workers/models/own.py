@@ -13,6 +13,9 @@ from workers.models.gemma import gemma3n
 from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig
 from workers.models.gemma.text import TextDecoder
+from workers.models.idefics3.config import MODEL_TYPES as IDEFICS3_TYPES
+from workers.models.idefics3.config import Idefics3Config
+from workers.models.idefics3.model import Idefics3
 from workers.models.mlxlm import MlxLmModel, adapted
 from workers.models.qwen import added_vision
 from workers.models.qwen import model as qwen
@@ -35,6 +38,7 @@ OWN = {
         for name in (*GEMMA3_TYPES, *GEMMA4_TYPES)
     },
     **{name: Own(qwen.QwenVL, QwenConfig.from_hf) for name in QWEN_TYPES},
+    **{name: Own(Idefics3, Idefics3Config.from_hf) for name in IDEFICS3_TYPES},
 }
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frontend.media.processors import gemma, qwen
+from frontend.media.processors import gemma, idefics3, qwen
 from frontend.media.processors.base import Processor
 from shared.errors import BadModel
 
 FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Processor | None]] = {
     **dict.fromkeys(qwen.MODEL_TYPES, qwen.from_configs),
     **dict.fromkeys(gemma.MODEL_TYPES, gemma.from_configs),
+    **dict.fromkeys(idefics3.MODEL_TYPES, idefics3.from_configs),
 }
 
 

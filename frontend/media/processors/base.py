@@ -21,7 +21,7 @@ class Processed:
     grid: list[int]  # frames, rows, columns of patches
     num_tokens: int  # that stand for it in the prompt
     seconds_per_grid: float = 1.0  # of a video: between two frames of `grid`
-    lead: str = ""  # of a part of a video: what the prompt says before it
+    lead: str = ""  # of a part of a video or an image: what the prompt says before it
 
 
 class Processor(Protocol):
@@ -41,6 +41,14 @@ class Processor(Protocol):
         Raises:
             InvalidRequest: its form does not suit the model.
         """
+
+    def image_parts(self, picture: Image.Image) -> list[Processed]:
+        """An RGB image, in one part or several.
+
+        Raises:
+            InvalidRequest: as `image`.
+        """
+        return [self.image(picture)]
 
     def audio(self, data: bytes, param: str) -> Processed:
         """An audio file.
@@ -62,7 +70,7 @@ class Processor(Protocol):
         """The rendered conversation, where the family writes something around its placeholders.
 
         Args:
-            leads: of each part of each video, in their order.
+            leads: of each part of each video, and of each image that comes in parts, in their order.
         """
         return prompt
 
