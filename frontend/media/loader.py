@@ -44,6 +44,10 @@ class MediaLoader:
     def modalities(self) -> list[str]:
         return list(self._processor.modalities)
 
+    def template_part(self, part: MediaPart) -> dict[str, str]:
+        """As `Processor.template_part`."""
+        return self._processor.template_part(part.kind)
+
     def check(self, parts: Sequence[MediaPart]) -> None:
         """Before any work is done.
 
@@ -105,15 +109,16 @@ class MediaLoader:
             InvalidRequest: the prompt does not name each item once.
         """
         items = loaded.items
-        kinds = {token: kind for kind, token in self._processor.placeholders.items()}
+        placeholders = self._processor.placeholders
+        known = set(placeholders.values())
         expanded: list[int] = []
         placed: list[MediaItem] = []
         for token in token_ids:
-            if token not in kinds:
+            if token not in known:
                 expanded.append(token)
                 continue
             item = items[len(placed)] if len(placed) < len(items) else None
-            if item is None or item.kind != kinds[token]:
+            if item is None or placeholders[item.kind] != token:
                 text = "messages: the prompt has a placeholder without an image, clip or video"
                 raise InvalidRequest(text, param="messages")
             tokens, offset = self._processor.expansion(item.kind, item.num_tokens)

@@ -33,7 +33,11 @@ class Processor(Protocol):
 
     @property
     def placeholders(self) -> dict[MediaKind, int]:
-        """The token that the chat template writes once for each item."""
+        """The token that stands once for each item in the prompt that `rewrite` gives; kinds may share one."""
+
+    def template_part(self, kind: MediaKind) -> dict[str, str]:
+        """What the chat template is given in an item's place."""
+        return {"type": kind}
 
     def image(self, picture: Image.Image) -> Processed:
         """An RGB image.
@@ -71,6 +75,8 @@ class Processor(Protocol):
 
         Args:
             leads: of each part of each video, and of each image that comes in parts, in their order.
+        Raises:
+            InvalidRequest: the prompt does not suit them.
         """
         return prompt
 

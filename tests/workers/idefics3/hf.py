@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from frontend.media.loader import Loaded, MediaLoader, make_item
 from frontend.media.parts import MediaPart
@@ -20,39 +19,11 @@ from frontend.media.processors import idefics3
 from shared.config import Settings
 from shared.messages import MediaItem, StepRow
 from shared.model_files import ModelFiles
+from tests.support.tiled_text import IMAGE, TOKENIZERS
 from workers.cache.store import CacheStore
 from workers.load import load
 from workers.media import SlotMedia
 
-MODEL_TYPES = ("idefics3", "smolvlm")
-PLACES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))
-# As the two families' tokenizers have it: Idefics3's writes places and the whole's name letter by letter.
-SPECIAL = {
-    "idefics3": ("<|start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"),
-    "smolvlm": ("<|start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *PLACES),
-}
-TEMPLATE = (
-    "<|start|>{% for message in messages %}{{message['role'] | capitalize}}"
-    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
-    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-
-
-def make_tokenizer(model_type):
-    """Every byte is a token, and so are two line ends, which lie before the whole image."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "ĊĊ"])}, [("Ċ", "Ċ")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL[model_type]])
-    return tokenizer
-
-
-TOKENIZERS = {model_type: make_tokenizer(model_type) for model_type in MODEL_TYPES}
-
-IMAGE = TOKENIZERS["smolvlm"].token_to_id("<image>")  # the same in both
 VOCAB = TOKENIZERS["smolvlm"].get_vocab_size()
 TEXT = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

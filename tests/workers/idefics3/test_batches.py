@@ -7,6 +7,7 @@ import pytest
 
 from shared.messages import SamplingParams
 from tests.support.engine_rig import make_engine
+from tests.support.tiled_text import IMAGE, MODEL_TYPES
 from tests.workers.idefics3 import hf
 from tests.workers.qwen.test_batches import CLASSES, Counted, MediaRig, alone
 from workers.kernels.choice import AttentionChoice, ShapeClass
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 MAX_TOKENS = 40  # a request still decodes when the tiles of all others are encoded, one a step
 
 
-@pytest.fixture(scope="module", params=hf.MODEL_TYPES)
+@pytest.fixture(scope="module", params=MODEL_TYPES)
 def pair(request, transformers, tmp_path_factory):
     return hf.make(transformers, tmp_path_factory.mktemp(request.param), request.param, seed=7, scale=0.3)
 
@@ -47,7 +48,7 @@ def test_greedy_text_of_32_tokens_equals_transformers(pair, made):
     reference, model = pair
     for name in ("text", "two"):
         # transformers takes a placeholder among the output for an image without pixels.
-        never = {hf.IMAGE: -100.0}
+        never = {IMAGE: -100.0}
         rig = MediaRig(model)
         rig.submit(
             name, made[name].tokens, 32, SamplingParams(temperature=0.0, logit_bias=never), media=made[name].media
@@ -55,7 +56,7 @@ def test_greedy_text_of_32_tokens_equals_transformers(pair, made):
         rig.drain()
         output = rig.tokens(name)
         logits = hf.hf_logits(reference, made[name], output)[len(made[name].tokens) - 1 : -1]
-        logits[:, hf.IMAGE] -= 100
+        logits[:, IMAGE] -= 100
         assert logits.argmax(axis=-1).tolist() == output
         assert len(set(output)) > 3, "a text that tells nothing"
 

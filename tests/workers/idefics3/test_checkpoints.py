@@ -100,7 +100,7 @@ def test_a_text_only_conversion_takes_text_only(transformers, tmp_path):
     kept = {n: w for n, w in weights.items() if "vision_model" not in n and "connector" not in n}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     text_only = loaded(tmp_path)
-    assert (model.modalities, text_only.modalities) == (["image"], [])
+    assert (model.modalities, text_only.modalities) == (["image", "video"], [])
     made = hf.prompt(hf.processor(reference), "smolvlm", "A text")
     np.testing.assert_array_equal(hf.our_logits(text_only, made), hf.our_logits(model, made))
 
@@ -150,7 +150,7 @@ BAD_SETTINGS = {
     "too large": ({"size": {"longest_edge": 5000}}, "edge of 5000"),
     "half a token": ({"max_image_size": {"longest_edge": 12}}, "whole tokens"),
     "another length": ({"image_seq_len": 169}, "image_seq_len 169, but a tile has 4"),
-    "grey": ({"image_mean": [0.5]}, "1 numbers for 3"),
+    "grey": ({"image_mean": [0.5]}, "1 means and 3 deviations"),
 }  # fmt: skip
 
 

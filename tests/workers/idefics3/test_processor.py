@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from frontend.chat_template import ChatTemplate
+from shared.errors import InvalidRequest
+from tests.support.tiled_text import IMAGE, MODEL_TYPES, TEMPLATE
 from tests.workers.idefics3 import hf
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
@@ -20,7 +22,7 @@ SETTINGS = {
     "the whole only, bilinear, not normalised": {"do_image_splitting": False, "resample": 2, "do_normalize": False},
     "as released": {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
 }  # fmt: skip
-SIZES = ((3, 5), (40, 24), (16, 16), (77, 301), (250, 249), (400, 1), (1, 33))
+SIZES = ((3, 5), (40, 24), (16, 16), (77, 301), (250, 249), (400, 1), (1, 33), (20, 50), (50, 20))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize(
     "case", ["small tiles", "a tile is the longest edge", "the whole only, bilinear, not normalised"]
 )
-@pytest.mark.parametrize("model_type", hf.MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_prompts_equal_those_of_transformers(transformers, reference, model_type, case):
     """The same messages give the same tokens; texts may come as strings, which the families' template does not know."""
     ours = hf.processor(reference, SETTINGS[case])
@@ -72,21 +74,21 @@ def test_prompts_equal_those_of_transformers(transformers, reference, model_type
             ]
             shown.append({"role": message["role"], "content": parts})
         wanted = theirs.apply_chat_template(
-            shown, hf.TEMPLATE, add_generation_prompt=True, tokenize=True, return_dict=True
+            shown, TEMPLATE, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         plain = [
             m if len(m["content"]) > 1 else {**m, "content": m["content"][0].get("text", m["content"])} for m in shown
         ]
-        text = ChatTemplate(hf.TEMPLATE, {}).render(plain)
+        text = ChatTemplate(TEMPLATE, {}).render(plain)
         made = hf.prompt(ours, model_type, text, pictures)
         assert made.tokens == wanted["input_ids"][0], name
         assert [made.tokens[m.start : m.start + m.num_tokens] for m in made.media] == [
-            [hf.IMAGE] * ours.num_tile_tokens for _ in made.media
+            [IMAGE] * ours.num_tile_tokens for _ in made.media
         ]
-        assert made.tokens.count(hf.IMAGE) == len(made.media) * ours.num_tile_tokens
+        assert made.tokens.count(IMAGE) == len(made.media) * ours.num_tile_tokens
 
 
-def test_a_prompt_that_does_not_name_each_image_once_is_left_as_it_is(reference):
-    ours = hf.processor(reference)
-    assert ours.rewrite("<image> and <image>", [["a"]]) == "<image> and <image>"
-    assert ours.rewrite("none", [["a"]]) == "none"
+@pytest.mark.parametrize("prompt", ["<image> and <image>", "none"])
+def test_a_prompt_that_does_not_name_each_image_once_is_refused(reference, prompt):
+    with pytest.raises(InvalidRequest, match="places for 1 images and videos"):
+        hf.processor(reference).rewrite(prompt, [["a"]])

@@ -56,7 +56,8 @@ class Idefics3(nn.Module):
 
     @property
     def modalities(self) -> list[MediaKind]:
-        return ["image"] if "vision_model" in self else []
+        """Frames of a video are encoded as images are; whether a checkpoint takes any, its processor says."""
+        return ["image", "video"] if "vision_model" in self else []
 
     @property
     def whole_media(self) -> list[MediaKind]:
@@ -71,7 +72,7 @@ class Idefics3(nn.Module):
         """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
-        """(1, num_tokens, H) of one tile, `pixels` (height, width, 3) uint8 with `mean` and `std` (3,) of 0..1."""
+        """(1, num_tokens, H) of a tile or frame: `pixels` (height, width, 3) uint8, `mean` and `std` (3,) of 0..1."""
         scaled = (tensors["pixels"].astype(mx.float32) * (1 / 255) - tensors["mean"]) / tensors["std"]
         return self.connector(self.vision_model(scaled[None]))
 
