@@ -192,7 +192,7 @@ def from_configs(config: dict[str, Any], processor_config: dict[str, Any]) -> Id
         std=std,
         tile_grid=grid,
         num_tile_tokens=num_tokens,
-        image_token_id=int(config.get("image_token_id", 128_257)),
+        image_token_id=int(config.get("image_token_id", config.get("image_token_index", 128_257))),
         frame_rules=_frame_rules(processor_config, settings) if config["model_type"] == "smolvlm" else None,
     )
 

@@ -172,3 +172,10 @@ def test_a_configuration_without_an_encoder_takes_text_only(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert processor_of(tmp_path) is None
     assert Idefics3Config.from_hf(config, 0).vision is None
+
+
+def test_the_placeholder_is_found_under_its_older_name(tmp_path):
+    config = {"model_type": "smolvlm", "image_token_index": 7, "text_config": hf.TEXT, "vision_config": hf.VISION}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(hf.IMAGES))
+    assert processor_of(tmp_path).placeholders == {"image": 7}
