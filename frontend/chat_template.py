@@ -45,6 +45,15 @@ def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None
         return write_json(value)  # on one line, whatever the options say: json has no hook for such numbers
 
 
+_PROBE = "What does a template write of this?"
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """For templates that go through the parts of a content and would write nothing of a text."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
 class ChatTemplate:
     """Renders messages to the prompt's text.
 
@@ -64,9 +73,18 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise BadModel(f"the chat template does not parse: {error}") from error
         self._special_texts = special_texts
+        self._wants_parts = False
         self.knows_effort = "reasoning_effort" in source
         self.knows_tools = "tools" in source
         self.knows_developer = "developer" in source
+        self._wants_parts = not self._shows(_PROBE) and self._shows([{"type": "text", "text": _PROBE}])
+
+    def _shows(self, content: object) -> bool:
+        """Whether the prompt of one message with this content holds `_PROBE`."""
+        try:
+            return _PROBE in self.render([{"role": "user", "content": content}])
+        except InvalidRequest:
+            return False
 
     def render(
         self,
@@ -88,6 +106,8 @@ class ChatTemplate:
                 param="chat_template_kwargs",
             )
         values = {**self._special_texts, **(kwargs or {})}
+        if self._wants_parts:
+            messages = [_in_parts(message) for message in messages]
         try:
             return self._render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **values

@@ -104,18 +104,18 @@ class _MediaParts:
     """Collects the media of a request's messages."""
 
     def __init__(self, service: Service, found: list[MediaPart] | None) -> None:
-        self._is_text_only = service.media is None
+        self._loader = service.media
         self._found = found
 
     def add(self, part: dict[str, Any], place: str) -> dict[str, str]:
         """The part that a template expects in its place."""
         read = part.get("part")  # set by the Messages API's own reader, never by JSON
         place = read.param if isinstance(read, MediaPart) else f"{place}.type"
-        if self._is_text_only or self._found is None:
-            why = "this model takes text only" if self._is_text_only else "media are not supported here"
+        if self._loader is None or self._found is None:
+            why = "this model takes text only" if self._loader is None else "media are not supported here"
             raise InvalidRequest(f"{place}: parts of type {part['type']!r} are not supported: {why}", param=place)
         self._found.append(read if isinstance(read, MediaPart) else chat_part(part, place.removesuffix(".type")))
-        return {"type": self._found[-1].kind}
+        return self._loader.template_part(self._found[-1])
 
 
 def _content(content: str | list[dict[str, Any]] | None, place: str, media: _MediaParts) -> str | list[dict[str, str]]:
@@ -126,9 +126,9 @@ def _content(content: str | list[dict[str, Any]] | None, place: str, media: _Med
         media.add(part, f"{place}[{i}]") if _is_medium(part.get("type")) else _text_part(part, f"{place}[{i}]")
         for i, part in enumerate(content)
     ]
-    if all(part["type"] == "text" for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    return parts
+    if any(_is_medium(part.get("type")) for part in content):
+        return parts
+    return "\n".join(part["text"] for part in parts)
 
 
 def _is_medium(kind: object) -> bool:

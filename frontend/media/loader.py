@@ -27,7 +27,7 @@ class Loaded:
     """A request's media in order, not placed yet."""
 
     items: list[MediaItem]
-    leads: list[list[str]]  # of each item of the kind `Processor.led`, what the prompt says before each of its parts
+    leads: list[list[str]]  # of each item of a kind of `Processor.led`: what the prompt says before each of its parts
 
 
 class MediaLoader:
@@ -43,6 +43,10 @@ class MediaLoader:
     @property
     def modalities(self) -> list[str]:
         return list(self._processor.modalities)
+
+    def template_part(self, part: MediaPart) -> dict[str, str]:
+        """As `Processor.template_part`."""
+        return self._processor.template_part(part.kind)
 
     def check(self, parts: Sequence[MediaPart]) -> None:
         """Before any work is done.
@@ -77,7 +81,7 @@ class MediaLoader:
                     "messages: the images and videos of this request are too large together", param="messages"
                 )
             loaded.items.extend(items)
-            if part.kind == self._processor.led:
+            if part.kind in self._processor.led:
                 loaded.leads.append([processed.lead for processed in found])
         return loaded
 
@@ -105,15 +109,16 @@ class MediaLoader:
             InvalidRequest: the prompt does not name each item once.
         """
         items = loaded.items
-        kinds = {token: kind for kind, token in self._processor.placeholders.items()}
+        placeholders = self._processor.placeholders
+        known = set(placeholders.values())
         expanded: list[int] = []
         placed: list[MediaItem] = []
         for token in token_ids:
-            if token not in kinds:
+            if token not in known:
                 expanded.append(token)
                 continue
             item = items[len(placed)] if len(placed) < len(items) else None
-            if item is None or item.kind != kinds[token]:
+            if item is None or placeholders[item.kind] != token:
                 text = "messages: the prompt has a placeholder without an image, clip or video"
                 raise InvalidRequest(text, param="messages")
             tokens, offset = self._processor.expansion(item.kind, item.num_tokens, item.grid)

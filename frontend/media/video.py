@@ -38,11 +38,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which frames are looked at (ascending; one may be named again) and the size they get."""
+    """Which frames are looked at (ascending; one may be named again) and the size they get.
+
+    `before`: the (height, width) that they get first.
+    """
 
     indices: Sequence[int]
     height: int
     width: int
+    before: tuple[int, int] | None = None
+    resampling: Image.Resampling = Image.Resampling.BICUBIC
 
 
 def decode_video(
@@ -125,12 +130,14 @@ class Frame:
         sizes = frame.height, frame.width
         self.height, self.width = sizes if self._turns % 2 == 0 else sizes[::-1]
 
-    def picture(self, height: int, width: int) -> NDArray[np.uint8]:
+    def picture(self, plan: Plan) -> NDArray[np.uint8]:
         """(height, width, 3), upright."""
         image = self._frame.to_image()
         if self._turns:
             image = image.transpose(_TURNS[self._turns])
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.uint8)
+        if plan.before is not None:
+            image = image.resize(plan.before[::-1], plan.resampling)
+        return np.asarray(image.resize((plan.width, plan.height), plan.resampling), dtype=np.uint8)
 
 
 _TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
@@ -142,7 +149,7 @@ def _chosen(first: Frame, others: Iterator[Frame], plan: Plan, param: str) -> ND
     at, number, frame = 0, 0, first
     while at < len(plan.indices):
         if plan.indices[at] == number:
-            found[at] = frame.picture(plan.height, plan.width)
+            found[at] = frame.picture(plan)
             at += 1
             continue
         following = next(others, None)

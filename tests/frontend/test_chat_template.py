@@ -50,3 +50,21 @@ def test_the_sandbox_keeps_python_out() -> None:
 def test_a_template_that_does_not_parse_stops_start_up() -> None:
     with pytest.raises(BadModel):
         ChatTemplate("{% for %}", {})
+
+
+PARTS = "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+
+
+def test_a_template_that_knows_parts_only_gets_texts_as_parts() -> None:
+    assert render(PARTS + "{% endfor %}") == "Hi"
+    template = ChatTemplate(PARTS + "{{ m.content is string }}{% endfor %}", {})
+    shown = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, *HI]
+    assert template.render(shown) == "aFalseHiFalse"
+    calls = [{"role": "assistant", "content": "", "tool_calls": []}]
+    assert template.render(calls) == "False"
+
+
+def test_a_template_that_knows_texts_gets_them_as_they_are() -> None:
+    source = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    assert render(source + "{{ messages[0].content is string }}") == "HiTrue"
+    assert render("{{ messages[0].content is string }}") == "True"

@@ -13,6 +13,9 @@ from workers.models.gemma import gemma3n
 from workers.models.gemma.config import GEMMA3_TYPES, GEMMA4_TYPES, GemmaConfig
 from workers.models.gemma.model import Gemma, MultimodalConfig
 from workers.models.gemma.text import TextDecoder
+from workers.models.idefics3.config import MODEL_TYPES as IDEFICS3_TYPES
+from workers.models.idefics3.config import Idefics3Config
+from workers.models.idefics3.model import Idefics3
 from workers.models.lfm2_vl import model as lfm2_vl
 from workers.models.lfm2_vl.config import MODEL_TYPES as LFM2_VL_TYPES
 from workers.models.lfm2_vl.config import Lfm2VlConfig
@@ -42,6 +45,7 @@ OWN = {
     },
     **{name: Own(qwen.QwenVL, QwenConfig.from_hf) for name in QWEN_TYPES},
     **{name: Own(Mistral3, Mistral3Config.from_hf) for name in mistral3.MODEL_TYPES},
+    **{name: Own(Idefics3, Idefics3Config.from_hf) for name in IDEFICS3_TYPES},
 }
 
 

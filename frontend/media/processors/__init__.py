@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frontend.media.processors import gemma, lfm2_vl, pixtral, qwen
+from frontend.media.processors import gemma, idefics3, lfm2_vl, pixtral, qwen
 from frontend.media.processors.base import Processor
 from shared.errors import BadModel
 
@@ -16,6 +16,7 @@ TokenId = Callable[[str], int | None]
 FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Processor | None]] = {
     **dict.fromkeys(qwen.MODEL_TYPES, qwen.from_configs),
     **dict.fromkeys(gemma.MODEL_TYPES, gemma.from_configs),
+    **dict.fromkeys(idefics3.MODEL_TYPES, idefics3.from_configs),
     **dict.fromkeys(lfm2_vl.MODEL_TYPES, lfm2_vl.from_configs),
 }
 # Those whose prompts have tokens that their configurations name by text only.

@@ -21,7 +21,7 @@ class Processed:
     grid: list[int]  # frames, rows, columns of patches
     num_tokens: int  # that stand for it in the prompt
     seconds_per_grid: float = 1.0  # of a video: between two frames of `grid`
-    lead: str = ""  # of a part of an item of the kind `Processor.led`: what the prompt says before it
+    lead: str = ""  # of a part of an item of a kind of `Processor.led`: what the prompt says before it
 
 
 class Processor(Protocol):
@@ -33,7 +33,11 @@ class Processor(Protocol):
 
     @property
     def placeholders(self) -> dict[MediaKind, int]:
-        """The token that the chat template writes once for each item."""
+        """The token that stands once for each item in the prompt that `rewrite` gives; kinds may share one."""
+
+    def template_part(self, kind: MediaKind) -> dict[str, str]:
+        """What the chat template is given in an item's place."""
+        return {"type": kind}
 
     def image(self, picture: Image.Image) -> Processed:
         """An RGB image.
@@ -67,15 +71,15 @@ class Processor(Protocol):
         raise InvalidRequest("video input is not supported for this model", param=param)
 
     @property
-    def led(self) -> MediaKind:
-        """The kind whose parts stand in the prompt each behind its `Processed.lead`."""
-        return "video"
+    def led(self) -> tuple[MediaKind, ...]:
+        """The kinds whose parts stand in the prompt each behind its `Processed.lead`."""
+        return ("video",)
 
     def rewrite(self, prompt: str, leads: Sequence[Sequence[str]] = ()) -> str:
         """The rendered conversation, where the family writes something around its placeholders.
 
         Args:
-            leads: of each part of each item of the kind `led`, in their order.
+            leads: of each part of each item of the kinds `led`, in their order.
         Raises:
             InvalidRequest: it cannot be told which placeholder is whose.
         """

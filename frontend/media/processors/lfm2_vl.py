@@ -60,8 +60,8 @@ class Lfm2VlProcessor(Processor):
         return {"image": self.image_token_id}
 
     @property
-    def led(self) -> MediaKind:
-        return "image"
+    def led(self) -> tuple[MediaKind, ...]:
+        return ("image",)
 
     def image(self, picture: Image.Image) -> Processed:
         """The whole picture in one piece.

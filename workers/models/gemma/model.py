@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from shared.errors import BadModel
 from shared.messages import MediaItem, MediaKind
-from workers.cache.spec import LayerSpec
+from workers.models.beside_text import BesideText
 from workers.models.checkpoint_names import canonical_name
 from workers.models.gemma.audio import AudioConfig, AudioTower
 from workers.models.gemma.clipped import MediaEmbedder
 from workers.models.gemma.config import GemmaConfig
-from workers.models.gemma.siglip import Projector, SiglipConfig, SiglipTower
+from workers.models.gemma.siglip import Projector, SiglipTower
 from workers.models.gemma.text import TextDecoder
 from workers.models.gemma.unified import UnifiedAudioConfig, UnifiedVisionConfig, UnifiedVisionEmbedder
 from workers.models.gemma.vision import VisionConfig, VisionTower, cut_patches
+from workers.models.siglip import SiglipConfig
 
 IMAGE_PARTS = ("vision_tower", "embed_vision", "multi_modal_projector", "vision_embedder")
 AUDIO_PARTS = ("audio_tower", "embed_audio")
@@ -74,10 +74,8 @@ def _num_image_tokens(config: dict[str, Any]) -> int:
     return count
 
 
-class Gemma(nn.Module):
-    """`SplitModel`, `TextModel` and `MediaModel`; parameters are named as in MLX's checkpoints."""
-
-    packs_rows = True  # those without media
+class Gemma(BesideText):
+    """Also a `MediaModel` of workers/models/base.py; parameters are named as in MLX's checkpoints."""
 
     def __init__(self, config: MultimodalConfig) -> None:
         super().__init__()
@@ -101,15 +99,6 @@ class Gemma(nn.Module):
             self.embed_audio = MediaEmbedder(config.audio.output_size, hidden, config.audio.rms_norm_eps)
 
     @property
-    def model(self) -> nn.Module:
-        """Where taps look for the list of layers."""
-        return self.language_model.model
-
-    @property
-    def vocab_size(self) -> int:
-        return self.language_model.vocab_size
-
-    @property
     def has_vision(self) -> bool:
         return "vision_tower" in self or "embed_vision" in self
 
@@ -117,22 +106,9 @@ class Gemma(nn.Module):
     def has_audio(self) -> bool:
         return "embed_audio" in self
 
-    def layer_specs(self) -> list[LayerSpec]:
-        return self.language_model.layer_specs()
-
-    def fuse(self) -> None:
-        self.language_model.fuse()
-
-    def query_heads(self) -> list[int]:
-        """As `TextDecoder.query_heads`."""
-        return self.language_model.query_heads()
-
     def shared_layers(self) -> list[int]:
         """As `TextDecoder.shared_layers`."""
         return self.language_model.shared_layers()
-
-    def embed(self, inputs: mx.array) -> mx.array:
-        return self.language_model.embed(inputs)
 
     def embedding_rows(self, inputs: mx.array) -> mx.array:
         """As `TextDecoder.embedding_rows`."""
@@ -189,19 +165,6 @@ class Gemma(nn.Module):
         if isinstance(self.config.audio, UnifiedAudioConfig):
             return self.embed_audio(frames.astype(self.language_model.model.norm.weight.dtype))
         return self.embed_audio(self.audio_tower(frames))
-
-    def hidden(
-        self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
-    ) -> mx.array:
-        return self.language_model.hidden(inputs, cache, input_embeddings)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        return self.language_model.logits(hidden)
-
-    def __call__(
-        self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
-    ) -> mx.array:
-        return self.logits(self.hidden(inputs, cache, input_embeddings))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hugging Face's names, of transformers 4 and 5, and MLX's, to this model's.

@@ -9,7 +9,7 @@ from mlx_lm.models import lfm2
 
 from shared.errors import BadModel
 from workers.models.encoder_parts import ACTIVATIONS
-from workers.models.gemma.siglip import SiglipConfig
+from workers.models.siglip import SiglipConfig
 
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")  # the first release and MLX have a hyphen
 

@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from workers.models.encoder_parts import activate
-from workers.models.gemma.siglip import Encoder
 from workers.models.lfm2_vl.config import VisionConfig
+from workers.models.siglip import Encoder
 
 
 class Embeddings(nn.Module):

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from shared.messages import MediaItem, MediaKind
-from workers.cache.spec import LayerSpec
 from workers.models import decoder
+from workers.models.beside_text import BesideText
 from workers.models.checkpoint_names import canonical_name
 from workers.models.fp8 import unpacked
 from workers.models.mistral3.config import Mistral3Config
@@ -22,10 +20,8 @@ from workers.models.mistral3.vision import Projector, VisionTower
 IMAGE_PARTS = ("vision_tower", "multi_modal_projector")
 
 
-class Mistral3(nn.Module):
-    """`SplitModel`, `TextModel` and `MediaModel` of workers/models/base.py."""
-
-    packs_rows = True  # those without media
+class Mistral3(BesideText):
+    """Also a `MediaModel` of workers/models/base.py."""
 
     def __init__(self, config: Mistral3Config) -> None:
         super().__init__()
@@ -34,25 +30,6 @@ class Mistral3(nn.Module):
         if config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config.vision, config.projector)
-
-    @property
-    def model(self) -> nn.Module:
-        """Where taps look for the list of layers."""
-        return self.language_model.model
-
-    @property
-    def vocab_size(self) -> int:
-        return self.language_model.vocab_size
-
-    def layer_specs(self) -> list[LayerSpec]:
-        return self.language_model.layer_specs()
-
-    def query_heads(self) -> list[int]:
-        """As the text decoder's."""
-        return self.language_model.query_heads()
-
-    def fuse(self) -> None:
-        self.language_model.fuse()
 
     def join_attention_inputs(self) -> None:
         """As the text decoder's."""
@@ -90,22 +67,6 @@ class Mistral3(nn.Module):
     def encode_image(self, pixels: mx.array) -> mx.array:
         """Tokens (rows, columns, H) of normalised pixels (height, width, 3)."""
         return self.multi_modal_projector(self.vision_tower(pixels))
-
-    def embed(self, inputs: mx.array) -> mx.array:
-        return self.language_model.embed(inputs)
-
-    def hidden(
-        self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
-    ) -> mx.array:
-        return self.language_model.hidden(inputs, cache, input_embeddings)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        return self.language_model.logits(hidden)
-
-    def __call__(
-        self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
-    ) -> mx.array:
-        return self.logits(self.hidden(inputs, cache, input_embeddings))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hugging Face's names, of transformers 4 and 5, and MLX's, to this model's.

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from shared.messages import MediaItem, MediaKind
-from workers.cache.spec import LayerSpec
+from workers.models.beside_text import BesideText
 from workers.models.qwen.config import QwenConfig
 from workers.models.qwen.media import QwenMedia
 from workers.models.qwen.positions import axial_positions
@@ -23,10 +21,8 @@ from workers.models.qwen.vision import VisionTower
 VISION_PREFIXES = ("model.visual.", "visual.", "vision_tower.")
 
 
-class QwenVL(QwenMedia, nn.Module):
-    """`SplitModel`, `TextModel` and `MediaModel` of workers/models/base.py."""
-
-    packs_rows = True  # those without media
+class QwenVL(QwenMedia, BesideText):
+    """Also a `MediaModel` of workers/models/base.py."""
 
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
@@ -35,45 +31,11 @@ class QwenVL(QwenMedia, nn.Module):
         self.vision_tower = VisionTower(config.vision)
 
     @property
-    def model(self) -> nn.Module:
-        """Where taps look for the list of layers."""
-        return self.language_model.model
-
-    @property
-    def vocab_size(self) -> int:
-        return self.language_model.vocab_size
-
-    @property
     def modalities(self) -> list[MediaKind]:
         return super().modalities if "vision_tower" in self else []
 
-    def layer_specs(self) -> list[LayerSpec]:
-        return self.language_model.layer_specs()
-
-    def query_heads(self) -> list[int]:
-        """As the text decoder's."""
-        return self.language_model.query_heads()
-
-    def embed(self, inputs: mx.array) -> mx.array:
-        return self.language_model.embed(inputs)
-
     def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray:
         return axial_positions(num_tokens, media, self.config.vision.merge_size, self.config.temporal_scale)
-
-    def hidden(
-        self,
-        inputs: mx.array,
-        cache: Sequence[Any] | None = None,
-        **more: Any,  # noqa: ANN401 - as TextDecoder has them
-    ) -> mx.array:
-        """As `TextDecoder.hidden`."""
-        return self.language_model.hidden(inputs, cache, **more)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        return self.language_model.logits(hidden)
-
-    def fuse(self) -> None:
-        self.language_model.fuse()
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Hugging Face's names, of transformers 4 and 5, and MLX's, to this model's.

@@ -1,0 +1,1 @@
+"""Idefics3 and SmolVLM: a Llama decoder with an image encoder whose positions follow the patch grid."""
