@@ -142,3 +142,19 @@ class MediaModel(Protocol):
 
     def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray | None:
         """Where positions are not simply counted: (3, num_tokens) int32 of a prompt's tokens on three axes."""
+
+
+class CausalMedia:
+    """Of a `MediaModel` whose tokens, those of media included, see what stands before them, at positions that count."""
+
+    @property
+    def whole_media(self) -> list[MediaKind]:
+        return []
+
+    @property
+    def max_whole_tokens(self) -> int:
+        return 0
+
+    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> np.ndarray | None:
+        """Positions are counted."""
+        return None

@@ -19,7 +19,8 @@ from mlx_lm.models import gemma3n
 from mlx_lm.models.base import create_attention_mask
 
 from shared.errors import BadModel
-from shared.messages import MediaItem, MediaKind
+from shared.messages import MediaKind
+from workers.models.base import CausalMedia
 from workers.models.gemma.mobilenet import OUTPUT_CHANNELS, MobileNetConfig, MobileNetTower
 from workers.models.gemma.usm import UsmConfig, UsmTower
 from workers.models.mlxlm import MlxLmModel
@@ -235,7 +236,7 @@ class Gemma3n(nn.Module):
         return made | {n: w for n, w in weights.items() if n.startswith(f"{embedder}.")}
 
 
-class ReadyGemma3n(MlxLmModel):
+class ReadyGemma3n(CausalMedia, MlxLmModel):
     """Around a `Gemma3n`: `SplitModel` and `MediaModel`."""
 
     def __init__(self, model: Gemma3n, architecture: str) -> None:
@@ -252,17 +253,6 @@ class ReadyGemma3n(MlxLmModel):
     def modalities(self) -> list[MediaKind]:
         found: list[MediaKind] = ["image"] if "vision_tower" in self._body else []
         return [*found, "audio"] if "audio_tower" in self._body else found
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
-
-    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> None:
-        """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """(1, num_tokens, H) of an image's `pixels` (height, width, 3) uint8 or a clip's log-mel `frames` (T, mels)."""

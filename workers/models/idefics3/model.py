@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from shared.messages import MediaItem, MediaKind
+from shared.messages import MediaKind
+from workers.models.base import CausalMedia
 from workers.models.beside_text import BesideText
 from workers.models.decoder import Model
 from workers.models.idefics3.config import Idefics3Config
@@ -30,7 +31,7 @@ _PREFIXES = {
 _ENCODERS = ("vision_model.", "connector.")
 
 
-class Idefics3(BesideText):
+class Idefics3(CausalMedia, BesideText):
     """Also a `MediaModel` of workers/models/base.py."""
 
     def __init__(self, config: Idefics3Config) -> None:
@@ -45,18 +46,6 @@ class Idefics3(BesideText):
     def modalities(self) -> list[MediaKind]:
         """Frames of a video are encoded as images are; whether a checkpoint takes any, its processor says."""
         return ["image", "video"] if "vision_model" in self else []
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        """None: text and images attend causally."""
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
-
-    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> None:
-        """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """(1, num_tokens, H) of a tile or frame: `pixels` (height, width, 3) uint8, `mean` and `std` (3,) of 0..1."""

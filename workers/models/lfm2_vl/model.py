@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import lfm2
 
-from shared.messages import MediaItem, MediaKind
+from shared.messages import MediaKind
+from workers.models.base import CausalMedia
 from workers.models.lfm2_vl.config import Lfm2VlConfig
 from workers.models.lfm2_vl.vision import Projector, VisionTower
 from workers.models.mlxlm import ShortConvolutionModel
@@ -98,7 +99,7 @@ class Lfm2Vl(nn.Module):
 _PREFIXED = tuple(f"model.{part}." for part in PARTS)
 
 
-class ReadyLfm2Vl(ShortConvolutionModel):
+class ReadyLfm2Vl(CausalMedia, ShortConvolutionModel):
     """Around an `Lfm2Vl`: also a `MediaModel`."""
 
     model: Any
@@ -106,17 +107,6 @@ class ReadyLfm2Vl(ShortConvolutionModel):
     @property
     def modalities(self) -> list[MediaKind]:
         return ["image"] if "vision_tower" in self.model else []
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
-
-    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> None:
-        """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """(1, num_tokens, H) of `pixels` (height, width, 3) uint8 with `mean` and `std`: an image, or a tile of one."""

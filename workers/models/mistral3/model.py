@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from shared.messages import MediaItem, MediaKind
+from shared.messages import MediaKind
 from workers.models import decoder
+from workers.models.base import CausalMedia
 from workers.models.beside_text import BesideText
 from workers.models.checkpoint_names import canonical_name
 from workers.models.fp8 import unpacked
@@ -20,7 +21,7 @@ from workers.models.mistral3.vision import Projector, VisionTower
 IMAGE_PARTS = ("vision_tower", "multi_modal_projector")
 
 
-class Mistral3(BesideText):
+class Mistral3(CausalMedia, BesideText):
     """Also a `MediaModel` of workers/models/base.py."""
 
     def __init__(self, config: Mistral3Config) -> None:
@@ -38,18 +39,6 @@ class Mistral3(BesideText):
     @property
     def modalities(self) -> list[MediaKind]:
         return ["image"] if "vision_tower" in self else []
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        """None: text attends causally to an image's tokens, and they to each other."""
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
-
-    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> None:
-        """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """(1, num_tokens, H) of an image's rows with the text token between them that ends a row.

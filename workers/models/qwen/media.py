@@ -8,10 +8,11 @@ from typing import Any
 import mlx.core as mx
 
 from shared.messages import MediaKind
+from workers.models.base import CausalMedia
 from workers.models.qwen.vision import VisionTower
 
 
-class QwenMedia:
+class QwenMedia(CausalMedia):
     """For a model with a `vision_tower`. Media are not seen whole: text attends causally to their tokens."""
 
     vision_tower: VisionTower
@@ -21,14 +22,6 @@ class QwenMedia:
     @property
     def modalities(self) -> list[MediaKind]:
         return ["image", "video"]
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """Tokens (1 + deep layers, n, H) of `frames` (T, height, width, 3) uint8 with `mean` and `std`."""
