@@ -6,10 +6,7 @@ import os
 
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
-import itertools
-from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image
 
@@ -17,12 +14,8 @@ from frontend.media.loader import Loaded, MediaLoader, make_item
 from frontend.media.parts import MediaPart
 from frontend.media.processors import idefics3
 from shared.config import Settings
-from shared.messages import MediaItem, StepRow
-from shared.model_files import ModelFiles
+from tests.support.media_oracle import Prompt, arrays_of, normalised, pair
 from tests.support.tiled_text import IMAGE, TOKENIZERS
-from workers.cache.store import CacheStore
-from workers.load import load
-from workers.media import SlotMedia
 
 VOCAB = TOKENIZERS["smolvlm"].get_vocab_size()
 TEXT = {
@@ -39,20 +32,10 @@ IMAGES = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 16}}
 
 def make(transformers, folder, model_type, text=None, vision=None, seed=0, scale=0.1, **more):
     """transformers' model and ours with the same weights."""
-    import torch
-
-    config = transformers.AutoConfig.for_model(
-        model_type, text_config={**TEXT, **(text or {})}, vision_config={**VISION, **(vision or {})},
-        **{"image_token_id": IMAGE, "scale_factor": 2, **more},
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    reference = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.copy_(parameter + scale * torch.randn(parameter.shape))
-    reference = reference.eval()
-    reference.save_pretrained(folder)
-    return reference, load(ModelFiles(name="m", folder=folder), "float32").model
+    parts = {"text_config": {**TEXT, **(text or {})}, "vision_config": {**VISION, **(vision or {})}}
+    return pair(
+        transformers, folder, model_type, {**parts, "image_token_id": IMAGE, "scale_factor": 2, **more}, seed, scale
+    )
 
 
 def picture(width, height, seed=0):
@@ -75,12 +58,6 @@ def hf_processor(transformers, model_type, made, settings=None):
     return transformers.Idefics3Processor(images, tokenizer, image_seq_len=made.num_tile_tokens)
 
 
-@dataclass
-class Prompt:
-    tokens: list[int]
-    media: list[MediaItem]
-
-
 def prompt(made, model_type, text, pictures=()):
     """A rendered text with its images in the places of `<image>`, as the frontend makes it."""
     parts = [made.tiles(one) for one in pictures]
@@ -91,16 +68,9 @@ def prompt(made, model_type, text, pictures=()):
     return Prompt(*loader.place(ids, loaded))
 
 
-def pixels_of(media):
-    """The encoder's input of an item, (height, width, 3) normalised."""
-    arrays = {t.name: np.frombuffer(t.data, dtype=t.dtype).reshape(t.shape) for t in media.tensors}
-    return (arrays["pixels"].astype(np.float32) / 255 - arrays["mean"]) / arrays["std"]
-
-
 def rows_of(model, media):
     """(num_tokens, H)"""
-    arrays = {t.name: mx.array(np.frombuffer(t.data, dtype=t.dtype).reshape(t.shape)) for t in media.tensors}
-    return np.array(model.encode_media(arrays, media.grid, media.kind))[0]
+    return np.array(model.encode_media(arrays_of(media), media.grid, media.kind))[0]
 
 
 def hf_inputs(made):
@@ -108,7 +78,7 @@ def hf_inputs(made):
 
     if not made.media:
         return {}
-    pixels = np.stack([pixels_of(m).transpose(2, 0, 1) for m in made.media])
+    pixels = np.stack([normalised(m).transpose(2, 0, 1) for m in made.media])
     return {"pixel_values": torch.tensor(pixels[None])}
 
 
@@ -118,21 +88,3 @@ def hf_logits(reference, made, output=()):
     with torch.no_grad():
         tokens = torch.tensor([[*made.tokens, *output]])
         return reference(input_ids=tokens, use_cache=False, **hf_inputs(made)).logits[0].numpy()
-
-
-def our_logits(model, made, chunks=()):
-    """Through the cache; chunks end at the positions given."""
-    store = CacheStore(model.layer_specs(), [256], 256, mx.float32, True)
-    store.ensure(0, 256)
-    media = SlotMedia(model)
-    if made.media:
-        media.bind(0, len(made.tokens), made.media)
-    parts = []
-    for first, end in itertools.pairwise([0, *chunks, len(made.tokens)]):
-        tokens = made.tokens[first:end]
-        inputs = mx.array([tokens])
-        row = StepRow(slot=0, start=first, capacity=256, token_ids=tokens)
-        batch = store.open([0], [first], end - first)
-        parts.append(model(inputs, cache=batch.layers, **media.forward([row], inputs)))
-        batch.close()
-    return np.array(mx.concatenate(parts, axis=1))[0]

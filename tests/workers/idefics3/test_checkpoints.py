@@ -14,6 +14,7 @@ from frontend.media.processors import processor_of
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
 from tandem.convert import convert
+from tests.support.media_oracle import our_logits
 from tests.workers.idefics3 import hf
 from workers.load import load
 from workers.models.idefics3.config import Idefics3Config
@@ -55,7 +56,7 @@ def test_mlx_names_and_layout_give_the_same(transformers, tmp_path, form, is_tie
     assert ("lm_head.weight" in weights) != is_tied
     turned = {n: w.transpose(0, 2, 3, 1).copy() if w.ndim == 4 else w for n, w in weights.items()}
     save_file({renamed(n, form): w for n, w in turned.items()}, tmp_path / "model.safetensors", {"format": "mlx"})
-    np.testing.assert_array_equal(hf.our_logits(loaded(tmp_path), made), hf.our_logits(model, made))
+    np.testing.assert_array_equal(our_logits(loaded(tmp_path), made), our_logits(model, made))
 
 
 @pytest.mark.oracle
@@ -73,7 +74,7 @@ def test_a_packed_checkpoint_with_mlx_names_agrees_within_its_error(transformers
     config = json.loads((tmp_path / "config.json").read_text()) | {"quantization": {"group_size": 32, "bits": 8}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights, tmp_path / "model.safetensors", {"format": "mlx"})
-    wanted, got = hf.our_logits(model, made), hf.our_logits(loaded(tmp_path), made)
+    wanted, got = our_logits(model, made), our_logits(loaded(tmp_path), made)
     assert 0 < np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
@@ -89,7 +90,7 @@ def test_a_checkpoint_converted_to_8_bits_agrees_within_its_error(transformers, 
     before, after = (dict(tree_flatten(m.parameters())) for m in (model, packed))
     assert before.keys() == after.keys()
     made = image_prompt(reference)
-    wanted, got = hf.our_logits(model, made), hf.our_logits(packed, made)
+    wanted, got = our_logits(model, made), our_logits(packed, made)
     assert 0 < np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()
 
 
@@ -102,7 +103,7 @@ def test_a_text_only_conversion_takes_text_only(transformers, tmp_path):
     text_only = loaded(tmp_path)
     assert (model.modalities, text_only.modalities) == (["image", "video"], [])
     made = hf.prompt(hf.processor(reference), "smolvlm", "A text")
-    np.testing.assert_array_equal(hf.our_logits(text_only, made), hf.our_logits(model, made))
+    np.testing.assert_array_equal(our_logits(text_only, made), our_logits(model, made))
 
 
 @pytest.mark.oracle

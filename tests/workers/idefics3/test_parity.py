@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.support.media_oracle import our_logits
 from tests.workers.idefics3 import hf
 from workers.models.idefics3.vision import grid_positions
 
@@ -89,6 +90,6 @@ def test_logits_equal_transformers(case, content):
     model_type, settings, reference, model = case
     made = hf.prompt(hf.processor(reference, settings), model_type, *TEXTS[content])
     wanted = hf.hf_logits(reference, made)
-    np.testing.assert_allclose(hf.our_logits(model, made), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, made), wanted, rtol=0, atol=1e-4)
     at = [m.start + 1 for m in made.media][-2:] or [len(made.tokens) // 2]  # inside a tile
-    np.testing.assert_allclose(hf.our_logits(model, made, at), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, made, at), wanted, rtol=0, atol=1e-4)

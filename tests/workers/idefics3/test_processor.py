@@ -7,6 +7,7 @@ import pytest
 
 from frontend.chat_template import ChatTemplate
 from shared.errors import InvalidRequest
+from tests.support.media_oracle import normalised
 from tests.support.tiled_text import IMAGE, MODEL_TYPES, TEMPLATE
 from tests.workers.idefics3 import hf
 
@@ -38,7 +39,7 @@ def test_pixels_equal_those_of_transformers(transformers, reference, case):
         picture = hf.picture(width, height, width)
         wanted = theirs(images=[picture], return_tensors="np", return_row_col_info=True)
         made = hf.prompt(ours, "smolvlm", "<image>", [picture])
-        got = np.stack([hf.pixels_of(media).transpose(2, 0, 1) for media in made.media])
+        got = np.stack([normalised(media).transpose(2, 0, 1) for media in made.media])
         np.testing.assert_allclose(got, wanted["pixel_values"][0], rtol=0, atol=1e-6)
         assert len(got) == wanted["rows"][0][0] * wanted["cols"][0][0] + 1
         assert wanted["pixel_attention_mask"].all(), "a tile that is padded"

@@ -9,21 +9,17 @@ os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 import hashlib
 import importlib
 import importlib.util
-import itertools
 import sys
-from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
-import mlx.core as mx
 import msgspec
 import numpy as np
 
 from frontend.media.processors.lfm2_vl import Lfm2VlProcessor
-from shared.messages import MediaItem, MediaTensor, StepRow
+from shared.messages import MediaItem, MediaTensor
 from shared.model_files import ModelFiles
-from workers.cache.store import CacheStore
+from tests.support.media_oracle import Prompt, arrays_of, normalised
 from workers.load import load
-from workers.media import SlotMedia
 
 VOCAB, HIDDEN = 96, 32
 IMAGE, START, END = 90, 91, 92
@@ -84,12 +80,6 @@ def item(pixels, merge_size=2):
     )  # fmt: skip
 
 
-@dataclass
-class Prompt:
-    tokens: list[int]
-    media: list[MediaItem]
-
-
 def prompt(pieces):
     """From token lists and unplaced items."""
     tokens, media = [], []
@@ -103,10 +93,6 @@ def prompt(pieces):
     return Prompt(tokens, media)
 
 
-def arrays_of(media):
-    return {t.name: mx.array(np.frombuffer(t.data, dtype=t.dtype).reshape(t.shape)) for t in media.tensors}
-
-
 def hf_inputs(media):
     """Patches of all items, padded to the longest as transformers' image processor pads."""
     import torch
@@ -115,8 +101,7 @@ def hf_inputs(media):
         return {}
     cut = []
     for part in media:
-        arrays = {name: np.array(array) for name, array in arrays_of(part).items()}
-        pixels = (arrays["pixels"].astype(np.float32) / 255 - arrays["mean"]) / arrays["std"]
+        pixels = normalised(part)
         rows, columns = part.grid[1:]
         patches = [
             pixels[r * PATCH : (r + 1) * PATCH, c * PATCH : (c + 1) * PATCH].reshape(-1)
@@ -152,24 +137,6 @@ def hf_logits(reference, made, output=()):
 
 def encoded(model, media):
     return np.array(model.encode_media(arrays_of(media), media.grid, "image")[0])
-
-
-def our_logits(model, made, chunks=()):
-    """Through the cache; chunks end at the positions given."""
-    store = CacheStore(model.layer_specs(), [256], 128, mx.float32, True)
-    store.ensure(0, 256)
-    media = SlotMedia(model)
-    if made.media:
-        media.bind(0, len(made.tokens), made.media)
-    parts = []
-    for first, end in itertools.pairwise([0, *chunks, len(made.tokens)]):
-        tokens = made.tokens[first:end]
-        inputs = mx.array([tokens])
-        row = StepRow(slot=0, start=first, capacity=256, token_ids=tokens)
-        batch = store.open([0], [first], end - first)
-        parts.append(model.logits(model.hidden(inputs, cache=batch.layers, **media.forward([row], inputs))))
-        batch.close()
-    return np.array(mx.concatenate(parts, axis=1))[0]
 
 
 def processor(**changes):

@@ -10,6 +10,7 @@ import pytest
 from shared.messages import SamplingParams, Step
 from tests.support.engine_rig import EngineRig, ForcedDrafts, make_engine
 from tests.support.layouts import EveryShape
+from tests.support.media_oracle import Prompt
 from tests.workers.lfm2_vl import hf
 from tests.workers.lfm2_vl.test_images import picture
 from workers.features import Bits
@@ -29,7 +30,7 @@ def pair(transformers, tmp_path_factory):
 
 def tiled(size, words=(3,)):
     """A picture in tiles, each behind a token that stands for its marker."""
-    made = hf.Prompt([], [])
+    made = Prompt([], [])
     for i, part in enumerate(hf.processor().tiles(picture(*size))):
         made.tokens.append(40 + i)
         item = hf.item(part.arrays["pixels"])

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from shared.errors import BadModel
 from tandem.convert import convert
+from tests.support.media_oracle import our_logits
 from tests.workers.lfm2_vl import hf
 from workers.models.lfm2_vl.config import Lfm2VlConfig
 
@@ -97,7 +98,7 @@ def test_names_and_configurations_of_all_releases_give_the_same(source, tmp_path
             write(tmp_path, config, weights | {"lm_head.weight": np.zeros((hf.VOCAB, 64), np.float32)})
     other = hf.loaded(tmp_path)
     assert other.modalities == ["image"]
-    np.testing.assert_array_equal(hf.our_logits(other, MADE), hf.our_logits(model, MADE))
+    np.testing.assert_array_equal(our_logits(other, MADE), our_logits(model, MADE))
 
 
 @pytest.mark.parametrize("has_packed_encoder", [False, True])
@@ -114,7 +115,7 @@ def test_an_mlx_checkpoint_packed_to_8_bits_agrees_within_its_error(source, tmp_
         packed |= {base + part: np.array(array) for part, array in arrays}
     assert ("vision_tower.embeddings.position_embedding.scales" in packed) == has_packed_encoder
     other = hf.loaded(write(tmp_path, config | {"quantization": {"group_size": 32, "bits": 8}}, packed))
-    wanted, got = hf.our_logits(model, MADE), hf.our_logits(other, MADE)
+    wanted, got = our_logits(model, MADE), our_logits(other, MADE)
     assert 0 < np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()
 
 
@@ -135,7 +136,7 @@ def test_a_checkpoint_converted_to_8_bits_agrees_within_its_error(source, tmp_pa
         step = float(array.max() - array.min()) / 255
         assert float(mx.abs(array - after[name]).max()) <= step + 1e-6, name
     np.testing.assert_array_equal(hf.encoded(other, MADE.media[0]), hf.encoded(model, MADE.media[0]))
-    wanted, got = hf.our_logits(model, MADE), hf.our_logits(other, MADE)
+    wanted, got = our_logits(model, MADE), our_logits(other, MADE)
     assert 0 < np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()
 
 
@@ -152,13 +153,13 @@ def test_a_text_only_conversion_takes_text_only(source, tmp_path, form):
     other = hf.loaded(write(tmp_path, config, weights))
     assert other.modalities == []
     made = hf.prompt([[5, 6, 7]])
-    np.testing.assert_array_equal(hf.our_logits(other, made), hf.our_logits(model, made))
+    np.testing.assert_array_equal(our_logits(other, made), our_logits(model, made))
 
 
 def test_a_head_that_is_told_of_and_not_there_is_the_embedding(source, tmp_path):
     model, config, weights = source
     other = hf.loaded(write(tmp_path, config | {"tie_word_embeddings": False}, weights))
-    np.testing.assert_array_equal(hf.our_logits(other, MADE), hf.our_logits(model, MADE))
+    np.testing.assert_array_equal(our_logits(other, MADE), our_logits(model, MADE))
 
 
 REFUSED = {

@@ -17,6 +17,7 @@ from frontend.media.processors import processor_of
 from frontend.prompts import encode_chat
 from shared.config import Settings
 from shared.errors import BadModel, InvalidRequest
+from tests.support.media_oracle import Prompt, our_logits
 from tests.workers.lfm2_vl import hf
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
@@ -195,9 +196,9 @@ def test_a_request_gives_the_logits_of_transformers_on_its_own_pixels(transforme
     )
     with torch.no_grad():
         wanted = reference(**inputs, use_cache=False).logits[0].numpy()
-    made = hf.Prompt(*prepared(mine, tokenizer, text, images))
+    made = Prompt(*prepared(mine, tokenizer, text, images))
     assert len(made.media) > 5
-    got = hf.our_logits(model, made)
+    got = our_logits(model, made)
     # The two filters round single values of 255 differently.
     assert np.abs(got - wanted).max() < 0.01 * np.abs(wanted).max()
     exact = hf.hf_logits(reference, made)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.media_oracle import our_logits
 from tests.workers.lfm2_vl import hf
 from workers.models.lfm2_vl.vision import resampling
 
@@ -67,11 +68,11 @@ def test_logits_equal_transformers(pair, content):
     reference, model = pair
     made = hf.prompt(contents(model.model.config.vision.merge_size)[content])
     wanted = hf.hf_logits(reference, made)
-    np.testing.assert_allclose(hf.our_logits(model, made), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, made), wanted, rtol=0, atol=1e-4)
     if content == "text":
         np.testing.assert_allclose(np.array(model(mx.array([made.tokens])))[0], wanted, rtol=0, atol=1e-4)
     cuts = [len(made.tokens) // 3, len(made.tokens) // 2]  # inside an image, where there is one
-    np.testing.assert_allclose(hf.our_logits(model, made, cuts), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, made, cuts), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("grid", [(16, 16), (32, 32), (1, 40), (7, 23), (13, 3), (3, 5)])

@@ -6,11 +6,8 @@ import os
 
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
-import itertools
 import json
-from dataclasses import dataclass
 
-import mlx.core as mx
 import msgspec
 import numpy as np
 from PIL import Image
@@ -18,11 +15,7 @@ from PIL import Image
 from frontend.media.loader import make_item
 from frontend.media.parts import MediaPart
 from frontend.media.processors import pixtral
-from shared.messages import MediaItem, StepRow
-from shared.model_files import ModelFiles
-from workers.cache.store import CacheStore
-from workers.load import load
-from workers.media import SlotMedia
+from tests.support.media_oracle import Prompt, normalised, pair
 
 VOCAB = 96
 IMAGE, BREAK, END = 90, 91, 92
@@ -50,20 +43,8 @@ TOP = {
 
 def make(transformers, folder, model_type, text=None, vision=None, seed=0, scale=0.1, **more):
     """transformers' model and ours with the same weights."""
-    import torch
-
-    config = transformers.AutoConfig.for_model(
-        model_type, text_config={**TEXT, **(text or {})}, vision_config={**VISION, **(vision or {})},
-        **{**TOP[model_type], **more},
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    reference = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.copy_(parameter + scale * torch.randn(parameter.shape))
-    reference = reference.eval()
-    reference.save_pretrained(folder)
-    return reference, load(ModelFiles(name="m", folder=folder), "float32").model
+    parts = {"text_config": {**TEXT, **(text or {})}, "vision_config": {**VISION, **(vision or {})}}
+    return pair(transformers, folder, model_type, {**parts, **TOP[model_type], **more}, seed, scale)
 
 
 def processor(folder, **settings):
@@ -82,12 +63,6 @@ def item(made, width, height, seed=0):
     return make_item(part, made.image(picture(width, height, seed)))
 
 
-@dataclass
-class Prompt:
-    tokens: list[int]
-    media: list[MediaItem]
-
-
 def prompt(made, pieces):
     """From token lists and unplaced items."""
     tokens, media = [], []
@@ -99,16 +74,6 @@ def prompt(made, pieces):
         media.append(msgspec.structs.replace(piece, start=len(tokens) + offset))
         tokens += expanded
     return Prompt(tokens, media)
-
-
-def arrays(media):
-    return {t.name: mx.array(np.frombuffer(t.data, dtype=t.dtype).reshape(t.shape)) for t in media.tensors}
-
-
-def normalised(media):
-    """(height, width, 3) float32"""
-    found = {name: np.array(array) for name, array in arrays(media).items()}
-    return (found["pixels"] / np.float32(255) - found["mean"]) / found["std"]
 
 
 def hf_inputs(made):
@@ -132,22 +97,3 @@ def hf_logits(reference, made, output=()):
     with torch.no_grad():
         tokens = torch.tensor([[*made.tokens, *output]])
         return reference(tokens, use_cache=False, **hf_inputs(made)).logits[0].numpy()
-
-
-def our_logits(model, made, chunks=()):
-    """Through the cache; chunks end at the positions given."""
-    store = CacheStore(model.layer_specs(), [256], 128, mx.float32, True)
-    store.ensure(0, 256)
-    media = SlotMedia(model)
-    if made.media:
-        media.bind(0, len(made.tokens), made.media)
-    parts = []
-    borders = [0, *chunks, len(made.tokens)]
-    for first, end in itertools.pairwise(borders):
-        tokens = made.tokens[first:end]
-        inputs = mx.array([tokens])
-        row = StepRow(slot=0, start=first, capacity=256, token_ids=tokens)
-        batch = store.open([0], [first], end - first)
-        parts.append(model(inputs, cache=batch.layers, **media.forward([row], inputs)))
-        batch.close()
-    return np.array(mx.concatenate(parts, axis=1))[0]

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from shared.errors import BadModel
 from shared.model_files import ModelFiles
 from tandem.convert import convert
+from tests.support.media_oracle import normalised, our_logits
 from tests.workers.mistral3 import hf
 from tests.workers.tiny_architectures import BASE, RUNS
 from workers.load import load
@@ -88,7 +89,7 @@ def test_names_of_every_writer_give_the_same(transformers, tmp_path, model_type,
     )
     assert isinstance(model, Mistral3) and ("lm_head" in model.language_model) != is_tied
     asked = question(hf.processor(tmp_path))
-    expected = hf.our_logits(model, asked)
+    expected = our_logits(model, asked)
     forms = {"older": older, "newer": newer, "mlx": mlx_named}
     for name, form in forms.items():
         is_mlx = name == "mlx"
@@ -103,7 +104,7 @@ def test_names_of_every_writer_give_the_same(transformers, tmp_path, model_type,
         names = set(load_file(tmp_path / "model.safetensors"))
         assert ("vision_tower.ln_pre.weight" in names) == (name == "older")
         assert ("model.language_model.norm.weight" in names) == (name == "newer")
-        np.testing.assert_array_equal(hf.our_logits(loaded(tmp_path), asked), expected, err_msg=name)
+        np.testing.assert_array_equal(our_logits(loaded(tmp_path), asked), expected, err_msg=name)
 
 
 @pytest.mark.oracle
@@ -212,13 +213,13 @@ def test_matrices_of_8_bit_floats_are_what_they_stand_for(transformers, tmp_path
                     parameter.copy_(weight)
     asked = question(hf.processor(source))
     expected = hf.hf_logits(reference, asked)
-    np.testing.assert_allclose(hf.our_logits(loaded(source), asked), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(loaded(source), asked), expected, rtol=0, atol=1e-4)
     for name, how in (("plain", {"dtype": "float32"}), ("packed", {"bits": 8, "group_size": 32})):
         convert(str(source), tmp_path / name, **how)
         told = json.loads((tmp_path / name / "config.json").read_text())
         assert (told.get("quantization_config") or {}).get("quant_method") != "fp8"
         tolerance = 1e-4 if name == "plain" else 0.05 * np.abs(expected).max()
-        np.testing.assert_allclose(hf.our_logits(loaded(tmp_path / name), asked), expected, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(our_logits(loaded(tmp_path / name), asked), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.oracle
@@ -229,11 +230,11 @@ def test_a_packed_conversion_sees_as_its_source(transformers, tmp_path, model_ty
     assert done.num_encoder_tensors > 10 and not done.is_text_only
     packed = loaded(tmp_path / "packed")
     made = hf.processor(tmp_path / "packed")
-    pixels = mx.array(hf.normalised(hf.item(made, 40, 24)))
+    pixels = mx.array(normalised(hf.item(made, 40, 24)))
     np.testing.assert_array_equal(np.array(packed.encode_image(pixels)), np.array(model.encode_image(pixels)))
     asked = question(made)
-    expected = hf.our_logits(model, asked)
-    difference = np.abs(hf.our_logits(packed, asked) - expected).max()
+    expected = our_logits(model, asked)
+    difference = np.abs(our_logits(packed, asked) - expected).max()
     assert 0 < difference < 0.02 * np.abs(expected).max()
 
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.media_oracle import arrays_of, normalised, our_logits
 from tests.workers.mistral3 import hf
 from workers.models.mistral3 import vision as encoder
 
@@ -62,11 +63,11 @@ def test_features_equal_transformers(pair):
         wanted = reference.model.get_image_features(**hf.hf_inputs(asked), return_dict=True).pooler_output
     assert len(wanted) == 2
     for media, rows in zip(asked.media, wanted, strict=True):
-        image = np.array(model.encode_image(mx.array(hf.normalised(media))))
+        image = np.array(model.encode_image(mx.array(normalised(media))))
         np.testing.assert_allclose(image.reshape(-1, 32), rows.numpy(), rtol=0, atol=1e-4)
         assert rows.abs().max() > 0.1
         inside = hf.prompt(made, [media]).tokens[:-1]
-        given = np.array(model.encode_media(hf.arrays(media), media.grid, "image"))[0]
+        given = np.array(model.encode_media(arrays_of(media), media.grid, "image"))[0]
         is_image = np.array(inside) == hf.IMAGE
         assert len(given) == media.num_tokens == len(inside)
         np.testing.assert_allclose(given[is_image], rows.numpy(), rtol=0, atol=1e-4)
@@ -79,7 +80,7 @@ def test_a_nearly_grey_image_is_normed_as_in_transformers(pair):
     import torch
 
     reference, model, made = pair
-    pixels = hf.normalised(hf.item(made, 45, 21, 1)) * np.float32(0.01)
+    pixels = normalised(hf.item(made, 45, 21, 1)) * np.float32(0.01)
     inputs = {"pixel_values": torch.tensor(pixels.transpose(2, 0, 1)[None]), "image_sizes": [pixels.shape[:2]]}
     with torch.no_grad():
         wanted = reference.model.get_image_features(**inputs, return_dict=True).pooler_output[0]
@@ -92,15 +93,15 @@ def test_logits_equal_transformers(pair, content):
     reference, model, made = pair
     asked = hf.prompt(made, contents(made)[content])
     wanted = hf.hf_logits(reference, asked)
-    np.testing.assert_allclose(hf.our_logits(model, asked), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, asked), wanted, rtol=0, atol=1e-4)
     first = asked.media[0] if asked.media else None
     cuts = [2, 5] if first is None else [first.start + 1, first.start + first.num_tokens // 2]
-    np.testing.assert_allclose(hf.our_logits(model, asked, cuts), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, asked, cuts), wanted, rtol=0, atol=1e-4)
 
 
 def test_queries_in_parts_attend_as_together(pair, monkeypatch):
     _, model, made = pair
-    pixels = mx.array(hf.normalised(hf.item(made, 45, 21, 1)))
+    pixels = mx.array(normalised(hf.item(made, 45, 21, 1)))
     whole = np.array(model.encode_image(pixels))
     monkeypatch.setattr(encoder, "MAX_QUERIES", 7)
     np.testing.assert_allclose(np.array(model.encode_image(pixels)), whole, rtol=0, atol=1e-5)

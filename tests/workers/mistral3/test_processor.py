@@ -20,6 +20,7 @@ from frontend.tokenizer import encode
 from shared.config import Settings
 from shared.errors import BadModel, InvalidRequest
 from tests.support import tiny_model
+from tests.support.media_oracle import arrays_of
 from tests.workers.mistral3 import hf
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
@@ -101,7 +102,7 @@ def test_what_is_sent_is_what_the_encoder_takes(transformers, tokenizer, tmp_pat
     made = hf.processor(tmp_path)
     for size in SIZES[:4]:
         media = hf.item(made, *size)
-        rows = model.encode_media(hf.arrays(media), media.grid, "image")
+        rows = model.encode_media(arrays_of(media), media.grid, "image")
         assert rows.shape == (1, media.num_tokens, 32)
     assert made.image(hf.picture(8, 8)).num_tokens == 1, "one token and the one that ends the image"
 

@@ -7,18 +7,12 @@ import os
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 import hashlib
-import itertools
-from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from frontend.media.processors.qwen import QwenProcessor
-from shared.messages import MediaItem, MediaTensor, StepRow
-from shared.model_files import ModelFiles
-from workers.cache.store import CacheStore
-from workers.load import load
-from workers.media import SlotMedia
+from shared.messages import MediaItem, MediaTensor
+from tests.support.media_oracle import Prompt, arrays_of, pair
 
 VOCAB = 96
 IMAGE, VIDEO, VISION_START, VISION_END = 90, 91, 92, 93
@@ -70,20 +64,11 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def make(transformers, folder, model_type, text=None, vision=None, seed=0, scale=0.1, **more):
     """transformers' model and ours with the same weights."""
-    import torch
-
-    config = transformers.AutoConfig.for_model(
-        model_type, text_config={**TEXTS[model_type], **(text or {})},
-        vision_config={**VISION[model_type], **(vision or {})}, **{**IDS, **more},
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    reference = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.copy_(parameter + scale * torch.randn(parameter.shape))
-    reference = reference.eval()
-    reference.save_pretrained(folder)
-    return reference, load(ModelFiles(name="m", folder=folder), "float32").model
+    parts = {
+        "text_config": {**TEXTS[model_type], **(text or {})},
+        "vision_config": {**VISION[model_type], **(vision or {})},
+    }
+    return pair(transformers, folder, model_type, {**parts, **IDS, **more}, seed, scale)
 
 
 def image(width, height, seed=0):
@@ -106,12 +91,6 @@ def item(kind, frames, config, seconds=1.0):
     )  # fmt: skip
 
 
-@dataclass
-class Prompt:
-    tokens: list[int]
-    media: list[MediaItem]
-
-
 def prompt(pieces):
     """From token lists and unplaced items."""
     import msgspec
@@ -129,7 +108,7 @@ def prompt(pieces):
 
 def patches_of(model, media):
     """The encoder's input of an item (n, channels * frames * size * size)."""
-    arrays = {t.name: mx.array(np.frombuffer(t.data, dtype=t.dtype).reshape(t.shape)) for t in media.tensors}
+    arrays = arrays_of(media)
     return model.vision_tower.patches(arrays["frames"], arrays["mean"], arrays["std"])
 
 
@@ -163,25 +142,6 @@ def hf_logits(reference, model, made, output=()):
         inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], more], dim=1)
     with torch.no_grad():
         return reference(torch.tensor([[*made.tokens, *output]]), use_cache=False, **inputs).logits[0].numpy()
-
-
-def our_logits(model, made, chunks=()):
-    """Through the cache; chunks end at the positions given."""
-    store = CacheStore(model.layer_specs(), [256], 128, mx.float32, True)
-    store.ensure(0, 256)
-    media = SlotMedia(model)
-    if made.media:
-        media.bind(0, len(made.tokens), made.media)
-    parts = []
-    borders = [0, *chunks, len(made.tokens)]
-    for first, end in itertools.pairwise(borders):
-        tokens = made.tokens[first:end]
-        inputs = mx.array([tokens])
-        row = StepRow(slot=0, start=first, capacity=256, token_ids=tokens)
-        batch = store.open([0], [first], end - first)
-        parts.append(model(inputs, cache=batch.layers, **media.forward([row], inputs)))
-        batch.close()
-    return np.array(mx.concatenate(parts, axis=1))[0]
 
 
 def processor(config):

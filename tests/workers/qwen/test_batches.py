@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from shared.messages import SamplingParams
 from tests.support.engine_rig import make_engine
 from tests.support.layouts import EveryShape
+from tests.support.media_oracle import our_logits
 from tests.support.media_rig import CLASSES, MediaRig, alone
 from tests.workers.qwen import hf
 from workers.kernels.choice import AttentionChoice, ShapeClass
@@ -254,7 +255,7 @@ def test_a_text_only_conversion_takes_text_only(transformers, tmp_path, model_ty
     loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
     assert (model.modalities, getattr(loaded, "modalities", [])) == (["image", "video"], [])
     made = hf.prompt([[5, 6, 7]])
-    np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
+    np.testing.assert_array_equal(our_logits(loaded, made), our_logits(model, made))
 
 
 def _mlx_name(name):
@@ -282,7 +283,7 @@ def test_mlx_names_and_layout_of_the_newer_families_give_the_same(transformers, 
     )  # fmt: skip
     loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
     made = hf.prompt([[5, 6], hf.item("image", hf.image(24, 40)[None], model.config.vision), [7]])
-    np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
+    np.testing.assert_array_equal(our_logits(loaded, made), our_logits(model, made))
 
 
 def _experts(weights, form):
@@ -318,7 +319,7 @@ def test_experts_in_every_form_of_checkpoints_give_the_same(transformers, tmp_pa
     save_file(_experts(weights, form), tmp_path / "model.safetensors", {"format": "pt"})
     loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
     made = hf.prompt([[5, 6, 7, 8, 9]])
-    np.testing.assert_array_equal(hf.our_logits(loaded, made), hf.our_logits(model, made))
+    np.testing.assert_array_equal(our_logits(loaded, made), our_logits(model, made))
     if form == "inputs first":  # as Qwen's own checkpoints are, which transformers turns
         read = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(read.parameters(), reference.parameters(), strict=True))
@@ -372,7 +373,7 @@ def test_a_checkpoint_in_mlx_layout_gives_the_same(transformers, tmp_path, bits)
     save_file(renamed, tmp_path / "model.safetensors", {"format": "mlx"})
     loaded = load(ModelFiles(name="m", folder=tmp_path), "float32").model
     made = hf.prompt([[5, 6], hf.item("image", hf.image(24, 40)[None], model.config.vision), [7]])
-    wanted, got = hf.our_logits(model, made), hf.our_logits(loaded, made)
+    wanted, got = our_logits(model, made), our_logits(loaded, made)
     if bits is None:
         np.testing.assert_array_equal(got, wanted)
     else:
@@ -408,5 +409,5 @@ def test_a_checkpoint_converted_to_8_bits_agrees_within_its_error(transformers, 
         # Half a step of rounding, and half of a grid that MLX moves so that it holds the largest value exactly.
         step = float(array.max() - array.min()) / 255
         assert float(mx.abs(array - after[name]).max()) <= step + 1e-6, name
-    wanted, got = hf.our_logits(model, made), hf.our_logits(loaded, made)
+    wanted, got = our_logits(model, made), our_logits(loaded, made)
     assert 0 < np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()

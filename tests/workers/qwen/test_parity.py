@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.media_oracle import our_logits
 from tests.workers.qwen import hf
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
@@ -100,9 +101,9 @@ def test_logits_equal_transformers(pair, content):
         whole = hf.hf_inputs(model, made)
         assert whole["video_grid_thw"].tolist() == [[1, 6, 6], [1, 6, 6]]
     wanted = hf.hf_logits(reference, model, made)
-    np.testing.assert_allclose(hf.our_logits(model, made), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, made), wanted, rtol=0, atol=1e-4)
     cuts = [len(made.tokens) // 3, len(made.tokens) // 2]  # inside an image, where there is one
-    np.testing.assert_allclose(hf.our_logits(model, made, cuts), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, made, cuts), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", list(hf.TEXTS))
