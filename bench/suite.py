@@ -89,8 +89,8 @@ GROUPS: dict[str, tuple[Task, ...]] = {
     "training": (
         Task("documents", "bench.train_drafter generate --out {out}/documents.npz --seconds 120", 150, has_json=False),
         _train("dflash", "--layers 4 --rate 3e-3"),
-        _train("eagle3", "--rate 4e-3 --anchors-per-token 0.5"),
-        _train("mtp", "--rate 4e-3 --anchors-per-token 0.5 --draft-tokens 2"),
+        _train("eagle3", "--rate 4e-3 --anchors-per-token 0.5 --inner-size 3072"),
+        _train("mtp", "--rate 4e-3 --anchors-per-token 0.5 --draft-tokens 2 --inner-size 3072"),
     ),
     "drafters": (
         Task(

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--mask-token", type=int, default=16, help="dflash: an unused token")
     train.add_argument("--bidirectional", action="store_true", help="dflash: a block's rows see each other")
     train.add_argument("--unroll", type=int, help="eagle3, mtp: steps on its own outputs (4, 3)")
+    train.add_argument("--inner-size", type=int, help="width of the feed-forward parts; the target's without it")
     train.add_argument("--taps", type=parse_taps, help="blocks after which features are taken, as 1,8,14")
     train.add_argument("--no-tap-scale", action="store_true", help="do not divide taps by their channels' size")
     train.add_argument("--init", choices=("random", "target"), default="random")
@@ -170,9 +171,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         drafter.tap_scale = tap_scale(target, drafter.taps, batches)
     params = drafter.initialise(args.seed, target, norm_scale=args.norm_scale)
     if args.init == "target":
+        if args.inner_size is not None:
+            raise SystemExit("--init target: the target's layers have feed-forward parts of their own width")
         params = drafter.warm_start(params, target)
     if args.from_drafter is not None:
-        params = build.read(args.from_drafter, drafter)
+        params = build.read(args.from_drafter, drafter, params)
     is_muon = args.optimiser == "muon"
     optimiser = Optimiser(
         matrix_rate=args.rate or (5e-3 if is_muon else 1e-3),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,17 +30,25 @@ class Choice:
     is_causal: bool = True
     num_steps: int | None = None
     taps: tuple[int, ...] | None = None
+    inner_size: int | None = None  # of the feed-forward parts; None: the target's
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Choice:
         return cls(
-            args.kind, args.layers, args.block_size, args.mask_token, not args.bidirectional, args.unroll, args.taps
+            args.kind,
+            args.layers,
+            args.block_size,
+            args.mask_token,
+            not args.bidirectional,
+            args.unroll,
+            args.taps,
+            args.inner_size,
         )
 
 
 def drafter(choice: Choice, target: Target) -> Trained:
     """Raises ValueError: an unknown kind."""
-    shape, embedding = target.shape, target.embedding
+    shape, embedding = replace(target.shape, inner_size=choice.inner_size or target.shape.inner_size), target.embedding
     n = shape.num_target_layers
     match choice.kind:
         case "dflash":
@@ -82,20 +91,29 @@ def of_folder(folder: Path, target: Target) -> Trained:
     found = drafter(
         Choice(
             config.kind, config.num_layers, config.block_size, config.mask_token_id, all(config.causal_layers),
-            taps=config.taps or None,
+            taps=config.taps or None, inner_size=_inner_size(folder),
         ),
         target,
     )  # fmt: skip
     return found
 
 
-def read(folder: Path, of: Trained) -> Params:
+def _inner_size(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["intermediate_size"])
+
+
+def read(folder: Path, of: Trained, start: Params | None = None) -> Params:
     """The weights of a checkpoint as parameters, its `fc` for taps that are divided by `of.tap_scale`.
 
+    Args:
+        start: parameters of a drafter that may have wider feed-forward parts than the checkpoint: its units are added
+            to those read, and what they put out is 0 at first.
     Raises:
         BadModel: tensors are missing, or there are others.
     """
     arrays = load_arrays(folder, of.kind, mx.float32, read_quantization(folder))
+    if start is not None:
+        arrays = {name: _widened(name, a, start[name]) if name in start else a for name, a in arrays.items()}
     wanted = {**{n: tuple(s) for n, s in of.matrices().items()}, **{n: (s,) for n, s in of.norms().items()}}
     if {n: tuple(a.shape) for n, a in arrays.items()} != wanted:
         different = sorted(set(wanted) ^ set(arrays)) or "shapes"
@@ -105,3 +123,12 @@ def read(folder: Path, of: Trained) -> Params:
         params["fc.weight"] = params["fc.weight"] * of.tap_scale[None]
     mx.eval(params)
     return params
+
+
+def _widened(name: str, weight: mx.array, wider: mx.array) -> mx.array:
+    """A feed-forward projection with further units; anything else as it is."""
+    if name.endswith(("mlp.gate_proj.weight", "mlp.up_proj.weight")):
+        return mx.concatenate([weight, wider[weight.shape[0] :]])
+    if name.endswith("mlp.down_proj.weight"):
+        return mx.pad(weight, [(0, 0), (0, max(0, wider.shape[1] - weight.shape[1]))])
+    return weight

@@ -54,6 +54,22 @@ def test_a_run_in_two_visits_leaves_a_drafter_that_loads(kind, folder, data, cap
     )
 
 
+@pytest.mark.parametrize("kind", ["dflash", "eagle3", "mtp"])
+def test_a_drafter_that_is_made_wider_begins_as_it_was(kind, folder, data, capsys):
+    common = ["train", "--target", folder / "target", "--data", data, "--kind", kind, "--layers", 1, "--taps", "0,1,2"]
+    common += ["--mask-token", 7, "--tokens-per-step", 128, "--quiet"]
+    narrow = run(capsys, *common, "--out", folder / f"{kind}-narrow", "--steps", 6)
+    wide = [*common, "--out", folder / f"{kind}-wide", "--from-drafter", folder / f"{kind}-narrow", "--inner-size", 160]
+    same = run(capsys, *wide, "--steps", 1, "--rate", 1e-9, "--norm-rate", 1e-9)
+    assert json.loads((folder / f"{kind}-wide" / "config.json").read_text())["intermediate_size"] == 160
+    lengths = [found["results"]["greedy"]["mean_acceptance_length"] for found in (narrow, same)]
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.1)  # what lies between is bfloat16
+    judged = ["evaluate", "--target", folder / "target", "--data", data, "--drafter", folder / f"{kind}-wide"]
+    assert run(capsys, *judged)["results"]["greedy"]["mean_acceptance_length"] == pytest.approx(lengths[1], rel=0.1)
+    with pytest.raises(SystemExit, match="their own width"):
+        run(capsys, *common, "--out", folder / "none", "--steps", 1, "--init", "target", "--inner-size", 160)
+
+
 def test_generating_twice_adds_documents(folder, capsys):
     out = folder / "made.npz"
     arguments = ["generate", "--target", folder / "target", "--out", out, "--slots", 4, "--capacity", 400, "--quiet"]
