@@ -113,7 +113,7 @@ def hf_images(**settings):
 
 
 def hf_processor(transformers, **settings):
-    """transformers' for conversations with images, without the check of its parts' classes; its videos need torchvision."""
+    """transformers', without the check of its parts' classes: the one for videos needs torchvision."""
     from transformers.models.minicpmv4_6.processing_minicpmv4_6 import MiniCPMV4_6Processor
 
     class Unchecked(MiniCPMV4_6Processor):
@@ -154,7 +154,7 @@ def encoded(model, media):
 
 
 def packed(media):
-    """(channels, size, patches * size): an item's normalised patches side by side, as transformers' encoder has them."""
+    """(channels, size, patches * size): an item's patches side by side, as transformers' encoder has them."""
     arrays = {name: np.array(array) for name, array in tensors_of(media).items()}
     pixels = (arrays["pixels"].astype(np.float32) / 255 - arrays["mean"]) / arrays["std"]
     _, rows, columns = media.grid

@@ -106,7 +106,7 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError, AttributeError, BadModel: as `VisionConfig.from_hf`.
     """
-    text = _TEXT_DEFAULTS | copy.deepcopy(config["text_config"])
+    text: dict[str, Any] = _TEXT_DEFAULTS | copy.deepcopy(config["text_config"])
     for name, computed in (("model_type", "qwen3_5_text"), ("hidden_act", "silu"), ("attn_output_gate", True)):
         if (found := text.setdefault(name, computed)) != computed:
             raise BadModel(f"minicpmv4_6: {name} {found!r} of the text decoder is not supported")

@@ -88,7 +88,7 @@ class ReadyMiniCpmV(HybridMlxLmModel):
         """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
-        """(1, num_tokens, H) of `pixels` (height, width, 3) uint8 with `mean` and `std`: an image, or a slice of one."""
+        """(1, num_tokens, H) of `pixels` (height, width, 3) uint8 with `mean` and `std`: an image or a slice."""
         pixels = (tensors["pixels"].astype(mx.float32) * (1 / 255) - tensors["mean"]) / tensors["std"]
         return self.encode_image(pixels[None])
 
