@@ -79,7 +79,6 @@ def test_a_mixed_batch_gives_what_each_request_gives_alone(pair, made, expected)
 def joined(pair, folder, monkeypatch):
     """The model as on a GPU: with joined products, and a rotation that kernels do."""
     monkeypatch.setattr(mlxlm, "is_cpu", lambda: False)
-    monkeypatch.setattr(mlxlm.gated_delta, "install", lambda **_: "nothing")
     found = loader.load(hf.ModelFiles(name="m", folder=folder), "float32").model
     assert any("in_proj" in layer.linear_attn for layer in found.model.layers if layer.is_linear)
     return found
