@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 CASES = {
     "plain": ({}, {}, {}),
     "a head of its own, merged behind the last layer, attention seldom": (
-        {"full_attention_interval": 4}, {"layer_norm_eps": 1e-3, "image_size": 16},
+        {"full_attention_interval": 4, "tie_word_embeddings": True}, {"layer_norm_eps": 1e-3, "image_size": 16},
         {"tie_word_embeddings": False, "insert_layer_id": 2},
     ),
     "four times the tokens": ({"attention_bias": True, "num_key_value_heads": 4}, {}, {"downsample_mode": "4x"}),

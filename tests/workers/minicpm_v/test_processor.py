@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 import json
 
 import numpy as np
@@ -9,7 +12,11 @@ import pytest
 from PIL import Image
 
 from frontend.chat_template import ChatTemplate
+from frontend.media.loader import MediaLoader
+from frontend.media.parts import MediaPart
 from frontend.media.processors import minicpm_v, processor_of
+from frontend.prompts import encode_chat
+from shared.config import Settings
 from shared.errors import BadModel, InvalidRequest
 from tests.workers.minicpm_v import hf
 
@@ -123,17 +130,32 @@ def test_prompts_equal_those_of_transformers(transformers, name):
     assert ("</slice>\n<slice>" in text) == ("one" not in name)
 
 
+class Service:
+    """What of the frontend's service a conversation with images needs."""
+
+    def __init__(self, processor):
+        self.media = MediaLoader(processor, Settings())
+
+    async def encode(self, text, **_):
+        return hf.TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
 def test_a_request_gives_the_logits_of_transformers_on_its_own_pixels(transformers, tmp_path):
-    """The whole way: pictures, prompt, encoder and decoder, each side with its own processor."""
+    """The whole way: files, pictures, prompt, encoder and decoder, each side with its own processor."""
     import torch
 
     reference, model = hf.make(transformers, tmp_path)
-    pictures = [hf.picture(24, 24), hf.picture(61, 44)]
-    inputs = hf.hf_processor(transformers)(images=pictures, text=["a<|image_pad|>b<|image_pad|>?"], return_tensors="pt")
+    pictures, text = [hf.picture(24, 24), hf.picture(61, 44)], "a<|image_pad|>b<|image_pad|>?"
+    inputs = hf.hf_processor(transformers)(images=pictures, text=[text], return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "pixel_values", "target_sizes")}
     with torch.no_grad():
         wanted = reference(**inputs, use_cache=False).logits[0].numpy()
-    asked = hf.prompt(hf.processor(), "a@b@?", pictures)
+    parts = []
+    for picture in pictures:
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        parts.append(MediaPart("image", "messages[0]", data=base64.b64encode(stream.getvalue()).decode()))
+    asked = hf.Prompt(*asyncio.run(encode_chat(Service(hf.processor()), text, parts, salt="")))
     assert len(asked.media) > 4
     np.testing.assert_allclose(hf.our_logits(model, asked), wanted, rtol=0, atol=1e-4)
 

@@ -126,5 +126,5 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
         "type": "default", "rope_theta": float(theta), "partial_rotary_factor": float(share),
     }  # fmt: skip
     # The outer field decides, as in transformers.
-    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
     return text
