@@ -7,11 +7,8 @@ import os
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 import importlib
-import itertools
-from dataclasses import dataclass
 from types import SimpleNamespace
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -20,11 +17,9 @@ from frontend.media.loader import Loaded, MediaLoader, make_item
 from frontend.media.parts import MediaPart
 from frontend.media.processors import minicpm_v
 from shared.config import Settings
-from shared.messages import MediaItem, StepRow
 from shared.model_files import ModelFiles
-from workers.cache.store import CacheStore
+from tests.support.media_oracle import Prompt, arrays_of, normalised, pair
 from workers.load import load
-from workers.media import SlotMedia
 
 MARKS = {
     "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
@@ -71,21 +66,8 @@ IMAGES = {
 
 def make(transformers, folder, text=None, vision=None, seed=0, scale=0.1, **more):
     """transformers' model and ours with the same weights."""
-    import torch
-
-    config = transformers.MiniCPMV4_6Config(
-        text_config={**TEXT, **(text or {})}, vision_config={**VISION, **(vision or {})}, **{**MORE, **more}
-    )
-    torch.manual_seed(seed)
-    reference = transformers.MiniCPMV4_6ForConditionalGeneration._from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if "vit_merger.linear" in name:  # transformers starts them far larger than all others
-                parameter.mul_(0.2)
-            parameter.copy_(parameter + scale * torch.randn(parameter.shape))
-    reference = reference.eval()
-    reference.save_pretrained(folder)
-    return reference, loaded(folder)
+    config = {"text_config": {**TEXT, **(text or {})}, "vision_config": {**VISION, **(vision or {})}, **MORE, **more}
+    return pair(transformers, folder, "minicpmv4_6", config, seed, scale)
 
 
 def loaded(folder, dtype="float32"):
@@ -127,12 +109,6 @@ def hf_processor(transformers, **settings):
     return Unchecked(hf_images(**settings), videos, tokenizer)
 
 
-@dataclass
-class Prompt:
-    tokens: list[int]
-    media: list[MediaItem]
-
-
 def prompt(made, text, pictures=()):
     """A rendered text with its pictures in the places of `<|image_pad|>`, as the frontend makes it."""
     parts = [made.tiles(one) for one in pictures]
@@ -144,19 +120,14 @@ def prompt(made, text, pictures=()):
     return Prompt(*loader.place(ids, loaded))
 
 
-def tensors_of(media):
-    return {t.name: mx.array(np.frombuffer(t.data, dtype=t.dtype).reshape(t.shape)) for t in media.tensors}
-
-
 def encoded(model, media):
     """(num_tokens, H)"""
-    return np.array(model.encode_media(tensors_of(media), media.grid, "image")[0])
+    return np.array(model.encode_media(arrays_of(media), media.grid, "image")[0])
 
 
 def packed(media):
     """(channels, size, patches * size): an item's patches side by side, as transformers' encoder has them."""
-    arrays = {name: np.array(array) for name, array in tensors_of(media).items()}
-    pixels = (arrays["pixels"].astype(np.float32) / 255 - arrays["mean"]) / arrays["std"]
+    pixels = normalised(media)
     _, rows, columns = media.grid
     cut = pixels.transpose(2, 0, 1).reshape(3, rows, PATCH, columns, PATCH)
     return cut.transpose(0, 2, 1, 3, 4).reshape(3, PATCH, -1)
@@ -185,21 +156,3 @@ def hf_logits(reference, made, output=()):
     with torch.no_grad():
         tokens = torch.tensor([[*made.tokens, *output]])
         return reference(tokens, use_cache=False, **hf_inputs(made.media)).logits[0].numpy()
-
-
-def our_logits(model, made, chunks=()):
-    """Through the cache; chunks end at the positions given."""
-    store = CacheStore(model.layer_specs(), [256], 256, mx.float32, True)
-    store.ensure(0, 256)
-    media = SlotMedia(model)
-    if made.media:
-        media.bind(0, len(made.tokens), made.media)
-    parts = []
-    for first, end in itertools.pairwise([0, *chunks, len(made.tokens)]):
-        tokens = made.tokens[first:end]
-        inputs = mx.array([tokens])
-        row = StepRow(slot=0, start=first, capacity=256, token_ids=tokens)
-        batch = store.open([0], [first], end - first)
-        parts.append(model.logits(model.hidden(inputs, cache=batch.layers, **media.forward([row], inputs))))
-        batch.close()
-    return np.array(mx.concatenate(parts, axis=1))[0]

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from shared.errors import BadModel
 from tandem.convert import convert
+from tests.support.media_oracle import our_logits
 from tests.workers.minicpm_v import hf
 from workers.models.minicpm_v.config import MiniCpmVConfig
 
@@ -87,7 +88,7 @@ def test_all_names_and_configurations_give_the_same(source, tmp_path, form):
     text = config["text_config"] | {"tie_word_embeddings": False}  # the outer field decides
     other = hf.loaded(write(tmp_path, *FORMS[form](config | {"text_config": text}, weights)))
     assert other.modalities == ["image"]
-    np.testing.assert_array_equal(hf.our_logits(other, MADE), hf.our_logits(model, MADE))
+    np.testing.assert_array_equal(our_logits(other, MADE), our_logits(model, MADE))
 
 
 def test_a_configuration_as_released_is_read_the_same(source, tmp_path):
@@ -97,7 +98,7 @@ def test_a_configuration_as_released_is_read_the_same(source, tmp_path):
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     text |= {"full_attention_interval": 2, "rope_parameters": rope, "partial_rotary_factor": 0.5, "mlp_only_layers": []}
     other = hf.loaded(write(tmp_path, config | {"text_config": text, "downsample_mode": None}, weights))
-    np.testing.assert_array_equal(hf.our_logits(other, MADE), hf.our_logits(model, MADE))
+    np.testing.assert_array_equal(our_logits(other, MADE), our_logits(model, MADE))
 
 
 def test_what_a_configuration_leaves_out_has_transformers_defaults(transformers):
@@ -145,7 +146,7 @@ def test_an_mlx_checkpoint_packed_to_8_bits_agrees_within_its_error(source, tmp_
     assert (f"{special}.scales" in packed) == has_packed_encoder
     how = {"group_size": 32, "bits": 8, special: {"group_size": 64, "bits": 8} if has_packed_encoder else False}
     other = hf.loaded(write(tmp_path, config | {"quantization": how}, packed))
-    wanted, got = hf.our_logits(model, MADE), hf.our_logits(other, MADE)
+    wanted, got = our_logits(model, MADE), our_logits(other, MADE)
     assert 0 < np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()
 
 
@@ -164,7 +165,7 @@ def test_a_checkpoint_converted_to_8_bits_agrees_within_its_error(source, tmp_pa
     before, after = (dict(tree_flatten(m.model.parameters())) for m in (model, other))
     assert before.keys() == after.keys()
     np.testing.assert_array_equal(hf.encoded(other, MADE.media[0]), hf.encoded(model, MADE.media[0]))
-    wanted, got = hf.our_logits(model, MADE), hf.our_logits(other, MADE)
+    wanted, got = our_logits(model, MADE), our_logits(other, MADE)
     assert 0 < np.abs(got - wanted).mean() < 0.05 * np.abs(wanted).mean()
 
 
@@ -178,7 +179,7 @@ def test_a_text_only_conversion_takes_text_only(source, tmp_path, form):
         weights = of_mlx(weights)
     other = hf.loaded(write(tmp_path, config, weights))
     assert other.modalities == []
-    np.testing.assert_array_equal(hf.our_logits(other, TEXT), hf.our_logits(model, TEXT))
+    np.testing.assert_array_equal(our_logits(other, TEXT), our_logits(model, TEXT))
 
 
 def test_an_encoder_that_the_configuration_does_not_tell_of_is_left_out(source, tmp_path):
@@ -186,7 +187,7 @@ def test_an_encoder_that_the_configuration_does_not_tell_of_is_left_out(source, 
     del (config := {**config})["vision_config"]
     other = hf.loaded(write(tmp_path, config, weights))
     assert other.modalities == []
-    np.testing.assert_array_equal(hf.our_logits(other, TEXT), hf.our_logits(model, TEXT))
+    np.testing.assert_array_equal(our_logits(other, TEXT), our_logits(model, TEXT))
 
 
 def test_an_encoder_of_which_a_part_is_missing_is_refused(source, tmp_path):

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.support.media_oracle import our_logits
 from tests.workers.minicpm_v import hf
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
@@ -57,11 +58,11 @@ def test_logits_equal_transformers(case, content):
     text = CONTENTS[content]
     asked = hf.prompt(made, text, PICTURES[: text.count("@")])
     wanted = hf.hf_logits(reference, asked)
-    np.testing.assert_allclose(hf.our_logits(model, asked), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, asked), wanted, rtol=0, atol=1e-4)
     if content == "text":
         np.testing.assert_allclose(np.array(model(mx.array([asked.tokens])))[0], wanted, rtol=0, atol=1e-4)
         cuts = [3, 5]
     else:
         item = max(asked.media, key=lambda part: part.num_tokens)
         cuts = [item.start + 1, item.start + item.num_tokens + 1]  # inside an image, where it has several tokens
-    np.testing.assert_allclose(hf.our_logits(model, asked, cuts), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, asked, cuts), wanted, rtol=0, atol=1e-4)

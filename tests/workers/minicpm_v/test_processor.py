@@ -18,6 +18,7 @@ from frontend.media.processors import minicpm_v, processor_of
 from frontend.prompts import encode_chat
 from shared.config import Settings
 from shared.errors import BadModel, InvalidRequest
+from tests.support.media_oracle import Prompt, our_logits
 from tests.workers.minicpm_v import hf
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
@@ -155,9 +156,9 @@ def test_a_request_gives_the_logits_of_transformers_on_its_own_pixels(transforme
         stream = io.BytesIO()
         picture.save(stream, "PNG")
         parts.append(MediaPart("image", "messages[0]", data=base64.b64encode(stream.getvalue()).decode()))
-    asked = hf.Prompt(*asyncio.run(encode_chat(Service(hf.processor()), text, parts, salt="")))
+    asked = Prompt(*asyncio.run(encode_chat(Service(hf.processor()), text, parts, salt="")))
     assert len(asked.media) > 4
-    np.testing.assert_allclose(hf.our_logits(model, asked), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(our_logits(model, asked), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(20_000, 20), (5, 1_001), (64_000_000, 1)])

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import qwen3_5
 
-from shared.messages import MediaItem, MediaKind
+from shared.messages import MediaKind
+from workers.models.base import CausalMedia
 from workers.models.minicpm_v.config import MiniCpmVConfig
 from workers.models.minicpm_v.vision import Merger, VisionTower, WindowMerger
 from workers.models.mlxlm import HybridMlxLmModel
@@ -66,7 +67,7 @@ class MiniCpmV(qwen3_5.Model):
         return made | {f"{part}.{name}": weight for part, held in kept.items() for name, weight in held.items()}
 
 
-class ReadyMiniCpmV(HybridMlxLmModel):
+class ReadyMiniCpmV(CausalMedia, HybridMlxLmModel):
     """Around a `MiniCpmV`: also a `MediaModel`."""
 
     model: Any
@@ -74,18 +75,6 @@ class ReadyMiniCpmV(HybridMlxLmModel):
     @property
     def modalities(self) -> list[MediaKind]:
         return ["image"] if "vision_tower" in self.model else []
-
-    @property
-    def whole_media(self) -> list[MediaKind]:
-        """None: text attends causally to an image's tokens, and they to each other."""
-        return []
-
-    @property
-    def max_whole_tokens(self) -> int:
-        return 0
-
-    def media_positions(self, num_tokens: int, media: Sequence[MediaItem]) -> None:
-        """Positions are counted."""
 
     def encode_media(self, tensors: Mapping[str, mx.array], grid: Sequence[int], kind: MediaKind) -> mx.array:
         """(1, num_tokens, H) of `pixels` (height, width, 3) uint8 with `mean` and `std`: an image or a slice."""
