@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 from mlx_lm.models import qwen3_next
 
+from shared.model_files import ModelFiles
+from tests.support import tiny_qwen35
+from workers.load import load
 from workers.models import gated_delta
 from workers.models.gated_delta import CHUNK, GatedDelta, chunked, inverse, stepwise
 
@@ -140,3 +144,10 @@ def tiny_layer(module: ModuleType) -> Any:
         "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "max_position_embeddings": 512,
     }  # fmt: skip
     return module.Qwen3NextGatedDeltaNet(module.ModelArgs.from_dict(names))
+
+
+def test_models_with_image_encoders_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their classes are ours, around mlx-lm's text decoder."""
+    monkeypatch.setattr(mlx_lm_gated_delta, "gated_delta_ops", stepwise)
+    load(ModelFiles(name="m", folder=tiny_qwen35.write(tmp_path)), "float32")
+    assert isinstance(mlx_lm_gated_delta.gated_delta_ops, GatedDelta)

@@ -25,7 +25,7 @@ RECIPES: tuple[str, ...] = tuple(QUANT_RECIPES)
 # They stay as they are: they are small, and what they see decides about everything after it.
 ENCODERS = frozenset({
     "vision_tower", "visual", "vision_model", "vision_embedder", "embed_vision", "multi_modal_projector", "connector",
-    "audio_tower", "embed_audio",
+    "audio_tower", "embed_audio", "merger", "vit_merger",
 })  # fmt: skip
 
 

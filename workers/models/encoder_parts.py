@@ -24,6 +24,13 @@ def activate(x: mx.array, name: str) -> mx.array:
             return nn.silu(x)
 
 
+def squares(x: mx.array, size: int) -> mx.array:
+    """(B, rows, columns, C) -> (B, rows / size, columns / size, size * size, C): a square's features row by row."""
+    batch, rows, columns, channels = x.shape
+    x = x.reshape(batch, rows // size, size, columns // size, size, channels).swapaxes(2, 3)
+    return x.reshape(batch, rows // size, columns // size, size * size, channels)
+
+
 class GatedMLP(nn.Module):
     def __init__(self, hidden: int, inner: int, activation: str, bias: bool) -> None:
         super().__init__()

@@ -118,6 +118,7 @@ class HybridMlxLmModel(SplitMlxLmModel):
     rewinds = True  # its recurrent layers leave trails
 
     def __init__(self, model: nn.Module, architecture: str) -> None:
+        _install_gated_delta()
         super().__init__(model, architecture)
         hybrid.install(model)
         if not is_cpu():
@@ -142,11 +143,15 @@ def adapted(model: nn.Module, architecture: str) -> MlxLmModel:
     """Raises:
     BadModel: as `MlxLmModel`.
     """
-    if hasattr(sys.modules[type(model).__module__], "gated_delta_update"):
-        logger.info("gated delta rule: %s", gated_delta.install(is_cpu=is_cpu()))
     if architecture in HYBRIDS:
         return HybridMlxLmModel(model, architecture)
+    if hasattr(sys.modules[type(model).__module__], "gated_delta_update"):
+        _install_gated_delta()
     return (ShortConvolutionModel if architecture in SHORT_CONVOLUTIONS else MlxLmModel)(model, architecture)
+
+
+def _install_gated_delta() -> None:
+    logger.info("gated delta rule: %s", gated_delta.install(is_cpu=is_cpu()))
 
 
 class GroupedMask:

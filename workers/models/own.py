@@ -19,6 +19,9 @@ from workers.models.idefics3.model import Idefics3
 from workers.models.lfm2_vl import model as lfm2_vl
 from workers.models.lfm2_vl.config import MODEL_TYPES as LFM2_VL_TYPES
 from workers.models.lfm2_vl.config import Lfm2VlConfig
+from workers.models.minicpm_v import model as minicpm_v
+from workers.models.minicpm_v.config import MODEL_TYPES as MINICPM_V_TYPES
+from workers.models.minicpm_v.config import MiniCpmVConfig
 from workers.models.mistral3 import config as mistral3
 from workers.models.mistral3.config import Mistral3Config
 from workers.models.mistral3.model import Mistral3
@@ -67,6 +70,7 @@ WITH_ENCODERS = {
     **{name: _with_vision(name) for name in added_vision.CLASSES},
     **{name: Own(gemma3n.Gemma3n, gemma3n.Gemma3nConfig.from_hf) for name in gemma3n.MODEL_TYPES},
     **{name: Own(lfm2_vl.Lfm2Vl, Lfm2VlConfig.from_hf) for name in LFM2_VL_TYPES},
+    **{name: Own(minicpm_v.MiniCpmV, MiniCpmVConfig.from_hf) for name in MINICPM_V_TYPES},
 }
 
 
@@ -80,6 +84,8 @@ def adapted_to_caches(model: nn.Module, architecture: str) -> MlxLmModel:
         return gemma3n.ReadyGemma3n(model, architecture)
     if isinstance(model, lfm2_vl.Lfm2Vl):
         return lfm2_vl.ReadyLfm2Vl(model, architecture)
+    if isinstance(model, minicpm_v.MiniCpmV):
+        return minicpm_v.ReadyMiniCpmV(model, architecture)
     if architecture in WITH_ENCODERS and "vision_tower" in model:
         return added_vision.AddedVision(model, architecture)
     return adapted(model, architecture)

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from shared.errors import BadModel
 
@@ -52,6 +53,32 @@ class SiglipConfig:
     @property
     def patches_per_side(self) -> int:
         return self.image_size // self.patch_size
+
+
+def grid_positions(rows: int, columns: int, side: int) -> np.ndarray:
+    """(rows * columns,) of the learned square of positions, side x side: each patch takes that of its place in it.
+
+    transformers finds it by dividing in float32, and so gives two neighbours the same position on some grids of `side`
+    patches a side; not on those of the released models (26, 27, 32, 70).
+    """
+    down, across = np.arange(rows) * side // rows, np.arange(columns) * side // columns
+    return (down[:, None] * side + across[None]).reshape(-1)
+
+
+class GridEmbeddings(nn.Module):
+    """Of images of any shape."""
+
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.side = config.patches_per_side
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """Normalised images (B, height, width, 3) -> (B, rows, columns, C). What fills no patch is not seen."""
+        x = self.patch_embedding(pixels.astype(self.patch_embedding.weight.dtype))
+        positions = grid_positions(x.shape[1], x.shape[2], self.side)
+        return x + self.position_embedding(mx.array(positions)).reshape(1, *x.shape[1:])
 
 
 class Attention(nn.Module):

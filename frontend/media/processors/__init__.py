@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frontend.media.processors import gemma, idefics3, lfm2_vl, pixtral, qwen
+from frontend.media.processors import gemma, idefics3, lfm2_vl, minicpm_v, pixtral, qwen
 from frontend.media.processors.base import Processor
 from shared.errors import BadModel
 
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Processor | None]
 # Those whose prompts have tokens that their configurations name by text only.
 NAMING_FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Any], TokenId], Processor | None]] = {
     **dict.fromkeys(pixtral.MODEL_TYPES, pixtral.from_configs),
+    **dict.fromkeys(minicpm_v.MODEL_TYPES, minicpm_v.from_configs),
 }
 
 

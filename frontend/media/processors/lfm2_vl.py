@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from frontend.media.processors.base import Processed, Processor
+from frontend.media.processors.placeholders import replaced
 from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
@@ -100,13 +101,9 @@ class Lfm2VlProcessor(Processor):
         Raises:
             InvalidRequest: the prompt does not name each picture once.
         """
-        pieces = prompt.split(PLACEHOLDER)
-        if len(pieces) != len(leads) + 1:
-            told = f"messages: the prompt has {len(pieces) - 1} placeholders for {len(leads)} images"
-            raise InvalidRequest(told, param="messages")
         end = END if self.has_markers else ""
         pictures = ["".join(lead + PLACEHOLDER for lead in parts) + end for parts in leads]
-        return "".join(text for both in zip(pieces, [*pictures, ""], strict=True) for text in both)
+        return replaced(prompt, PLACEHOLDER, pictures)
 
     def fitting_size(self, height: int, width: int) -> tuple[int, int]:
         """Multiples of a square's side near the picture's own height and width, within the range of tokens.

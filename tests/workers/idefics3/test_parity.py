@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.media_oracle import our_logits
 from tests.workers.idefics3 import hf
-from workers.models.idefics3.vision import grid_positions
+from workers.models.siglip import grid_positions
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 

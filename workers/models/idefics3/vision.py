@@ -7,38 +7,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from workers.models.siglip import Encoder, SiglipConfig
-
-
-def grid_positions(rows: int, columns: int, side: int) -> np.ndarray:
-    """(rows * columns,) of the learned square of positions, side x side: each patch takes that of its place in it.
-
-    transformers finds it by dividing in float32, and so gives two neighbours the same position on some grids of `side`
-    patches a side; not on those of the released models (26, 27, 32).
-    """
-    down, across = np.arange(rows) * side // rows, np.arange(columns) * side // columns
-    return (down[:, None] * side + across[None]).reshape(-1)
-
-
-class Embeddings(nn.Module):
-    def __init__(self, config: SiglipConfig) -> None:
-        super().__init__()
-        self.side = config.patches_per_side
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
-
-    def __call__(self, pixels: mx.array) -> mx.array:
-        x = self.patch_embedding(pixels.astype(self.patch_embedding.weight.dtype))
-        positions = grid_positions(x.shape[1], x.shape[2], self.side)
-        return x + self.position_embedding(mx.array(positions)).reshape(1, *x.shape[1:])
+from workers.models.encoder_parts import squares
+from workers.models.siglip import Encoder, GridEmbeddings, SiglipConfig
 
 
 class VisionModel(nn.Module):
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
+        self.embeddings = GridEmbeddings(config)
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -70,7 +47,4 @@ class Connector(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, rows, columns, C) -> (B, tokens, H)."""
-        batch, rows, columns, size = x.shape
-        s = self.scale_factor
-        blocks = x.reshape(batch, rows // s, s, columns // s, s, size).transpose(0, 1, 3, 2, 4, 5)
-        return self.modality_projection.proj(blocks.reshape(batch, rows // s * (columns // s), s * s * size))
+        return self.modality_projection.proj(squares(x, self.scale_factor).flatten(3).flatten(1, 2))

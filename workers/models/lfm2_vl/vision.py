@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from workers.models.encoder_parts import activate
+from workers.models.encoder_parts import activate, squares
 from workers.models.lfm2_vl.config import VisionConfig
 from workers.models.siglip import Encoder
 
@@ -99,8 +99,7 @@ class Projector(nn.Module):
 
     def __call__(self, x: mx.array, grid: tuple[int, int]) -> mx.array:
         """(tokens, H of the decoder) of patches (rows * columns, H): a square's patches side by side, row by row."""
-        rows, columns, size = grid[0] // self.merge_size, grid[1] // self.merge_size, self.merge_size
-        x = x.reshape(rows, size, columns, size, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+        x = squares(x.reshape(1, *grid, -1), self.merge_size)[0].flatten(2).flatten(0, 1)
         if "layer_norm" in self:
             x = self.layer_norm(x)
         return self.linear_2(activate(self.linear_1(x), self.activation))

@@ -148,7 +148,7 @@ class AddedVisionConfig:
             vision = _vision(config["vision_config"], model_type, int(text["hidden_size"])) if has_vision else None
             given = copy.deepcopy(config)  # mlx-lm changes the dictionaries that it gets
             text = given.get("text_config") or given
-            _set_interval(text, model_type)
+            set_interval(text, model_type)
             text["tie_word_embeddings"] = any(part.get("tie_word_embeddings") for part in (config, text))
             text_args = read_text(given)
         except KeyError as missing:
@@ -160,7 +160,7 @@ class AddedVisionConfig:
         return cls(model_type, text_args, vision, (sections[0], sections[1], sections[2]), turning)
 
 
-def _set_interval(text: dict[str, Any], model_type: str) -> None:
+def set_interval(text: dict[str, Any], model_type: str) -> None:
     """mlx-lm goes by `full_attention_interval`; transformers 5 writes `layer_types` in its place."""
     kinds = text.get("layer_types")
     if not kinds:
