@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+import mlx.core as mx
 import msgspec
 
 from shared.messages import MediaItem, Step
 from tests.support.engine_rig import EngineRig, make_engine
 from workers.engine import Engine
+from workers.kernels.reference import ReferenceAttention
 from workers.models.base import TextModel
 
 CLASSES = [48, 96, 192]
@@ -38,6 +40,14 @@ class MediaRig(EngineRig):
         for name in names:
             self.submit(name, made[name].tokens, max_tokens, media=made[name].media)
 
+    def interrupt(self, how: Literal["preempted", "target lost"]) -> None:
+        """In the middle of whatever runs."""
+        if how == "target lost":
+            self.lose_target()
+        else:
+            self.session.preempt(self.core.running[0])
+            self._deliver(self.core._finish(self.now))
+
     def work(self) -> bool:
         if self.queue and isinstance(self.queue[0], Step):
             self.steps.append(self.queue[0])
@@ -54,3 +64,14 @@ def alone(model: TextModel, made: Mapping[str, Prompt], max_tokens: int = 12) ->
         found[name] = rig.tokens(name)
         assert len(found[name]) == max_tokens
     return found
+
+
+class CountedDecodes(ReferenceAttention):
+    """Counts rows of one token, and those of them that it rotates itself."""
+
+    num_decodes = num_rotated = 0
+
+    def attend(self, q: mx.array, *rest: Any) -> mx.array:
+        self.num_decodes += q.shape[2] == 1
+        self.num_rotated += q.shape[2] == 1 and rest[-1].rotation is not None
+        return super().attend(q, *rest)

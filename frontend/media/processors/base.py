@@ -92,3 +92,21 @@ class Processor(Protocol):
             grid: the item's, as in `Processed`.
         """
         return [self.placeholders[kind]] * num_tokens, 0
+
+
+class ImageProcessor(Processor):
+    """Of a family that takes images and nothing else, each of which may come in parts behind leads."""
+
+    image_token_id: int
+
+    @property
+    def modalities(self) -> tuple[MediaKind, ...]:
+        return ("image",)
+
+    @property
+    def placeholders(self) -> dict[MediaKind, int]:
+        return {"image": self.image_token_id}
+
+    @property
+    def led(self) -> tuple[MediaKind, ...]:
+        return ("image",)

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from frontend.media.processors.base import Processed, Processor
+from frontend.media.processors.base import ImageProcessor, Processed
 from frontend.media.processors.placeholders import replaced
 from shared.errors import InvalidRequest
-from shared.messages import MediaKind
 
 MODEL_TYPES = ("lfm2_vl", "lfm2-vl")
 PLACEHOLDER = "<image>"
@@ -26,7 +25,7 @@ _RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # which Pil
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lfm2VlProcessor(Processor):
+class Lfm2VlProcessor(ImageProcessor):
     """Args:
     merge_size: so many patches along each side of a square become one token.
     min_tokens, max_tokens: of a picture in one piece, or of a thumbnail.
@@ -51,18 +50,6 @@ class Lfm2VlProcessor(Processor):
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_token_id: int = 396
-
-    @property
-    def modalities(self) -> tuple[MediaKind, ...]:
-        return ("image",)
-
-    @property
-    def placeholders(self) -> dict[MediaKind, int]:
-        return {"image": self.image_token_id}
-
-    @property
-    def led(self) -> tuple[MediaKind, ...]:
-        return ("image",)
 
     def image(self, picture: Image.Image) -> Processed:
         """The whole picture in one piece.

@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image
 
 from frontend.media.processors.areas import check_ratio
-from frontend.media.processors.base import Processed, Processor
+from frontend.media.processors.base import ImageProcessor, Processed
 from frontend.media.processors.placeholders import replaced
-from shared.messages import MediaKind
 
 MODEL_TYPES = ("minicpmv4_6",)
 
@@ -31,7 +30,7 @@ _SCALED = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniCpmVProcessor(Processor):
+class MiniCpmVProcessor(ImageProcessor):
     """Args:
     token_size: patches along a side of the square that one token stands for.
     edge: of a square of the area that a picture, or a slice of one, is resized to, in pixels.
@@ -49,18 +48,6 @@ class MiniCpmVProcessor(Processor):
     mean: tuple[float, ...] = _MEAN
     std: tuple[float, ...] = _STD
     image_token_id: int
-
-    @property
-    def modalities(self) -> tuple[MediaKind, ...]:
-        return ("image",)
-
-    @property
-    def placeholders(self) -> dict[MediaKind, int]:
-        return {"image": self.image_token_id}
-
-    @property
-    def led(self) -> tuple[MediaKind, ...]:
-        return ("image",)
 
     def image(self, picture: Image.Image) -> Processed:
         """The whole picture in one piece.

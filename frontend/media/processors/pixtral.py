@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from frontend.media.processors.base import Processed, Processor
+from frontend.media.processors.base import ImageProcessor, Processed
 from shared.errors import InvalidRequest
 from shared.messages import MediaKind
 
@@ -28,7 +28,7 @@ _TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_en
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixtralProcessor(Processor):
+class PixtralProcessor(ImageProcessor):
     """Args:
     merge_size: patches a side of one token.
     max_height, max_width: pixels, before the image is stretched to whole tokens.
@@ -47,14 +47,6 @@ class PixtralProcessor(Processor):
     image_token_id: int
     row_break_id: int
     image_end_id: int
-
-    @property
-    def modalities(self) -> tuple[MediaKind, ...]:
-        return ("image",)
-
-    @property
-    def placeholders(self) -> dict[MediaKind, int]:
-        return {"image": self.image_token_id}
 
     def image(self, picture: Image.Image) -> Processed:
         """Raises:

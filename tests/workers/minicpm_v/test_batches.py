@@ -9,9 +9,8 @@ import pytest
 from shared.messages import SamplingParams
 from tests.support.engine_rig import ForcedDrafts, make_engine
 from tests.support.layouts import EveryShape
-from tests.support.media_rig import CLASSES, MediaRig, alone
+from tests.support.media_rig import CLASSES, CountedDecodes, MediaRig, alone
 from tests.workers.minicpm_v import hf
-from workers.kernels.reference import ReferenceAttention
 from workers.load import loader
 from workers.models import mlxlm
 
@@ -87,7 +86,7 @@ def joined(pair, folder, monkeypatch):
 @pytest.mark.parametrize("layout", ["slots", "paged"])
 def test_kernels_and_joined_products_as_on_a_gpu_give_the_same(joined, made, expected, layout):
     assert joined.query_heads() == [4, 4]
-    kernel = Counted()
+    kernel = CountedDecodes()
     engine = make_engine(joined, classes=CLASSES, is_exact=False, layout=layout)
     engine.store.use_attention(EveryShape(kernel))
     rig = MediaRig(joined, engine)
@@ -95,15 +94,6 @@ def test_kernels_and_joined_products_as_on_a_gpu_give_the_same(joined, made, exp
     rig.drain()
     assert {name: rig.tokens(name) for name in made} == expected
     assert 0 < kernel.num_rotated == kernel.num_decodes
-
-
-class Counted(ReferenceAttention):
-    num_decodes = num_rotated = 0
-
-    def attend(self, q, *rest):
-        self.num_decodes += q.shape[2] == 1
-        self.num_rotated += q.shape[2] == 1 and rest[-1].rotation is not None
-        return super().attend(q, *rest)
 
 
 @pytest.mark.parametrize("how", ["preempted", "target lost"])
@@ -114,11 +104,7 @@ def test_an_end_in_the_middle_of_an_image_changes_nothing(pair, made, expected, 
     inside = {at for part in made["two"].media[2:] for at in range(part.start + 1, part.start + part.num_tokens)}
     while not any(chunk.start in inside for step in rig.steps for chunk in step.prefills):
         assert rig.work()
-    if how == "target lost":
-        rig.lose_target()
-    else:
-        rig.core.session.preempt(rig.core.running[0])
-        rig._deliver(rig.core._finish(rig.now))
+    rig.interrupt(how)
     rig.drain()
     assert {name: rig.tokens(name) for name in ("two", "text")} == {n: expected[n] for n in ("two", "text")}
     if how == "preempted":

@@ -7,9 +7,8 @@ import pytest
 from shared.messages import SamplingParams
 from tests.support.engine_rig import make_engine
 from tests.support.layouts import EveryShape
-from tests.support.media_rig import CLASSES, MediaRig, alone
+from tests.support.media_rig import CLASSES, CountedDecodes, MediaRig, alone
 from tests.workers.mistral3 import hf
-from workers.kernels.reference import ReferenceAttention
 
 pytestmark = [pytest.mark.mlx, pytest.mark.oracle]
 
@@ -74,7 +73,7 @@ def test_a_mixed_batch_gives_what_each_request_gives_alone(pair, expected):
 def test_kernels_and_joined_products_as_on_a_gpu_give_the_same(pair, expected, layout):
     """Queries are scaled before a kernel turns them."""
     _, model, made = pair
-    kernel = Counted()
+    kernel = CountedDecodes()
     engine = make_engine(model, classes=CLASSES, is_exact=False, layout=layout)
     engine.store.use_attention(EveryShape(kernel))
     asked = requests_of(made)
@@ -92,15 +91,6 @@ def test_kernels_and_joined_products_as_on_a_gpu_give_the_same(pair, expected, l
     assert 0 < kernel.num_rotated <= kernel.num_decodes
 
 
-class Counted(ReferenceAttention):
-    num_decodes = num_rotated = 0
-
-    def attend(self, q, *rest):
-        self.num_decodes += q.shape[2] == 1
-        self.num_rotated += q.shape[2] == 1 and rest[-1].rotation is not None
-        return super().attend(q, *rest)
-
-
 @pytest.mark.parametrize("how", ["preempted", "target lost"])
 def test_an_end_in_the_middle_of_an_image_changes_nothing(pair, expected, how):
     _, model, made = pair
@@ -111,11 +101,7 @@ def test_an_end_in_the_middle_of_an_image_changes_nothing(pair, expected, how):
     item = asked["two"].media[1]
     while not any(item.start < p.start < item.start + item.num_tokens for s in rig.steps for p in s.prefills):
         assert rig.work()
-    if how == "target lost":
-        rig.lose_target()
-    else:
-        rig.core.session.preempt(rig.core.running[0])
-        rig._deliver(rig.core._finish(rig.now))
+    rig.interrupt(how)
     rig.drain()
     assert {name: rig.tokens(name) for name in ("two", "text")} == {n: expected[n] for n in ("two", "text")}
     if how == "preempted":
