@@ -4,8 +4,8 @@
 
 Groups are taken in the order given by the next GPU that is free; the tasks of a group run one after another on it. A
 task is not begun where the time left is less than it usually takes, and is ended at its limit. Each leaves NAME.json
-and NAME.log in the folder; suite.json tells what ran. What runs beside it on the same host makes the host slower:
-figures that count want `--gpus 0`.
+and NAME.log in the folder; suite.json tells what ran. Each GPU's tasks have cores of their own (`--cores` for a part of
+them), and still what runs beside a task on the same host can make it slower: figures that count want `--gpus 0`.
 """
 
 from __future__ import annotations
@@ -117,16 +117,20 @@ class Suite:
         self._out, self._deadline = out, deadline
         self.ended: list[dict[str, Any]] = []
 
-    def run(self, gpus: Sequence[str]) -> list[dict[str, Any]]:
-        """What became of each task, in the order of their ends."""
-        threads = [threading.Thread(target=self._serve, args=(gpu,)) for gpu in gpus]
+    def run(self, gpus: Sequence[str], cores: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """What became of each task, in the order of their ends; `cores`, or all, are dealt out to the GPUs evenly."""
+        cores = sorted(os.sched_getaffinity(0)) if cores is None else cores
+        each = max(1, len(cores) // len(gpus))
+        shares = [cores[i * each : (i + 1) * each] or cores for i in range(len(gpus))]
+        threads = [threading.Thread(target=self._serve, args=pair) for pair in zip(gpus, shares, strict=True)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         return self.ended
 
-    def _serve(self, gpu: str) -> None:
+    def _serve(self, gpu: str, cores: Sequence[int]) -> None:
+        os.sched_setaffinity(0, cores)  # of this thread, and so of what it starts
         while True:
             try:
                 group, tasks = self._waiting.get_nowait()
@@ -161,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", default=",".join(GROUPS), help="in this order")
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs to use, side by side")
+    parser.add_argument("--cores", help="FIRST-LAST, to leave others to what runs beside; all without it")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
@@ -170,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     groups = {name: GROUPS[name] for name in options.groups.split(",")}
-    ended = Suite(groups, out, time.monotonic() + 60 * options.minutes).run(options.gpus.split(","))
+    cores = None
+    if options.cores:
+        first, last = map(int, options.cores.split("-"))
+        cores = sorted(os.sched_getaffinity(0) & {*range(first, last + 1)})
+    ended = Suite(groups, out, time.monotonic() + 60 * options.minutes).run(options.gpus.split(","), cores)
     report.write_json(out / "suite.json", {**report.provenance("suite"), "tasks": ended})
     report.print_last_line({"tasks": ended})
     return int(any(row["result"] != "done" for row in ended))

@@ -26,11 +26,12 @@ TRIAL_SHARE = 0.01  # of the time may be lost by trying what is not the best cho
 TRIAL_ROUNDS = 4  # of a trial, the first of which is not measured: it fills or empties the pipeline
 TRIAL_ROWS, FIRST_TRIAL_ROWS = 12, 32  # where rounds have few rows there are more of them
 CLOSE_PLAIN = 0.6  # as CLOSE, for the first trial of plain decoding, by which everything else is judged
-CLOSE, CLOSE_INTERVAL = 0.88, 160  # a choice that is nearly as good costs little to try, so often (in results)
+CLOSE, CLOSE_INTERVAL = 0.88, 320  # a choice that is nearly as good costs little to try, so often (in results)
 MIN_TRIAL_INTERVAL = 24  # results between two trials
 TRIAL_CHECK = 4  # results between two looks at whether a trial is due
 FIRST_TRIAL_AFTER = 12  # results at a batch size where the best other choice was never measured
 MAX_TRIAL_INTERVAL_S = 60.0
+LOST = 0.75  # a trial ends early where its rounds promise less than this share of the best
 PLAUSIBLE = 0.4  # a draft length that promises less than this share of the best waits longer for its first trial
 NUM_CERTAIN = 4  # rounds until a time is an average of its own
 
@@ -199,7 +200,7 @@ class Policy:
         trial.seconds += elapsed_s
         trial.num_tokens += num_tokens
         trial.rounds_left -= k == trial.k
-        if trial.rounds_left > 0 and trial.k in (0, *candidates):
+        if trial.rounds_left > 0 and trial.k in (0, *candidates) and not self._is_lost(trial, batch, candidates):
             return
         self._trial = None
         best_rate = self.rate(batch, self.best(batch, candidates))
@@ -207,6 +208,12 @@ class Policy:
         self._credit_s -= lost_s
         self._trial_cost[size_of(batch), trial.k] = lost_s
         self._num_since_trial[size_of(batch)] = 0
+
+    def _is_lost(self, trial: Trial, batch: int, candidates: Sequence[int]) -> bool:
+        """Its rounds tell that this choice is far from the best."""
+        if not self._is_certain(size_of(batch), trial.k):
+            return False
+        return self.rate(batch, trial.k) < LOST * self.rate(batch, self.best(batch, candidates))
 
     def _next_trial(self, batch: int, candidates: Sequence[int]) -> Trial | None:
         """What is worth trying now: the choice that was measured longest ago among those that may win."""

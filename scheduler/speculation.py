@@ -209,9 +209,10 @@ class Speculator:
         return min(k, int(SHARE_BESIDE_PREFILLS * max_step_tokens / num_drafting))
 
     def _candidates(self) -> list[int]:
-        """One less than powers of two, which fill a padded verify row, and the longest draft."""
+        """One less than powers of two, which fill a padded verify row, and the longest draft unless it is one more."""
         most = self.max_draft_tokens
-        return sorted({min(most, (1 << bits) - 1) for bits in range(1, most.bit_length() + 1)})
+        found = {min(most, (1 << bits) - 1) for bits in range(1, most.bit_length() + 1)}
+        return sorted(found if most < 2 or most & (most - 1) else found - {most})
 
     def _expected_tokens(self, k: int) -> float:
         if self.is_neural:

@@ -4,12 +4,16 @@ MLX's CPU wheel links the reference BLAS (about 5 GFLOP/s on two cores). A libra
 before `mlx.core` is imported takes its place, since the dynamic linker resolves `cblas_sgemm` in load order: 20-35
 times faster float32 products. bfloat16 and float16 never go through BLAS.
 
-Threads must not spin while they wait. Four processes share the cores, and a spinning OpenMP thread takes a core from
-the one that has work. All products of a 135M-parameter model, M rows, oneMKL 2026.2, 2 threads on 2 busy cores, ms:
+Threads must not spin long while they wait: four processes share the cores, and a spinning OpenMP thread takes a core from
+the one that has work. But a thread that sleeps between the products of one step is woken late, above all on a virtual
+machine, whose idle core has been given away: 100 us bridge the operations in between. Steps of a 135M-parameter model
+(rows x tokens), 2 cores, oneMKL 2026.2, ms by KMP_BLOCKTIME:
 
-    M                          1      2      4      8     32    256
-    default (spin 200 ms)     50    232    138    407    633   1333
-    KMP_BLOCKTIME=0           45     57     97    104    191    868
+    rows x tokens      1x1    1x8    8x1    8x2    8x4    8x8
+    0                   51    107     95    242    284    360
+    20us                48     84     93    113    150    215
+    100us               48     85     86    105    142    215
+    1 (ms)              50     90     90    114    152    216
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ def prepare(settings: Settings) -> str:
     num_threads = settings.blas_threads or _available_cores()
     for variable in _THREAD_VARIABLES:
         os.environ.setdefault(variable, str(num_threads))
-    os.environ.setdefault("KMP_BLOCKTIME", "0")  # Intel OpenMP: sleep, do not spin
+    os.environ.setdefault("KMP_BLOCKTIME", "100us")  # Intel OpenMP: how long a thread spins before it sleeps
     if settings.blas != "auto":
         path = str(Path(settings.blas).expanduser())
         try:

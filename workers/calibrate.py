@@ -23,7 +23,7 @@ CPU_BATCHES = (1, 4)  # each step takes its time there; the policy follows the r
 WIDTHS = (1, 2, 4, 8)
 CONTEXT = 64  # tokens before the measured step
 REPEATS = 3
-FORMAT = "step-costs-1"
+FORMAT = "step-costs-2"
 
 
 def step_costs(engine: Engine, info: WorkerInfo, cache_folder: Path) -> list[StepCost]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
 import time
 
@@ -20,6 +21,7 @@ def sleeper(tmp_path, monkeypatch):
         "import os, sys, time\n"
         "time.sleep(float(sys.argv[1]))\n"
         "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('MORE'), sys.argv[3:])\n"
+        "print('cores', *sorted(os.sched_getaffinity(0)))\n"
         "sys.exit(int(sys.argv[2]))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -35,6 +37,10 @@ def test_groups_are_shared_out_over_gpus_and_their_tasks_run_in_order(sleeper):
     assert [ended[name]["result"] for name in "abc"] == ["done", "exit 3", "done"]
     assert ended["a"]["gpu"] == ended["b"]["gpu"] != ended["c"]["gpu"]
     assert "yes" in (sleeper / "a.log").read_text()
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:  # each GPU's tasks have cores of their own
+        a, c = (set((sleeper / f"{name}.log").read_text().partition("cores")[2].split()) for name in "ac")
+        assert not a & c and len(a) == len(c) == len(cores) // 2
     assert "a.json" in (sleeper / "a.log").read_text() and "json" not in (sleeper / "b.log").read_text()
 
 

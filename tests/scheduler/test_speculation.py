@@ -388,7 +388,12 @@ def test_k_grows_with_acceptance() -> None:
     chosen = [speculator(0.016, 0.001, rate).choose_k(1) for rate in (0.05, 0.3, 0.6, 0.8, 0.95)]
     assert chosen == sorted(chosen)
     assert chosen[0] == 0
-    assert chosen[-1] == 8
+    assert chosen[-1] == 7, "one draft more would fill half a padded row more"
+
+
+@pytest.mark.parametrize(("longest", "tried"), [(1, [1]), (2, [1]), (3, [1, 3]), (6, [1, 3, 6]), (8, [1, 3, 7]), (9, [1, 3, 7, 9])])
+def test_few_lengths_are_tried_and_none_that_nearly_equals_another(longest: int, tried: list[int]) -> None:
+    assert speculator(0.016, 0.001, 0.8, max_draft=longest)._candidates() == tried
 
 
 @given(
