@@ -184,7 +184,7 @@ def _parity_lines(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [
         report.table(["arm", "identical", "compared", "identical", "ties", "others", "unresolved", "unchecked"], rows),
         "",
-        f"Tie: at the first difference the plain model's two log-probabilities are less than {bound} nats apart. "
+        f"Tie: at the first difference the plain model's two log-probabilities are at most {bound} nats apart. "
         "Unresolved: asked again, the plain server parted before that place.",
     ]
 

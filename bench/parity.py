@@ -47,7 +47,7 @@ def judge(client: httpx.Client, target: Target, prompt: Prompt, plain: str, othe
     """Ask the plain server again and look at the parting.
 
     Args:
-        bound: log-probabilities that are nearer than this, in nats, are a tie.
+        bound: log-probabilities that are no further apart than this, in nats, are a tie.
     Raises:
         httpx.HTTPError: the server did not answer, or not with 200.
         ValueError: its answer has no log-probabilities.
@@ -64,7 +64,7 @@ def judge(client: httpx.Client, target: Target, prompt: Prompt, plain: str, othe
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the answer has no log-probabilities: {error!r}") from error
     gap = _gap(entries, plain.encode(), other.encode())
-    verdict: Verdict = "unresolved" if gap is None else "tie" if gap < bound else "other"
+    verdict: Verdict = "unresolved" if gap is None else "tie" if gap <= bound else "other"
     return Parting(verdict=verdict, at_char=at, gap=gap)
 
 

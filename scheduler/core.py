@@ -116,7 +116,7 @@ class Core:
             case CacheRequest():
                 self._outbox.send(sender, self._cache_reply(message))
             case BlocksLoaded() | BlocksArchived():
-                self._archive_message(sender, message)
+                self._archive_message(sender, message, now)
             case WorkerFailed():
                 self._worker_failed(sender, now)
             case DraftReply():
@@ -493,10 +493,10 @@ class Core:
         if session is not None and target is not None and not session.result(result, now):
             self._resynchronise(target, now)
 
-    def _archive_message(self, sender: str, message: BlocksLoaded | BlocksArchived) -> None:
+    def _archive_message(self, sender: str, message: BlocksLoaded | BlocksArchived, now: float) -> None:
         session = self._session_of(sender, message.epoch)
         if session is not None:
-            session.archive_message(message)
+            session.archive_message(message, now)
 
     def _draft_reply(self, sender: str, reply: DraftReply, now: float) -> None:
         if sender == self.speculator.drafter_id:

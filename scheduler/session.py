@@ -326,6 +326,8 @@ class Session:
         step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
         self._last_result = now
         self._timeout.observe(step.num_tokens, step_s)
+        if self.prefix is not None and not step.is_decode_only:
+            self.prefix.pace.computed(step.num_tokens, step_s)
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
                 self.metrics.phases[phase].observe(seconds)
@@ -435,13 +437,15 @@ class Session:
                 )
             self.prefix.to_load = []
 
-    def archive_message(self, message: BlocksLoaded | BlocksArchived) -> None:
+    def archive_message(self, message: BlocksLoaded | BlocksArchived, now: float) -> None:
         if self.prefix is None:
             self.metrics.dropped["unexpected"].inc()
         elif isinstance(message, BlocksArchived):
             self.prefix.archived(message)
-        elif self._loads.pop(message.load_id, None) is None or not self.prefix.loaded(message):
+        elif (sent := self._loads.pop(message.load_id, None)) is None or not self.prefix.loaded(message):
             self.metrics.dropped["unexpected"].inc()
+        else:
+            self.prefix.pace.loaded(sum(message.is_loaded), now - sent)
 
     # ------------------------------------------------ invariants
 

@@ -4,10 +4,10 @@ MLX's CPU wheel links the reference BLAS (about 5 GFLOP/s on two cores). A libra
 before `mlx.core` is imported takes its place, since the dynamic linker resolves `cblas_sgemm` in load order: 20-35
 times faster float32 products. bfloat16 and float16 never go through BLAS.
 
-Threads must not spin long while they wait: four processes share the cores, and a spinning OpenMP thread takes a core from
-the one that has work. But a thread that sleeps between the products of one step is woken late, above all on a virtual
-machine, whose idle core has been given away: 100 us bridge the operations in between. Steps of a 135M-parameter model
-(rows x tokens), 2 cores, oneMKL 2026.2, ms by KMP_BLOCKTIME:
+Threads must not spin long while they wait: four processes share the cores, and a spinning OpenMP thread takes a core
+from the one that has work. But a thread that sleeps between the products of one step is woken late, above all on a
+virtual machine, whose idle core has been given away: 100 us bridge the operations in between. Steps of a 135M-parameter
+model, 2 cores, oneMKL 2026.2, ms by KMP_BLOCKTIME:
 
     rows x tokens      1x1    1x8    8x1    8x2    8x4    8x8
     0                   51    107     95    242    284    360

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from scheduler.prefix.counts import PrefixCounts
 from scheduler.prefix.hashing import chain_seed, extend_chain
 from scheduler.prefix.index import Entry, PrefixIndex
+from scheduler.prefix.pace import ArchivePace
 from scheduler.prefix.sharing import Sharing
 from scheduler.sequence import Sequence
 from shared.messages import (
@@ -79,6 +80,7 @@ class PrefixCache:
         self.counts = counts
         self.index = PrefixIndex(info.num_blocks, info.num_states)
         self.sharing = Sharing(self.index, info.block_size) if info.is_shared else None
+        self.pace = ArchivePace()
         self.to_load: list[LoadBlocks] = []  # to be sent by the owner, epoch not yet set
         self.to_check: list[ToCheck] = []
         self.num_checked = 0  # blocks of the comparison that is on its way
@@ -380,6 +382,9 @@ class PrefixCache:
         chain = chain[:n]
         absent = [e for e in chain if e.block_id is None]
         if not absent or len(chain) > self.info.num_blocks or any(e.is_awaited for e in chain):
+            return False
+        if not self.pace.is_worth(len(absent), (len(chain) - _num_ready(chain)) * self.info.block_size):
+            self.counts.misses["slow_archive"] += 1
             return False
         self.index.pin(chain)
         loading = [e for e in absent if self.index.insert(e.block_hash, e.archived_window) is not None]

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from shared import metric_names as names
 
 TIERS = ("device", "host", "ssd")
-MISSES = ("unknown", "no_state", "no_window", "load_failed")
+MISSES = ("unknown", "no_state", "no_window", "load_failed", "slow_archive")
 
 
 def _zeros(keys: Iterable[str]) -> Counter[str]:

@@ -391,7 +391,9 @@ def test_k_grows_with_acceptance() -> None:
     assert chosen[-1] == 7, "one draft more would fill half a padded row more"
 
 
-@pytest.mark.parametrize(("longest", "tried"), [(1, [1]), (2, [1]), (3, [1, 3]), (6, [1, 3, 6]), (8, [1, 3, 7]), (9, [1, 3, 7, 9])])
+@pytest.mark.parametrize(
+    ("longest", "tried"), [(1, [1]), (2, [1]), (3, [1, 3]), (6, [1, 3, 6]), (8, [1, 3, 7]), (9, [1, 3, 7, 9])]
+)
 def test_few_lengths_are_tried_and_none_that_nearly_equals_another(longest: int, tried: list[int]) -> None:
     assert speculator(0.016, 0.001, 0.8, max_draft=longest)._candidates() == tried
 
