@@ -47,6 +47,7 @@ def write(folder: Path, seed: int = 0) -> Path:
         "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "vision_config": VISION,
         "text_config": {**TEXT, "vocab_size": older["vocab_size"]}, "tie_word_embeddings": True,
     }  # fmt: skip
+    mx.random.seed(seed)  # time constants are drawn as the model is made
     model = Qwen35(AddedVisionConfig.from_hf(config, 0, qwen3_5.ModelArgs.from_dict))
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
     kept = {name: array for name, array in tree_flatten(model.parameters()) if array.ndim == 1}
