@@ -27,6 +27,7 @@ NGRAM_CERTAIN = 5  # a match of so many tokens goes before the neural drafter
 MIN_MATCH = 2  # shorter matches are noise
 MIN_CONFIDENCE = 0.25
 AVAILABLE_WEIGHT = 0.05
+HARDLY_LONGER = 8  # a draft of so many tokens than one of one less: not worth trials of its own
 HARDLY_MORE = 1.3  # than a plain step: a launch-bound GPU's verify step, never a CPU's
 SHARE_BESIDE_PREFILLS = 1 / 8  # of a step's tokens
 MIN_AVAILABLE = 0.1  # of the rows may come to have a proposal, whatever the average says
@@ -209,10 +210,10 @@ class Speculator:
         return min(k, int(SHARE_BESIDE_PREFILLS * max_step_tokens / num_drafting))
 
     def _candidates(self) -> list[int]:
-        """One less than powers of two, which fill a padded verify row, and the longest draft unless it is one more."""
+        """One less than powers of two, which fill a padded verify row, and the longest draft where it differs."""
         most = self.max_draft_tokens
         found = {min(most, (1 << bits) - 1) for bits in range(1, most.bit_length() + 1)}
-        return sorted(found if most < 2 or most & (most - 1) else found - {most})
+        return sorted(found - {most} if most >= HARDLY_LONGER and most - 1 in found else found)
 
     def _expected_tokens(self, k: int) -> float:
         if self.is_neural:

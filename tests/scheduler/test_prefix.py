@@ -177,9 +177,9 @@ def test_random_chats_give_the_same_tokens_as_without_a_cache(
     chats.assert_idle()
 
 
-def test_blocks_in_the_archive_are_loaded_after_a_restart_of_the_target() -> None:
+def restarted_after(prompt: list[int]) -> Rig:
+    """The target was restarted after a request with `prompt`: its blocks are in the archive only."""
     chats = rig()
-    prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0, 2, 1]
     chats.submit("a", prompt, 2)
     chats.drain()
     archive = chats.target.archive
@@ -187,6 +187,12 @@ def test_blocks_in_the_archive_are_loaded_after_a_restart_of_the_target() -> Non
     chats.target.archive = archive
     added = [ArchivedBlock(block_hash=h, has_window=b.has_window, has_state=False) for h, (b, _) in archive.items()]
     chats.send(chats.target_id, BlocksArchived(epoch=chats.epoch, added=added))
+    return chats
+
+
+def test_blocks_in_the_archive_are_loaded_after_a_restart_of_the_target() -> None:
+    prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0, 2, 1]
+    chats = restarted_after(prompt)
     chats.submit("b", prompt, 2)
     chats.drain()
     assert chats.tokens("b") == greedy(prompt, 2)

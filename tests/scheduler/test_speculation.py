@@ -392,7 +392,7 @@ def test_k_grows_with_acceptance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("longest", "tried"), [(1, [1]), (2, [1]), (3, [1, 3]), (6, [1, 3, 6]), (8, [1, 3, 7]), (9, [1, 3, 7, 9])]
+    ("longest", "tried"), [(1, [1]), (2, [1, 2]), (4, [1, 3, 4]), (6, [1, 3, 6]), (8, [1, 3, 7]), (9, [1, 3, 7, 9])]
 )
 def test_few_lengths_are_tried_and_none_that_nearly_equals_another(longest: int, tried: list[int]) -> None:
     assert speculator(0.016, 0.001, 0.8, max_draft=longest)._candidates() == tried

@@ -48,7 +48,7 @@ def report(is_mlx_first=False, **environ):
     return json.loads(done.stdout)
 
 
-def test_auto_loads_a_library_whose_threads_do_not_spin_and_turns_compilation_off():
+def test_auto_loads_a_library_whose_threads_spin_briefly_and_turns_compilation_off():
     text, names, variables = report()
     if "built-in" in text:
         pytest.skip("no BLAS on this machine")
