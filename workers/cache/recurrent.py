@@ -24,7 +24,7 @@ class Trail(Protocol):
     lengths: list[int]
     """Real tokens of each row."""
 
-    def rewound(self, counts: mx.array) -> State:
+    def rewound(self, counts: tuple[int, ...]) -> State:
         """The states (B, ...) after the first counts[i] tokens of row i."""
 
 
@@ -69,8 +69,8 @@ class RecurrentLayer:
         trails = {id(self._trails[slot][0]): self._trails[slot][0] for slot in num_kept if slot in self._trails}
         for trail in trails.values():
             rows = {row: slot for slot, (held, row) in self._trails.items() if held is trail}
-            counts = [num_kept.get(rows[i], n) if i in rows else n for i, n in enumerate(trail.lengths)]
-            states = trail.rewound(mx.array(counts, dtype=mx.int32))
+            counts = tuple(num_kept.get(rows[i], n) if i in rows else n for i, n in enumerate(trail.lengths))
+            states = trail.rewound(counts)
             for row, slot in rows.items():
                 self._batches[slot] = (states, row)
                 del self._trails[slot]

@@ -10,10 +10,12 @@ and its convolution of four tokens is elementwise. Parameters stay where mlx-lm 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
@@ -65,17 +67,29 @@ class DeltaTrail:
         self._layer, self._state = layer, state
         self._conv_input, *self._changes = inputs
 
-    def rewound(self, counts: mx.array) -> State:
+    def rewound(self, counts: tuple[int, ...]) -> State:
         k, v, a, b = self._changes
-        mask = mx.arange(k.shape[1]) < counts[:, None]
         layer = self._layer
+        mask = _is_kept(counts, k.shape[1])
         _, state = gated_delta_update(k, k, v, a, b, layer.A_log, layer.dt_bias, self._state, mask)
         return [_rows_at(self._conv_input, counts, layer.conv_kernel_size - 1), state]
 
 
-def _rows_at(conv_input: mx.array, counts: mx.array, size: int) -> mx.array:
+@lru_cache(maxsize=4)  # all layers of a step ask for the same, and on a GPU each operation is a launch
+def _is_kept(counts: tuple[int, ...], length: int) -> mx.array:
+    """(B, length) bool: the first counts[i] tokens of row i."""
+    return mx.array(np.arange(length) < np.array(counts)[:, None])
+
+
+@lru_cache(maxsize=4)
+def _before(counts: tuple[int, ...], size: int) -> mx.array:
+    """(B, size, 1) int32: counts[i] + 0 .. size - 1."""
+    return mx.array((np.array(counts)[:, None] + np.arange(size))[..., None].astype(np.int32))
+
+
+def _rows_at(conv_input: mx.array, counts: tuple[int, ...], size: int) -> mx.array:
     """The `size` rows of a convolution's input that stand before its token number counts[i]."""
-    return mx.take_along_axis(conv_input, (counts[:, None] + mx.arange(size))[..., None], axis=1)
+    return mx.take_along_axis(conv_input, _before(counts, size), axis=1)
 
 
 @mx.compile
@@ -87,6 +101,12 @@ def short_convolution(x: mx.array, taps: mx.array) -> mx.array:
     for i in range(1, size):
         total = total + x[:, i : i + length].astype(mx.float32) * taps[i]
     return (total * mx.sigmoid(total)).astype(x.dtype)
+
+
+def _real(cache: Any, length: int) -> tuple[int, ...]:  # noqa: ANN401 - ours, or mlx-lm's in a comparison
+    """How many tokens of each row are no padding."""
+    known = cache.host_lengths if isinstance(cache, RecurrentView) else cache.lengths.tolist()
+    return tuple(min(max(n, 0), length) for n in known)
 
 
 class _DeltaNet:
@@ -115,7 +135,7 @@ class _DeltaNet:
             if cache.lengths is None:
                 cache[0] = mx.contiguous(conv_input[:, -size:])
             else:
-                cache[0] = _rows_at(conv_input, mx.clip(cache.lengths, 0, length), size)
+                cache[0] = _rows_at(conv_input, _real(cache, length), size)
             cache[1] = after
             cache.advance(length)
             if isinstance(cache, RecurrentView) and cache.has_drafts:
