@@ -32,6 +32,7 @@ from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_me
 from workers.models.base import MediaModel
 from workers.own_attention import may_serve_all
 from workers.runner import ModelRunner
+from workers.viewed_weights import view_weights
 
 logger = logging.getLogger("target")
 
@@ -193,14 +194,17 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
         cache_folder=settings.cache_folder,
         is_paged=settings.kv_layout == "paged",
         shared=[layers[i] for i in shared_layers()] if layers and shared_layers is not None else (),
+        form=getattr(loaded.model, "attention_form", "apart"),
     )
     engine.store.use_attention(choice)
-    if choice is None:
-        return info
-    if choice.is_used and all(choice.is_used.values()):
+    if choice is not None and choice.is_used and all(choice.is_used.values()):
         join = getattr(loaded.model, "join_attention_inputs", None)
         if join is not None:
             join()
+    if not is_cpu():
+        view_weights(loaded.model)
+    if choice is None:
+        return info
     return msgspec.structs.replace(info, attention=list(choice.reasons))
 
 

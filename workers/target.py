@@ -43,6 +43,9 @@ logger = logging.getLogger("target")
 
 IDLE_POLL_S = 1.0
 ARCHIVE_POLL_S = 0.002  # while idle and blocks go to or come from the archive
+# Without a step for so long, the device is idle. Between two steps of a busy server there is often none, too, and then
+# copying a block would hold up the next one.
+IDLE_AFTER_S = 0.05
 MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
 
 
@@ -71,6 +74,7 @@ class Target:
         # MLX's CPU device runs a graph while it is being queued, so a second step would only delay the first's result.
         self.depth = 1 if is_cpu() else 2
         self.step_s = 0.0  # moving average of the time a step keeps the device
+        self.last_busy = 0.0  # `time.monotonic` when the last step ended
         self.epoch = 0
         self.scheduler_id = ""
         self.last_step = self.last_release = self.last_load = 0  # ids of the last messages taken in this epoch
@@ -114,10 +118,14 @@ class Target:
                         self.is_draining = True
                 while waiting and len(running) < self.depth:
                     self._begin(waiting.popleft(), running)
+                is_busy = bool(running or waiting)
                 if running:
                     self._finish(running.popleft())
+                now = time.monotonic()
+                if is_busy:
+                    self.last_busy = now
                 if self.archiver is not None:
-                    self._archive(self.archiver, is_idle=not running and not waiting)
+                    self._archive(self.archiver, is_idle=now - self.last_busy > IDLE_AFTER_S)
         except Exception as error:
             logger.exception("a step failed")
             self.link.send(WorkerFailed(epoch=self.epoch, reason=str(error)[:500]))

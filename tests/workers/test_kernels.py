@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,13 +18,14 @@ from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
 from workers.kernels import prove as proving
 from workers.kernels import select as selecting
-from workers.kernels.base import MAX_ROWS, Variant
-from workers.kernels.choice import AttentionChoice, ShapeClass
+from workers.kernels.base import MAX_ROWS, HeadNorms, Variant
+from workers.kernels.choice import AttentionChoice, Form, ShapeClass
 from workers.kernels.cuda import CudaAttention, max_rows, num_parts, shared_bytes, supports
 from workers.kernels.metal import combine
 from workers.kernels.pages import Pages, Pool, slot_pages, tiles
 from workers.kernels.prove import largest_error, prove, seconds, tiles_are_right
 from workers.kernels.reference import ReferenceAttention
+from workers.kernels.reference import apart as apart_rows
 from workers.models.rope import Rope, RopeParameters, Rotation
 
 HEADS, KV_HEADS, DIM = 6, 2, 16
@@ -163,7 +165,7 @@ def test_a_kernel_waits_for_the_one_before_on_its_pool(monkeypatch: pytest.Monke
     monkeypatch.setattr(mx.fast, "cuda_kernel", fake_kernel)
     kernel = CudaAttention()
     q, k, v = (mx.zeros((1, heads, 2, 64)) for heads in (8, 2, 2))
-    for length, names in ((40, ["attend", "attend_written"]), (4000, ["attend_split", "attend_written_split"])):
+    for length, part in ((40, ""), (4000, "_split")):
         launches.clear()
         pool = Pool(mx.zeros((1, 2, 4096, 64)), mx.zeros((1, 2, 4096, 64)))
         pages = slot_pages([0], [length])
@@ -171,12 +173,79 @@ def test_a_kernel_waits_for_the_one_before_on_its_pool(monkeypatch: pytest.Monke
             kernel.attend(q, k, v, pool, pages, Variant(1.0))
             for _ in "cd":
                 kernel.attend_written(q, pool, pages, Variant(1.0))
-        attending = [i for i, (name, _, _) in enumerate(launches) if not name.endswith("combine")]
-        assert [launches[i][0] for i in attending] == [f"tandem_{names[j]}" for j in (0, 1, 1)] * 2
-        for i in attending[1:]:
-            assert launches[i][1]["after"] is launches[i - 1][2][0]
-            assert launches[i][1]["pool_k"] is pool.keys
+            joined = kernel.attend_joined(mx.zeros((1, 2, 12 * 64)), 8, pool, pages, Variant(1.0))
+            assert joined.shape == (1, 2, 8 * 64)
+        names = [name.partition("_64_")[0] for name, _, _ in launches]
+        kinds = ["attend", "attend_written", "attend_written", "attend_joined"]
+        assert names == [f"tandem_{kind}{part}" for kind in kinds] * 2
+        for before, (_, inputs, _) in pairwise(launches):
+            assert inputs["after"] is before[2][0]
+            assert inputs["pool_k"] is pool.keys
+            assert ("scratch" in inputs) == (part == "_split")
         assert pool.last is launches[-1][2][0]
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("width", [1, 4])
+def test_rows_of_one_product_are_attended_as_those_apart(width: int, window: int | None, has_norms: bool) -> None:
+    spec = AttentionSpec(KV_HEADS, DIM, DIM, window)
+    rope = Rope(RopeParameters(tuple(10000.0 ** (-i / DIM) for i in range(0, DIM, 2))))
+    form: Form = "normed" if has_norms else "joined"
+    used = ALL_WIDTHS | {ShapeClass(HEADS, KV_HEADS, DIM, width, mx.float32, form=form): True}
+    norms = HeadNorms(mx.random.normal((DIM,)), mx.random.normal((DIM,)), 1e-5) if has_norms else None
+    apart, joined = (CacheStore([spec], [64, 192], 32, mx.float32, is_exact=False, slack=64) for _ in "ab")
+    joined.use_attention(AttentionChoice(ReferenceAttention(), used))
+    for start in range(0, 160, width):  # the ring of 96 wraps
+        qkv = mx.random.normal((3, width, (HEADS + 2 * KV_HEADS) * DIM))
+        outs = []
+        for store in (apart, joined):
+            for slot, limit in enumerate((192, 64, 192)):
+                store.ensure(slot, limit)
+            batch = store.open([0, 1, 2], [start, start % 48, start // 2], width)
+            rows, view = qkv[mx.array(batch.order)], batch.layers[0]
+            rotate = rope.at(view.offset, width, 3, is_cpu=False)
+            out = view.attend_joined(rows, HEADS, 0.25, rotation=rotate, norms=norms)  # type: ignore[union-attr]
+            assert (out is None) == (store is apart), "without a kernel nothing is done"
+            if out is None:
+                split = apart_rows(rows, HEADS, KV_HEADS, norms)
+                out = view.attend(*split, 0.25, rotation=rotate).swapaxes(1, 2).reshape(3, width, -1)  # type: ignore[union-attr]
+            outs.append(out)
+        np.testing.assert_allclose(np.array(outs[0]), np.array(outs[1]), atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["joined", "normed"])
+def test_joined_rows_are_checked_and_timed_by_themselves(form: Form) -> None:
+    shape = ShapeClass(HEADS, KV_HEADS, DIM, 2, mx.float32, form=form)
+    assert shape.name == f"2 query rows, 6/2 heads of 16, float32, {form}"
+    assert largest_error(ReferenceAttention(), shape, with_blocks=True) == 0
+    assert seconds(ReferenceAttention(), shape, rows=2, context=64) > 0
+    assert seconds(None, shape, rows=2, context=64) > 0
+
+    class OffWhenJoined(ReferenceAttention):
+        def attend_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+            assert (variant.norms is None) == (form == "joined")
+            return super().attend_joined(qkv, num_heads, pool, pages, variant) + 1.0
+
+    (off,) = prove(OffWhenJoined(), [shape])
+    assert "off by" in off.reason
+
+
+def test_layers_with_one_product_are_asked_for_by_it_and_their_chunks_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "machine_kernel", ReferenceAttention)
+    choice = selecting.select(
+        [(AttentionSpec(KV_HEADS, 64, 64), HEADS)], mx.float32, "kernel", is_speculative=True, cache_folder=tmp_path,
+        widths=[1, 0, 4, 16], form="joined",
+    )  # fmt: skip
+    assert choice is not None
+    assert [(s.rows, s.form) for s in choice.is_used] == [
+        (1, "joined"), (4, "joined"), (16, "joined"), (0, "apart"), (16, "apart"),
+    ]  # fmt: skip
+    assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 4, False) is choice.attention
+    assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 4, True) is None
+    assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 2, False) is None
 
 
 def test_a_rotation_given_to_the_cache_is_the_models_own() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from workers.kernels import delta
-from workers.kernels.cuda import header, kernel_bodies
+from workers.kernels.cuda import append_kernel, attend_kernel, constants_text, header
 
 nvidia = pytest.importorskip("nvidia", reason="no NVIDIA packages")
 ROOTS = [Path(folder) for folder in getattr(nvidia, "__path__", [])]
@@ -34,13 +34,23 @@ DELTA = {"gated_delta": (delta.INPUTS, ["y", "after"], delta.BODY)}
 BF16, FP16, FP32 = "__nv_bfloat16", "__half", "float"
 NOT_T = {
     "table": "int", "starts": "int", "params": "int", "old": "int", "inv_freq": "float", "sinks": "float",
-    "partial": "float", "stats": "float", "g": "float", "state": "float", "is_real": "bool", "after": "float",
+    "scratch": "float", "g": "float", "state": "float", "is_real": "bool", "after": "float",
 }  # fmt: skip
+
+
+def parts_of(kernel: str) -> tuple[list[str], list[str], str]:
+    """Inputs, outputs and body; an attending kernel's name tells of `_split` and `_normed`."""
+    if kernel in DELTA:
+        return DELTA[kernel]
+    if kernel.startswith("append"):
+        return append_kernel(gives_back=kernel == "append_after")
+    kind = kernel.removesuffix("_normed").removesuffix("_split")
+    return attend_kernel(kind, is_split="_split" in kernel, has_norms=kernel.endswith("_normed"))
 
 
 def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str, str]:
     """The text MLX generates around a body, and the function's name, which holds the template's values."""
-    inputs, outputs, body = (kernel_bodies() | DELTA)[kernel]
+    inputs, outputs, body = parts_of(kernel)
     name = "_".join(["custom_kernel_tandem", kernel, *(str(v) for v in template.values())])
     arguments = []
     for each in inputs:
@@ -49,11 +59,10 @@ def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str
             if each + suffix in body:
                 arguments.append(f"const __grid_constant__ {kind} {each}{suffix}")
     for each in outputs:
-        arguments.append(f"{'float' if kernel.endswith('_split') else NOT_T.get(each, dtype)}* {each}")
-    constants = "".join(f"constexpr int {k} = {v};\n" for k, v in template.items())
-    constants += f"using TG = float; using TB = {dtype};\n"
+        arguments.append(f"{NOT_T.get(each, dtype)}* {each}")
+    constants = f"{constants_text(dtype, template)}using TG = float; using TB = {dtype};\n"
     signature = f"__global__ void {name}({', '.join(arguments)})"
-    function = f"{signature} {{\nusing T = {dtype};\n{constants}{body}\n}}"
+    function = f"{signature} {{\n{constants}{body}\n}}"
     return f"{PRELUDE}{header()}{delta.header()}namespace mlx::core::cu {{\n{function}\n}}\n", name
 
 
@@ -84,7 +93,9 @@ def compile_log(text: str, name: str) -> str:
         ("attend_written", FP32, {"D": 128, "G": 2, "MT": 1, "NEW": 1, "ROPE": 0, "SHIFT": 5, "NW": 4}),
         ("attend_written_split", BF16, {"D": 256, "G": 4, "MT": 1, "NEW": 1, "ROPE": 0, "SHIFT": 5, "NW": 4}),
         ("attend_written_split", FP16, {"D": 64, "G": 8, "MT": 2, "NEW": 1, "ROPE": 64, "SHIFT": 0, "NW": 4}),
-        ("combine", BF16, {"D": 96, "G": 4}),
+        ("attend_joined", BF16, {"D": 128, "G": 4, "MT": 1, "NEW": 16, "ROPE": 128, "SHIFT": 0, "NW": 4}),
+        ("attend_joined_normed", FP32, {"D": 96, "G": 2, "MT": 1, "NEW": 8, "ROPE": 48, "SHIFT": 5, "NW": 4}),
+        ("attend_joined_split_normed", BF16, {"D": 128, "G": 4, "MT": 2, "NEW": 16, "ROPE": 128, "SHIFT": 0, "NW": 4}),
         ("append", BF16, {"D": 128, "SHIFT": 0}),
         ("append_after", FP32, {"D": 64, "SHIFT": 5}),
         ("gated_delta", BF16, {"DK": 128, "ROWS": 2, "VECTOR": 0, "MASKED": 0}),

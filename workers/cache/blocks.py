@@ -8,6 +8,7 @@ A sliding layer restores only its window.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,10 @@ SEGMENT_BLOCKS = 64  # the pool grows by so many blocks: nothing is reserved for
 State = list[list[mx.array | None] | None]
 """For each recurrent layer its arrays, one row each; None where the slot had none yet."""
 
-Place = tuple[int, mx.array, mx.array | None]
+Index = slice | mx.array
+"""Of some among many: neighbours as a slice, which a GPU copies in one plain launch."""
+
+Place = tuple[int, Index, Index | None]
 """(segment, indices within it, which of the blocks given they are; None: all)"""
 
 
@@ -123,7 +127,7 @@ class BlockPool:
         """Fill positions 0 .. len(block_ids)*block_size-1 of a slot that has room for them."""
         num_tokens = len(block_ids) * self.block_size
         self._store.set_length(slot, num_tokens)
-        runs: dict[int, list[tuple[int, mx.array]]] = {}
+        runs: dict[int, list[tuple[int, Index]]] = {}
         for layer, keys, values in self._layers():
             first = 0 if layer.spec.window is None else max(0, num_tokens - layer.spec.window) // self.block_size
             if first not in runs:
@@ -239,12 +243,18 @@ def _places(block_ids: Sequence[int]) -> list[Place]:
     places: list[Place] = []
     for segment in sorted({b // SEGMENT_BLOCKS for b in block_ids}):
         here = [i for i, b in enumerate(block_ids) if b // SEGMENT_BLOCKS == segment]
-        within = mx.array([block_ids[i] % SEGMENT_BLOCKS for i in here])
-        places.append((segment, within, None if len(here) == len(block_ids) else mx.array(here)))
+        within = _index([block_ids[i] % SEGMENT_BLOCKS for i in here])
+        places.append((segment, within, None if len(here) == len(block_ids) else _index(here)))
     return places
 
 
-def _runs(block_ids: Sequence[int]) -> list[tuple[int, mx.array]]:
+def _index(numbers: Sequence[int]) -> Index:
+    if all(b == a + 1 for a, b in pairwise(numbers)):
+        return slice(numbers[0], numbers[-1] + 1)
+    return mx.array(list(numbers))
+
+
+def _runs(block_ids: Sequence[int]) -> list[tuple[int, Index]]:
     """(segment, places in it) for each run of neighbours in one segment, in order; made once for all layers."""
     runs: list[tuple[int, list[int]]] = []
     for block_id in block_ids:
@@ -252,10 +262,10 @@ def _runs(block_ids: Sequence[int]) -> list[tuple[int, mx.array]]:
         if not runs or runs[-1][0] != segment:
             runs.append((segment, []))
         runs[-1][1].append(block_id % SEGMENT_BLOCKS)
-    return [(segment, mx.array(within)) for segment, within in runs]
+    return [(segment, _index(within)) for segment, within in runs]
 
 
-def _read(segments: list[mx.array], runs: Sequence[tuple[int, mx.array]]) -> mx.array:
+def _read(segments: list[mx.array], runs: Sequence[tuple[int, Index]]) -> mx.array:
     """Blocks (n, H, block_size, D), in the order of the runs."""
     parts = [segments[segment][within] for segment, within in runs]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)

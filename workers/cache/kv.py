@@ -13,7 +13,7 @@ from workers.cache import cpu_attention
 from workers.cache.batch_shape import BatchShape, Spans, pieces, position_mask
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
-from workers.kernels.base import PagedAttention, Variant
+from workers.kernels.base import HeadNorms, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice
 from workers.kernels.pages import Pages, Pool
 from workers.kernels.tiles import attend_in_tiles
@@ -36,6 +36,23 @@ class KVLayer:
         self.values: list[mx.array | None] = [None] * len(capacities)
         self.attention: AttentionChoice | None = None
         self._pools: list[Pool | None] = [None] * len(capacities)
+        self._variant: Variant | None = None
+
+    def joined_variant(
+        self, scale: float, window: int | None, rotation: Rotation | None, norms: HeadNorms | None
+    ) -> Variant:
+        """The same object in every forward; a kernel takes a rotation's frequencies, and positions from its pages."""
+        held = self._variant
+        if (
+            held is None
+            or held.scale != scale
+            or held.window != window
+            or held.norms is not norms
+            or (None if held.rotation is None else held.rotation.inv_freq)
+            is not (None if rotation is None else rotation.inv_freq)
+        ):
+            held = self._variant = Variant(scale, window, rotation=rotation, norms=norms)
+        return held
 
     def pool(self, capacity_class: int) -> Pool:
         """A class's arrays as kernels take them."""
@@ -202,6 +219,41 @@ class KVView:
         if use is not None and shape.is_aligned:
             return self._attend_chunk(use.attention, q, k, v, scale, window, sinks)
         return self._attend_stock(q, (k, v), scale, window, sinks, spans)
+
+    def attend_joined(
+        self,
+        qkv: mx.array,
+        num_heads: int,
+        scale: float,
+        window: int | None = None,
+        rotation: Rotate | None = None,
+        norms: HeadNorms | None = None,
+    ) -> mx.array | None:
+        """`attend` for the rows of one product, where a kernel takes them as they lie; None, with nothing done, where
+        none does.
+
+        Args:
+            qkv: (B, L, (num_heads + 2 * num_kv_heads) * dim).
+            norms: of queries and keys, before they are rotated.
+        Returns:
+            (B, L, num_heads * dim)
+        """
+        shape, layer = self._shape, self._layer
+        if layer.attention is None or not (rotation is None or self._is_plain(rotation)):
+            return None
+        attention = layer.attention.joined(layer.spec, num_heads, qkv.dtype, shape.width, norms is not None)
+        if attention is None:
+            return None
+        window = window if window is not None else layer.spec.window
+        rotates = rotation if isinstance(rotation, Rotation) else None
+        variant = layer.joined_variant(scale, window, rotates, norms)
+        outputs = []
+        for run in shape.runs:
+            pool = layer.pool(run.capacity_class)
+            rows = qkv if run.size == qkv.shape[0] else qkv[run.first : run.first + run.size]
+            outputs.append(attention.attend_joined(rows, num_heads, pool, self._pages(run), variant))
+            layer.adopt(run.capacity_class, pool)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
     def _attend_shared(
         self,

@@ -21,11 +21,12 @@ using mlx::core::cu::Strides;
 struct Params {  // see `params_of` in workers/kernels/params.py
   float scale, cap;
   int window, S, W, has_sinks;
+  float eps;
   int R, M;  // query rows a sequence; query vectors of a key-value head
 };
 
 __device__ inline Params read_params(const int* p, int R, int G) {
-  return {__int_as_float(p[0]), __int_as_float(p[1]), p[2], p[3], p[4], p[5], R, R * G};
+  return {__int_as_float(p[0]), __int_as_float(p[1]), p[2], p[3], p[4], p[5], __int_as_float(p[6]), R, R * G};
 }
 
 __device__ inline float to_float(float x) { return x; }
@@ -65,8 +66,10 @@ __device__ inline long row_of(int p, const int* table, const Params& a, int head
   }
 }
 
-// MT: tiles of 16 queries that share each key's read. NEW: most new rows.
-template <typename T, int D, int G, int MT, int NEW, int ROPE, int SHIFT, bool SPLIT, int NW, bool SHARED = false>
+constexpr int COUNTERS = 1024;  // at the head of `scratch`, see `Attend::join`
+
+// MT: tiles of 16 queries that share each key's read. NEW: most new rows. NORM: queries and keys are RMS-normed first.
+template <typename T, int D, int G, int MT, int NEW, int ROPE, int SHIFT, bool SPLIT, int NW, bool SHARED, bool NORM>
 struct Attend {
   static constexpr bool MMA = sizeof(T) == 2;
   static constexpr int ROWS = 16 * MT;
@@ -85,6 +88,7 @@ struct Attend {
       float out[ROWS * D];  // once every warp is done with the new rows
     };
     float m[NW * ROWS], l[NW * ROWS];
+    bool is_last;
   };
 
   // One warp's running softmax. Rows of the mma layout: g and g + 8 of each tile of 16 (g = lane / 4).
@@ -99,17 +103,31 @@ struct Attend {
     return {a * c - b * s, b * c + a * s};
   }
 
-  // x rotated at `position` where the head's first ROPE dimensions rotate: element d, and its partner's where d < ROPE/2.
+  // A warp's: x normed, and rotated at `position` where the head's first ROPE dimensions rotate: element d, and its
+  // partner's where d < ROPE / 2. The norm rounds where MLX's does.
   template <typename F>
-  static __device__ void stage(const T* x, long stride, int position, const float* inv_freq, int lane, int lanes, F put) {
+  static __device__ void stage(const T* x, long stride, int position, const float* inv_freq, const T* weight, float eps,
+                               int lane, F put) {
+    float scale = 1.f;
+    if constexpr (NORM) {
+      float sum = 0.f;
+      for (int d = lane; d < D; d += 32) sum += to_float(x[d * stride]) * to_float(x[d * stride]);
+#pragma unroll
+      for (int w = 16; w > 0; w /= 2) sum += __shfl_xor_sync(0xffffffff, sum, w);
+      scale = rsqrtf(sum / D + eps);
+    }
+    auto at = [&](int d) {
+      if constexpr (!NORM) return x[d * stride];
+      return from_float<T>(to_float(from_float<T>(to_float(x[d * stride]) * scale)) * to_float(weight[d]));
+    };
 #pragma unroll 1
-    for (int d = lane; d < D; d += lanes) {
+    for (int d = lane; d < D; d += 32) {
       if (d < ROPE / 2) {
-        float2 y = rotate(to_float(x[d * stride]), to_float(x[(d + ROPE / 2) * stride]), position * inv_freq[d]);
+        float2 y = rotate(to_float(at(d)), to_float(at(d + ROPE / 2)), position * inv_freq[d]);
         put(d, from_float<T>(y.x));
         put(d + ROPE / 2, from_float<T>(y.y));
       } else if (d >= ROPE) {
-        put(d, x[d * stride]);
+        put(d, at(d));
       }
     }
   }
@@ -256,11 +274,56 @@ struct Attend {
     }
   }
 
-  // out: (B, R, H, D) of T; SPLIT: (B, KV, M, splits, D) float, with stats (B, KV, M, splits, 2): maximum and sum.
-  template <typename O, typename SINK>
+  // Joins the parts of the key axis: the thread block that ends last reads what all of them left in `scratch`. That
+  // holds COUNTERS numbers, 0 between launches, then (thread blocks, splits, ROWS, D + 2) floats: a query's weighted
+  // values, its largest score and its sum.
+  template <typename SINK>
+  static __device__ void join(Shared& sh, float* scratch, int splits, const Params& a, int part, int b, int h,
+                              int heads_kv, const SINK* sinks, T* out) {
+    const int block = blockIdx.y * gridDim.x + blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      sh.is_last = atomicInc(reinterpret_cast<unsigned*>(scratch) + block, splits - 1) == splits - 1;
+    }
+    __syncthreads();
+    if (!sh.is_last) return;
+    __threadfence();
+    constexpr int N = (D + 31) / 32;
+    constexpr long STEP = long(ROWS) * (D + 2);
+#pragma unroll 1
+    for (int i = warp; i < ROWS; i += NW) {
+      const int m = part * ROWS + i;
+      if (m >= a.M) continue;
+      const float* x = scratch + COUNTERS + block * splits * STEP + i * (D + 2);
+      float sink = a.has_sinks ? to_float(sinks[h * G + m % G]) * 1.44269504089f : NOTHING, top = sink;
+      for (int s = lane; s < splits; s += 32) top = fmaxf(top, __ldcg(x + s * STEP + D));
+#pragma unroll
+      for (int w = 16; w > 0; w /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, w));
+      float l = a.has_sinks ? exp2f(sink - top) : 0.f, acc[N] = {};
+#pragma unroll 4
+      for (int s = 0; s < splits; s++) {
+        float f = exp2f(__ldcg(x + s * STEP + D) - top);
+        l += f * __ldcg(x + s * STEP + D + 1);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+          if (D % 32 == 0 || j * 32 + lane < D) acc[j] += f * __ldcg(x + s * STEP + j * 32 + lane);
+        }
+      }
+      T* to = out + ((long(b) * a.R + m / G) * heads_kv * G + h * G + m % G) * D;
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        if (D % 32 == 0 || j * 32 + lane < D) to[j * 32 + lane] = from_float<T>(acc[j] / l);
+      }
+    }
+  }
+
+  // out: (B, R, H, D). q_norm, k_norm: (D,), weights of the norms where there are NORM.
+  template <typename SINK>
   static __device__ void run(const T* q, const Strides& qs, const T* k, const Strides& ks, const T* v, const Strides& vs,
                              const T* pool_k, const T* pool_v, const int* table, const int* starts, const int* params,
-                             const float* inv_freq, const SINK* sinks, int R, int heads_kv, O* out, float* stats) {
+                             const float* inv_freq, const SINK* sinks, const T* q_norm, const T* k_norm, int R,
+                             int heads_kv, T* out, float* scratch) {
     __shared__ Shared sh;
     const Params a = read_params(params, R, G);
     const int M = a.M, parts = (M + ROWS - 1) / ROWS, part = blockIdx.x % parts, h = blockIdx.x / parts, b = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
@@ -276,8 +339,8 @@ struct Attend {
     for (int i = warp; i < ROWS; i += NW) {
       int m = part * ROWS + i;
       if (m < M) {
-        stage(q + b * qs[0] + (h * G + m % G) * qs[1] + m / G * qs[2], qs[3], start + m / G, inv_freq, lane, 32,
-              [&](int d, T x) { sh.q[i * PAD + d] = x; });
+        stage(q + b * qs[0] + (h * G + m % G) * qs[1] + m / G * qs[2], qs[3], start + m / G, inv_freq, q_norm, a.eps,
+              lane, [&](int d, T x) { sh.q[i * PAD + d] = x; });
       } else {
         for (int d = lane; d < D; d += 32) sh.q[i * PAD + d] = from_float<T>(0.f);
       }
@@ -287,7 +350,7 @@ struct Attend {
       for (int i = warp; i < R; i += NW) {
         T *to_k = const_cast<T*>(pool_k), *to_v = const_cast<T*>(pool_v);
         long at = row_of<SHIFT>(start + i, table, a, heads_kv, h) * D;
-        stage(k + b * ks[0] + h * ks[1] + i * ks[2], ks[3], start + i, inv_freq, lane, 32, [&](int d, T x) {
+        stage(k + b * ks[0] + h * ks[1] + i * ks[2], ks[3], start + i, inv_freq, k_norm, a.eps, lane, [&](int d, T x) {
           sh.k[i * PAD + d] = x;
           if (part == 0) to_k[at + d] = x;
         });
@@ -408,11 +471,12 @@ struct Attend {
       for (int j = 0; j < NW; j++) top = fmaxf(top, sh.m[j * ROWS + i]);
       for (int j = 0; j < NW; j++) l += share(j, i) * sh.l[j * ROWS + i];
       if constexpr (SPLIT) {
-        long at = ((long(b) * heads_kv + h) * M + m) * splits + split;
-        for (int d = lane; d < D; d += 32) out[at * D + d] = sh.out[i * D + d];
+        long block = long(blockIdx.y) * gridDim.x + blockIdx.x;
+        float* to = scratch + COUNTERS + ((block * splits + split) * ROWS + i) * (D + 2);
+        for (int d = lane; d < D; d += 32) to[d] = sh.out[i * D + d];
         if (lane == 0) {
-          stats[at * 2] = top;
-          stats[at * 2 + 1] = l;
+          to[D] = top;
+          to[D + 1] = l;
         }
       } else {
         float f = 1.f;
@@ -422,41 +486,13 @@ struct Attend {
           l = l * f + exp2f(sink - both);
         }
         f /= l;
-        O* to = out + ((long(b) * R + m / G) * heads + h * G + m % G) * D;
-        for (int d = lane; d < D; d += 32) to[d] = from_float<O>(sh.out[i * D + d] * f);
+        T* to = out + ((long(b) * R + m / G) * heads + h * G + m % G) * D;
+        for (int d = lane; d < D; d += 32) to[d] = from_float<T>(sh.out[i * D + d] * f);
       }
     }
+    if constexpr (SPLIT) join(sh, scratch, splits, a, part, b, h, heads_kv, sinks, out);
   }
 };
-
-// Joins the parts of the key axis: a warp per query and head, partial (B, KV, M, splits, D), out (B, R, H, D).
-template <typename T, int D, int G, typename SINK>
-__device__ void combine(const float* partial, const float* stats, const int* params, const SINK* sinks, int heads_kv,
-                        int num_rows, int R, int splits, T* out) {
-  const int M = G * R, row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (row >= num_rows) return;
-  const Params a = read_params(params, R, G);
-  const int m = row % M, h = row / M % heads_kv, b = row / M / heads_kv;
-  stats += long(row) * splits * 2;
-  partial += long(row) * splits * D;
-  float sink = a.has_sinks ? to_float(sinks[h * G + m % G]) * 1.44269504089f : NOTHING, top = sink;
-  for (int s = lane; s < splits; s += 32) top = fmaxf(top, stats[s * 2]);
-  for (int w = 16; w > 0; w /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, w));
-  float l = a.has_sinks ? exp2f(sink - top) : 0.f, acc[(D + 31) / 32] = {};
-  for (int s = 0; s < splits; s++) {
-    float f = exp2f(stats[s * 2] - top);
-    l += f * stats[s * 2 + 1];
-#pragma unroll
-    for (int i = 0; i < (D + 31) / 32; i++) {
-      if (D % 32 == 0 || i * 32 + lane < D) acc[i] += f * partial[s * D + i * 32 + lane];
-    }
-  }
-  T* to = out + ((long(b) * R + m / G) * heads_kv * G + h * G + m % G) * D;
-#pragma unroll
-  for (int i = 0; i < (D + 31) / 32; i++) {
-    if (D % 32 == 0 || i * 32 + lane < D) to[i * 32 + lane] = from_float<T>(acc[i] / l);
-  }
-}
 
 // Writes k and v (B, KV, L, D) at each row's positions; with OLD also gives back the `old` positions before and the new
 // rows, contiguous: (B, KV, old + L, D). One thread per 16 bytes; k and v must have contiguous last dimensions.

@@ -17,6 +17,15 @@ MAX_GROUP = 16  # query heads that share a key-value head
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of each query's and each key's vector: `q` and `k` (dim,) are their weights."""
+
+    q: mx.array
+    k: mx.array
+    eps: float
+
+
+@dataclass(frozen=True)
 class Variant:
     """What one layer computes besides plain causal attention.
 
@@ -25,6 +34,7 @@ class Variant:
         softcap: scores become softcap * tanh(score / softcap).
         sinks: (num_heads,) attention sink logits.
         rotation: applied to q and k first.
+        norms: applied before that; by `attend_joined` only.
     """
 
     scale: float
@@ -32,6 +42,7 @@ class Variant:
     softcap: float | None = None
     sinks: mx.array | None = None
     rotation: Rotation | None = None
+    norms: HeadNorms | None = None
 
 
 class PagedAttention(Protocol):
@@ -44,6 +55,13 @@ class PagedAttention(Protocol):
         """As `attend`, for a layer that shares another's keys and values: that one wrote the rows, in this forward.
 
         Only q is rotated, nothing is written. What writes to the pool next waits for this reading.
+        """
+
+    def attend_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        """As `attend`, from one product's rows (B, R, (num_heads + 2 * num_kv_heads) * dim): queries, keys, values.
+
+        Returns:
+            (B, R, num_heads * dim), as the projection behind it takes them.
         """
 
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:

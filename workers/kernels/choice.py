@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import mlx.core as mx
 
 from workers.cache.spec import AttentionSpec
 from workers.kernels.base import MAX_ROWS, MAX_VERIFY_WIDTH, PagedAttention
+
+Form = Literal["apart", "joined", "normed"]
+"""How a layer hands over its rows: queries, keys and values by themselves, or as one product's rows, with or without
+norms of theirs to come; see `PagedAttention.attend_joined`."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,15 @@ class ShapeClass:
     rows: int
     dtype: mx.Dtype
     is_shared: bool = False
+    form: Form = "apart"
 
     @property
     def name(self) -> str:
         """As in the log: "decode 4 rows, 32/8 heads of 128, bfloat16"."""
         what = f"{self.rows} query rows" if self.rows else "prefill chunks"
         kind = str(self.dtype).rpartition(".")[2]
-        shared = ", keys of another layer" if self.is_shared else ""
-        return f"{what}, {self.num_heads}/{self.num_kv_heads} heads of {self.dim}, {kind}{shared}"
+        more = ", keys of another layer" if self.is_shared else "" if self.form == "apart" else f", {self.form}"
+        return f"{what}, {self.num_heads}/{self.num_kv_heads} heads of {self.dim}, {kind}{more}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class AttentionChoice:
     is_used: Mapping[ShapeClass, bool] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     has_tiles: bool = False
+    _joined: dict[tuple[object, ...], PagedAttention | None] = field(default_factory=dict)
 
     def use(self, spec: AttentionSpec, q: mx.array, v: mx.array, width: int) -> Use | None:
         """The implementation for a forward of `width` tokens a row through a layer of this kind."""
@@ -75,6 +82,18 @@ class AttentionChoice:
             return None
         shape = ShapeClass(q.shape[1], spec.num_kv_heads, spec.key_dim, width, q.dtype, is_shared=True)
         return self.attention if self.is_used.get(shape, False) else None
+
+    def joined(
+        self, spec: AttentionSpec, num_heads: int, dtype: mx.Dtype, width: int, has_norms: bool
+    ) -> PagedAttention | None:
+        """The implementation for decode and verify rows that come as one product's. Looked up once: each layer asks."""
+        key = (num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim, dtype, width, has_norms)
+        if key not in self._joined:
+            form: Form = "normed" if has_norms else "joined"
+            shape = ShapeClass(num_heads, spec.num_kv_heads, spec.key_dim, width, dtype, form=form)
+            is_used = spec.key_dim == spec.value_dim and width <= MAX_ROWS and self.is_used.get(shape, False)
+            self._joined[key] = self.attention if is_used else None
+        return self._joined[key]
 
     @property
     def may_have_tiles(self) -> bool:

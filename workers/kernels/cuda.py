@@ -1,12 +1,19 @@
-"""The kernels on CUDA: `mx.fast.cuda_kernel` around attention.cuh, one launch a layer where the key axis is not split.
+"""The kernels on CUDA: `mx.fast.cuda_kernel` around attention.cuh, one launch a layer.
 
 The pools are written in place through the inputs' pointers. MLX has no operation for that: its own updates copy a pool
 whenever an earlier step that reads it is still on the device, since that step holds a reference. What keeps it safe:
-the pools belong to nobody else, `Pool.last` orders the kernels, and steps are queued on one stream.
+the pools belong to nobody else, `Pool.last` orders the kernels, and steps are queued on one stream. The parts of a key
+axis meet in one buffer for all layers, since a layer's kernel ends before the next one's begins.
+
+What a small batch waits for is the host: 28 us for eight rows of 1,024 tokens through two kernels with eight template
+arguments, of which MLX makes text at each call (H200, MLX 0.32.4; `bench.host_costs`). So a kernel's numbers are
+written into its text, once, and what a launch needs is looked up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +30,35 @@ BLOCKS_PER_SM = 2
 MAX_SPLITS = 64
 SHARED_BYTES = 48 << 10
 
-INPUTS = ["q", "k", "v", "pool_k", "pool_v", "table", "starts", "params", "inv_freq", "sinks", "after"]
-ATTEND = """tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, SPLIT, NW>::run(q, q_strides, k, k_strides, v, v_strides,
-    pool_k, pool_v, table, starts, params, inv_freq, sinks, q_shape[2], k_shape[1], out, STATS);"""
-SHARED_INPUTS = ["q", "pool_k", "pool_v", "table", "starts", "params", "inv_freq", "sinks", "after"]
-# No keys and values of its own: q stands in their places, and is not read as them.
-ATTEND_WRITTEN = """tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, SPLIT, NW, true>::run(q, q_strides, q, q_strides,
-    q, q_strides, pool_k, pool_v, table, starts, params, inv_freq, sinks, q_shape[2], pool_k_shape[1], out, STATS);"""
-COMBINE = """tandem::combine<T, D, G>(partial, stats, params, sinks, stats_shape[1],
-    stats_shape[0] * stats_shape[1] * stats_shape[2], stats_shape[2] / G, stats_shape[3], out);"""
+COUNTERS = 1024  # as in attention.cuh
+MOST_PARTIAL = max(32 * (128 + 2), 16 * (max(HEAD_DIMS) + 2))  # floats of a thread block: `num_tiles` times 16 queries
+CUDA_NAMES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
+
+POOLS = ["pool_k", "pool_v", "table", "starts", "params"]
+LAST = ["inv_freq", "sinks", "after"]
+NORMS = ["q_norm", "k_norm"]
+# What a kernel gets its queries, keys and values in. The rows of `qkv` (B, R, (H + 2 KV) * D) are those of one product.
+# `attend_written` has no keys and values of its own: q stands in their places, and is not read as them.
+TENSORS = {
+    "attend": ["q", "k", "v"],
+    "attend_written": ["q"],
+    "attend_joined": ["qkv"],
+}
+ARGUMENTS = {
+    "attend": "q, q_strides, k, k_strides, v, v_strides",
+    "attend_written": "q, q_strides, q, q_strides, q, q_strides",
+    "attend_joined": "qkv, at, qkv + G * KV * D, at, qkv + (G + 1) * KV * D, at",
+}
+PRELUDES = {
+    "attend": "const int R = q_shape[2], KV = k_shape[1];",
+    "attend_written": "const int R = q_shape[2], KV = pool_k_shape[1];",
+    "attend_joined": """const int R = qkv_shape[1], KV = pool_k_shape[1];
+const long width = long(G + 2) * KV * D;
+Strides at{};
+at[0] = R * width, at[1] = D, at[2] = width, at[3] = 1;""",
+}
+
+Kernel = Callable[..., list[mx.array]]
 
 
 def header() -> str:
@@ -39,36 +66,53 @@ def header() -> str:
     return f'#include "{Path(__file__).with_name("attention.cuh")}"\n'
 
 
-def kernel_bodies() -> dict[str, tuple[list[str], list[str], str]]:
-    """Name -> inputs, outputs and body of each kernel."""
-    append_inputs = ["k", "v", "pool_k", "pool_v", "table", "starts", "params", "after"]
+def constants_text(dtype: str, constants: dict[str, int]) -> str:
+    return "".join([f"using T = {dtype};\n", *(f"constexpr int {name} = {n};\n" for name, n in constants.items())])
+
+
+def attend_kernel(kind: str, *, is_split: bool, has_norms: bool) -> tuple[list[str], list[str], str]:
+    """Inputs, outputs and body of a kernel that attends; `kind` is one of TENSORS."""
+    inputs = [*TENSORS[kind], *POOLS, *LAST, *(NORMS if has_norms else ()), *(["scratch"] if is_split else ())]
+    flags = ["false", "true"]
+    is_shared = kind == "attend_written"
+    body = f"""{PRELUDES[kind]}
+tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, {flags[is_split]}, NW, {flags[is_shared]}, {flags[has_norms]}>::run(
+    {ARGUMENTS[kind]}, pool_k, pool_v, table, starts, params, inv_freq, sinks,
+    {"q_norm, k_norm" if has_norms else "(const T*)nullptr, (const T*)nullptr"}, R, KV, out,
+    {"const_cast<float*>(scratch)" if is_split else "nullptr"});"""
+    return inputs, ["out"], body
+
+
+def append_kernel(*, gives_back: bool) -> tuple[list[str], list[str], str]:
+    """Inputs, outputs and body of a kernel that writes a prefill chunk; `gives_back`: and gathers what is before."""
+    inputs = ["k", "v", *POOLS, "after"]
     arguments = "k, k_strides, v, v_strides, pool_k, pool_v, table, starts, params, k_shape[0], k_shape[1], k_shape[2]"
-    return {
-        "attend": (INPUTS, ["out"], ATTEND.replace("SPLIT", "false").replace("STATS", "nullptr")),
-        "attend_split": (INPUTS, ["out", "stats"], ATTEND.replace("SPLIT", "true").replace("STATS", "stats")),
-        "attend_written": (
-            SHARED_INPUTS,
-            ["out"],
-            ATTEND_WRITTEN.replace("SPLIT", "false").replace("STATS", "nullptr"),
-        ),
-        "attend_written_split": (
-            SHARED_INPUTS,
-            ["out", "stats"],
-            ATTEND_WRITTEN.replace("SPLIT", "true").replace("STATS", "stats"),
-        ),
-        "combine": (["partial", "stats", "params", "sinks"], ["out"], COMBINE),
-        "append": (
-            append_inputs,
-            ["token"],
-            f"tandem::write_rows<T, D, SHIFT, false>({arguments}, 0, nullptr, nullptr);\n"
-            "if (blockIdx.x == 0 && threadIdx.x == 0) token[0] = tandem::from_float<T>(0.f);",
-        ),
-        "append_after": (
-            [*append_inputs, "old"],
-            ["keys", "values"],
-            f"tandem::write_rows<T, D, SHIFT, true>({arguments}, old[0], keys, values);",
-        ),
-    }
+    if gives_back:
+        body = f"tandem::write_rows<T, D, SHIFT, true>({arguments}, old[0], keys, values);"
+        return [*inputs, "old"], ["keys", "values"], body
+    body = (
+        f"tandem::write_rows<T, D, SHIFT, false>({arguments}, 0, nullptr, nullptr);\n"
+        "if (blockIdx.x == 0 && threadIdx.x == 0) token[0] = tandem::from_float<T>(0.f);"
+    )
+    return inputs, ["token"], body
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What forwards of one shape have in common.
+
+    Args:
+        num_blocks: thread blocks where the key axis is not split.
+        kernel, split_kernel: for a whole key axis, and for one in parts.
+    """
+
+    kernel: Kernel
+    split_kernel: Kernel
+    num_blocks: int
+    grid: tuple[int, int]
+    threadgroup: tuple[int, int, int]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[mx.Dtype]
 
 
 class CudaAttention:
@@ -79,95 +123,140 @@ class CudaAttention:
     """
 
     def __init__(self, num_sms: int = 132, num_warps: int = NUM_WARPS) -> None:
-        text = header()
-        self._kernels: dict[str, Any] = {
-            name: mx.fast.cuda_kernel(
-                name=f"tandem_{name}",
-                input_names=inputs,
-                output_names=outputs,
-                source=body,
-                header=text,
-                ensure_row_contiguous=False,
-            )
-            for name, (inputs, outputs, body) in kernel_bodies().items()
-        }
         self._num_sms, self._num_warps = num_sms, num_warps
         self._none = mx.zeros((1,), mx.float32)
+        self._scratch: mx.array | None = None
         self._started: dict[mx.Dtype, mx.array] = {}
+        self._kernels: dict[tuple[object, ...], Kernel] = {}
+        self._launches: dict[tuple[object, ...], Launch] = {}
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
-        most_new = max_rows(q.shape[-1], q.dtype.size)
-        return self._attend("attend", [q, k, v], most_new, pool, pages, variant)
+        batch, heads, rows, dim = q.shape
+        out = self._attend("attend", [q, k, v], (batch, rows, heads, dim), q.dtype, pool, pages, variant)
+        return out.swapaxes(1, 2)
 
     def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
-        return self._attend("attend_written", [q], 1, pool, pages, variant)
+        batch, heads, rows, dim = q.shape
+        out = self._attend("attend_written", [q], (batch, rows, heads, dim), q.dtype, pool, pages, variant)
+        return out.swapaxes(1, 2)
+
+    def attend_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        batch, rows, width = qkv.shape
+        shape = (batch, rows, num_heads, width // (num_heads + 2 * pool.num_kv_heads))
+        return self._attend("attend_joined", [qkv], shape, qkv.dtype, pool, pages, variant)
 
     def _attend(
-        self, kernel: str, tensors: list[mx.array], most_new: int, pool: Pool, pages: Pages, variant: Variant
+        self,
+        kind: str,
+        tensors: list[mx.array],
+        shape: tuple[int, int, int, int],
+        dtype: mx.Dtype,
+        pool: Pool,
+        pages: Pages,
+        variant: Variant,
     ) -> mx.array:
         """Args:
-        tensors: q, then the new keys and values of a kernel that writes some.
-        most_new: `Attend::NEW`.
+            tensors: as `TENSORS` names them.
+            shape: (B, R, H, D) of the queries.
+        Returns:
+            (B, R, H, D), of `attend_joined` (B, R, H * D).
         """
-        q = tensors[0]
-        batch, heads, rows, dim = q.shape
-        kv_heads = pool.keys.shape[1]
-        group = heads // kv_heads
-        rotation = variant.rotation
-        params = params_of(variant, pool, pages)
-        sinks = self._none if variant.sinks is None else variant.sinks
+        rotation, norms = variant.rotation, variant.norms
+        key = (
+            kind,
+            shape,
+            dtype,
+            pool.num_kv_heads,
+            0 if rotation is None else rotation.dim,
+            pages.shift,
+            norms is None,
+        )
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = self._launch(*key)
+        none = self._none
         inputs = [
-            *tensors, pool.keys, pool.values, pages.table, pages.starts, params,
-            self._none if rotation is None else rotation.inv_freq, sinks, self._after(pool, q.dtype),
+            *tensors, pool.keys, pool.values, pages.table, pages.starts, params_of(variant, pool, pages),
+            none if rotation is None else rotation.inv_freq, none if variant.sinks is None else variant.sinks,
+            self._after(pool, dtype),
         ]  # fmt: skip
-        template: list[tuple[str, Any]] = [
-            ("T", q.dtype), ("D", dim), ("G", group), ("MT", num_tiles(group * rows, dim, q.dtype.size)),
-            ("NEW", most_new), ("ROPE", 0 if rotation is None else rotation.dim),
-            ("SHIFT", pages.shift), ("NW", self._num_warps),
-        ]  # fmt: skip
-        parts = num_parts(group * rows, dim, q.dtype.size)
-        splits = self.num_splits(batch * kv_heads * parts, max(pages.host_starts), variant.window)
-        threads = 32 * self._num_warps
-        launch = {"grid": (kv_heads * parts * threads, batch, splits), "threadgroup": (threads, 1, 1)}
-        if splits == 1:
-            (out,) = self._kernels[kernel](
-                inputs=inputs, template=template, output_shapes=[(batch, rows, heads, dim)], output_dtypes=[q.dtype],
-                **launch,
-            )  # fmt: skip
-        else:
-            shape = (batch, kv_heads, group * rows, splits)
-            partial, stats = self._kernels[f"{kernel}_split"](
-                inputs=inputs, template=template, output_shapes=[(*shape, dim), (*shape, 2)],
-                output_dtypes=[mx.float32, mx.float32], **launch,
-            )  # fmt: skip
-            num_rows = batch * heads * rows
-            (out,) = self._kernels["combine"](
-                inputs=[partial, stats, params, sinks],
-                template=[("T", q.dtype), ("D", dim), ("G", group)],
-                output_shapes=[(batch, rows, heads, dim)],
-                output_dtypes=[q.dtype],
-                grid=(-(-num_rows // 4) * 128, 1, 1),
-                threadgroup=(128, 1, 1),
-            )
+        if norms is not None:
+            inputs += [norms.q, norms.k]
+        splits, kernel = self.num_splits(launch.num_blocks, pages.longest, variant.window), launch.kernel
+        if splits > 1:
+            inputs.append(self._parts())
+            kernel = launch.split_kernel
+        (out,) = kernel(
+            inputs=inputs, output_shapes=launch.shapes, output_dtypes=launch.dtypes, grid=(*launch.grid, splits),
+            threadgroup=launch.threadgroup,
+        )  # fmt: skip
         pool.last = out
-        attended: mx.array = out.swapaxes(1, 2)
-        return attended
+        return out
+
+    def _launch(
+        self,
+        kind: str,
+        shape: tuple[int, int, int, int],
+        dtype: mx.Dtype,
+        kv_heads: int,
+        rope: int,
+        shift: int,
+        has_no_norms: bool,
+    ) -> Launch:
+        batch, rows, heads, dim = shape
+        group = heads // kv_heads
+        most_new = 1 if kind == "attend_written" else max_rows(dim, dtype.size)
+        constants = {
+            "D": dim, "G": group, "MT": num_tiles(group * rows, dim, dtype.size), "NEW": most_new, "ROPE": rope,
+            "SHIFT": shift, "NW": self._num_warps,
+        }  # fmt: skip
+        whole, in_parts = (attend_kernel(kind, is_split=s, has_norms=not has_no_norms) for s in (False, True))
+        parts = num_parts(group * rows, dim, dtype.size)
+        threads = 32 * self._num_warps
+        return Launch(
+            self._kernel(kind, whole, dtype, constants),
+            self._kernel(f"{kind}_split", in_parts, dtype, constants),
+            num_blocks=batch * kv_heads * parts,
+            grid=(kv_heads * parts * threads, batch),
+            threadgroup=(threads, 1, 1),
+            shapes=[(batch, rows, heads * dim) if kind == "attend_joined" else shape],
+            dtypes=[dtype],
+        )
+
+    def _kernel(
+        self, name: str, parts: tuple[list[str], list[str], str], dtype: mx.Dtype, constants: dict[str, int]
+    ) -> Kernel:
+        """Compiled at its first launch."""
+        inputs, outputs, body = parts
+        key = (name, tuple(inputs), dtype, *constants.values())
+        if key not in self._kernels:
+            made: Any = mx.fast.cuda_kernel(
+                name="_".join(["tandem", name, *(str(n) for n in constants.values())]),
+                input_names=inputs,
+                output_names=outputs,
+                source=constants_text(CUDA_NAMES[dtype], constants) + body,
+                header=header(),
+                ensure_row_contiguous=False,
+            )
+            self._kernels[key] = made
+        return self._kernels[key]
 
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
         batch, kv_heads, length, dim = k.shape
         params = params_of(Variant(1.0), pool, pages)
         inputs = [k, v, pool.keys, pool.values, pages.table, pages.starts, params, self._after(pool, k.dtype)]
-        template = [("T", k.dtype), ("D", dim), ("SHIFT", pages.shift)]
+        name = "append_after" if old else "append"
+        kernel = self._kernel(name, append_kernel(gives_back=old > 0), k.dtype, {"D": dim, "SHIFT": pages.shift})
         threads = batch * kv_heads * (old + length) * (dim * k.dtype.size // 16)
-        launch = {"template": template, "grid": (-(-threads // 256) * 256, 1, 1), "threadgroup": (256, 1, 1)}
+        launch = {"grid": (-(-threads // 256) * 256, 1, 1), "threadgroup": (256, 1, 1)}
         if old == 0:
-            (token,) = self._kernels["append"](inputs=inputs, output_shapes=[(1,)], output_dtypes=[k.dtype], **launch)
+            (token,) = kernel(inputs=inputs, output_shapes=[(1,)], output_dtypes=[k.dtype], **launch)
             pool.last = token
             # Whoever attends to k thereby asks for the write, too.
             (k,) = mx.depends([k], [token])
             return k, v
         shape = (batch, kv_heads, old + length, dim)
-        keys, values = self._kernels["append_after"](
+        keys, values = kernel(
             inputs=[*inputs, number(old)], output_shapes=[shape, shape], output_dtypes=[k.dtype, k.dtype], **launch
         )
         pool.last = keys
@@ -184,6 +273,13 @@ class CudaAttention:
         if dtype not in self._started:
             self._started[dtype] = mx.zeros((1,), dtype)
         return self._started[dtype]
+
+    def _parts(self) -> mx.array:
+        """Where the parts of a key axis meet: `scratch` of attention.cuh, for all thread blocks that are ever split."""
+        if self._scratch is None:
+            self._scratch = mx.zeros((COUNTERS + BLOCKS_PER_SM * self._num_sms * MOST_PARTIAL,), mx.float32)
+            mx.eval(self._scratch)  # else each launch that is queued before it is there fills one of its own
+        return self._scratch
 
 
 def num_tiles(num_queries: int, dim: int, itemsize: int) -> int:
@@ -206,7 +302,7 @@ def shared_bytes(num_queries: int, dim: int, itemsize: int, num_warps: int = NUM
     queries = 16 * num_tiles(num_queries, dim, itemsize)
     padded = (dim + 16 // itemsize) * itemsize
     new = 2 * max_rows(dim, itemsize) * padded
-    return queries * padded + max(new, queries * dim * 4) + 2 * num_warps * queries * 4
+    return queries * padded + max(new, queries * dim * 4) + 2 * num_warps * queries * 4 + 16
 
 
 def supports(num_heads: int, num_kv_heads: int, dim: int, itemsize: int, rows: int) -> bool:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from workers.kernels.base import Variant
 from workers.kernels.pages import Pages, Pool
 from workers.kernels.params import params_of
-from workers.kernels.reference import rotated_rows, write_rows
+from workers.kernels.reference import apart, rotated_rows, write_rows
 
 NUM_SIMDGROUPS = 4
 QUERIES = 4  # query vectors a threadgroup keeps in registers
@@ -61,6 +61,10 @@ class MetalAttention:
             output_shapes=[(*shape, dim), (*shape, 2)], output_dtypes=[mx.float32, mx.float32],
         )  # fmt: skip
         return combine(partial, stats, variant, rows).astype(q.dtype)
+
+    def attend_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        q, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
+        return self.attend(q, k, v, pool, pages, variant).swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
 
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
         raise NotImplementedError("no Metal kernel for prefill chunks: the choice never names one")

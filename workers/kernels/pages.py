@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -22,6 +23,7 @@ class Pool:
 
     def __init__(self, keys: mx.array, values: mx.array) -> None:
         self.keys, self.values = keys, values
+        self.num_kv_heads, self.block_size = keys.shape[1:3]
         self.last: mx.array | None = None
 
     def settle(self) -> None:
@@ -29,10 +31,6 @@ class Pool:
         if self.last is not None:
             start_evaluating([self.last])
             self.last = None
-
-    @property
-    def block_size(self) -> int:
-        return self.keys.shape[2]
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,16 @@ class Pages:
     @property
     def num_rows(self) -> int:
         return len(self.host_starts)
+
+    @cached_property
+    def longest(self) -> int:
+        """The largest start."""
+        return max(self.host_starts)
+
+    @cached_property
+    def width(self) -> int:
+        """W: blocks a row, at most."""
+        return self.table.shape[1]
 
 
 def tiles(pages: Pages, rows: int, count: int) -> Pages:

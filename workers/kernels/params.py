@@ -13,20 +13,23 @@ from workers.kernels.pages import Pages, Pool
 
 
 def params_of(variant: Variant, pool: Pool, pages: Pages) -> mx.array:
-    """`Params` of attention.cuh: scale, soft-cap, window, block size, table width, has sinks."""
+    """`Params` of attention.cuh: scale, soft-cap, window, block size, table width, has sinks, epsilon of the norms."""
     return _params(
         variant.scale,
         variant.softcap or 0.0,
         variant.window or 0,
         pool.block_size,
-        pages.table.shape[1],
+        pages.width,
         variant.sinks is not None,
+        0.0 if variant.norms is None else variant.norms.eps,
     )
 
 
 @lru_cache(maxsize=256)
-def _params(scale: float, cap: float, window: int, block_size: int, width: int, has_sinks: bool) -> mx.array:
-    words = struct.pack("<2f4i", scale, cap, window, block_size, width, int(has_sinks))
+def _params(
+    scale: float, cap: float, window: int, block_size: int, width: int, has_sinks: bool, eps: float
+) -> mx.array:
+    words = struct.pack("<2f4if", scale, cap, window, block_size, width, int(has_sinks), eps)
     return mx.array(np.frombuffer(words, dtype=np.int32).copy())
 
 

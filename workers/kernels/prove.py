@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from workers.arrays import start_evaluating
+from workers.cache.kv import KVView
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
-from workers.kernels.base import MAX_ROWS, PagedAttention, Variant
+from workers.kernels.base import MAX_ROWS, HeadNorms, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.pages import Pages, Pool, slot_pages, tiles
-from workers.kernels.reference import ReferenceAttention
+from workers.kernels.reference import ReferenceAttention, apart
 from workers.kernels.tiles import attend_in_tiles
 from workers.models.rope import Rope, RopeParameters, Rotate, Rotation
 
@@ -211,6 +212,10 @@ def _run(
         rotation = Rope(rope_of(shape.dim)).at(case.pages.starts, shape.rows, case.pages.num_rows, is_cpu=False)
     assert isinstance(rotation, Rotation), "off the CPU a rope gives a Rotation"
     variant = replace(case.variant, rotation=rotation)
+    if shape.form != "apart":
+        with mx.stream(mx.cpu):
+            qkv, norms = joined(q, k, v), norms_of(shape)
+        return [attention.attend_joined(qkv, shape.num_heads, pool, case.pages, replace(variant, norms=norms))]
     out = [attention.attend(q, k, v, pool, case.pages, variant)]
     if shape.is_shared:  # as in a model: reads what was just written, before the next step writes there
         out.append(attention.attend_written(-q, pool, case.pages, variant))
@@ -235,6 +240,24 @@ def _error(attention: PagedAttention, shape: ShapeClass, case: Case) -> float:
 def _difference(a: mx.array, b: mx.array) -> float:
     with mx.stream(mx.cpu):
         return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
+
+
+def joined(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """As one product would have them, (B, R, (heads + 2 * kv_heads) * dim)."""
+    rows = mx.concatenate([x.swapaxes(1, 2) for x in (q, k, v)], axis=2)
+    rows = rows.reshape(*rows.shape[:2], -1)
+    mx.eval(rows)
+    return rows
+
+
+def norms_of(shape: ShapeClass) -> HeadNorms | None:
+    """Random ones, where the shape class has some."""
+    if shape.form != "normed":
+        return None
+    q, k = (1 + 0.1 * mx.random.normal((shape.dim,), key=mx.random.key(i)) for i in (5, 6))
+    norms = HeadNorms(q.astype(shape.dtype), k.astype(shape.dtype), 1e-6)
+    mx.eval(norms.q, norms.k)
+    return norms
 
 
 def rope_of(dim: int) -> RopeParameters:
@@ -279,23 +302,42 @@ def seconds(
     rope = Rope(rope_of(shape.dim))
     q, k, v = _random(shape, rows, width)
     mx.eval(q, k, v, store.pending())
-    new = (None, None) if shape.is_shared else (k, v)
+    rows_of = _layer_rows(shape, q, k, v)
     starts = [context - 7 * i for i in range(rows)] if shape.rows else [0]
     times = []
     for _ in range(REPEATS + 2):
         began = time.perf_counter()
         for _ in "ab":  # the second is queued while the first runs, as steps are
-            start_evaluating([_forward(store, q, new, starts, rope), *store.writes()])
+            start_evaluating([*_forward(store, shape, rows_of, starts, rope), *store.writes()])
         mx.synchronize()
         times.append((time.perf_counter() - began) / 2 / TIMED_LAYERS)
     return min(times)
 
 
-def _forward(
-    store: CacheStore, q: mx.array, new: tuple[mx.array | None, mx.array | None], starts: list[int], rope: Rope
-) -> mx.array:
-    batch = store.open(list(range(q.shape[0])), starts, q.shape[2])
-    rotate: Rotate = rope.at(batch.layers[0].offset, q.shape[2], q.shape[0], is_cpu=False)
-    for view in batch.layers:
-        q = view.attend(q, *new, q.shape[-1] ** -0.5, rotation=rotate)  # type: ignore[union-attr] # all are KVViews
-    return q
+Attend = Callable[[KVView, Rotate], mx.array]
+
+
+def _layer_rows(shape: ShapeClass, q: mx.array, k: mx.array, v: mx.array) -> Attend:
+    """What one layer asks of its cache. By the stock path joined rows are taken apart, as a model would take them."""
+    scale = shape.dim**-0.5
+    if shape.form == "apart":
+        keys, values = (None, None) if shape.is_shared else (k, v)
+        return lambda view, rotate: view.attend(q, keys, values, scale, rotation=rotate)
+    qkv, norms = joined(q, k, v), norms_of(shape)
+
+    def attend(view: KVView, rotate: Rotate) -> mx.array:
+        out = view.attend_joined(qkv, shape.num_heads, scale, rotation=rotate, norms=norms)
+        if out is None:
+            parts = apart(qkv, shape.num_heads, shape.num_kv_heads, norms)
+            out = view.attend(parts[0], parts[1], parts[2], scale, rotation=rotate)
+        return out
+
+    return attend
+
+
+def _forward(store: CacheStore, shape: ShapeClass, attend: Attend, starts: list[int], rope: Rope) -> list[mx.array]:
+    """Each layer's output: layers of their own pools, one behind the other on the device."""
+    width = shape.rows or CHUNK
+    batch = store.open(list(range(len(starts))), starts, width)
+    rotate: Rotate = rope.at(batch.layers[0].offset, width, len(starts), is_cpu=False)
+    return [attend(view, rotate) for view in batch.layers]  # type: ignore[arg-type] # all are KVViews

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from workers.kernels.base import Variant
+from workers.kernels.base import HeadNorms, Variant
 from workers.kernels.pages import Pages, Pool
 from workers.models.rope import rotated
 
@@ -23,6 +23,11 @@ class ReferenceAttention:
 
     def attend_written(self, q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
         return self._attend(q, pool, pages, variant)
+
+    def attend_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        q, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
+        out = self.attend(q, k, v, pool, pages, variant)
+        return out.swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
 
     @staticmethod
     def _attend(q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
@@ -63,6 +68,17 @@ class ReferenceAttention:
             gathered.append(mx.concatenate([mx.concatenate(before), new.astype(array.dtype)], axis=2) if old else new)
         write_rows(pool, pages, k, v)
         return gathered[0], gathered[1]
+
+
+def apart(
+    qkv: mx.array, num_heads: int, num_kv_heads: int, norms: HeadNorms | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """What `attend_joined` gets, as `attend` takes it: normed, (B, heads, R, dim) each."""
+    rows = qkv.reshape(*qkv.shape[:2], num_heads + 2 * num_kv_heads, -1)
+    q, k, v = mx.split(rows, [num_heads, num_heads + num_kv_heads], axis=2)
+    if norms is not None:
+        q, k = mx.fast.rms_norm(q, norms.q, norms.eps), mx.fast.rms_norm(k, norms.k, norms.eps)
+    return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 def rotated_rows(x: mx.array, pages: Pages, variant: Variant) -> mx.array:

@@ -16,7 +16,7 @@ import msgspec
 from shared.errors import BadConfig
 from workers.cache.spec import AttentionSpec
 from workers.kernels.base import MAX_ROWS, PagedAttention
-from workers.kernels.choice import AttentionChoice, ShapeClass
+from workers.kernels.choice import AttentionChoice, Form, ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
 from workers.kernels.metal import MetalAttention
 from workers.kernels.prove import choose, compile_kernels, tiles_are_right
@@ -25,7 +25,7 @@ from workers.machine import device_name
 logger = logging.getLogger("target")
 
 VERIFY_ROWS = (2, 4, 8, 16)  # widths that the engine pads verify rows to
-FORMAT = "attention-1"
+FORMAT = "attention-2"
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -45,6 +45,7 @@ def select(
     widths: Sequence[int] | None = None,
     is_paged: bool = False,
     shared: Sequence[tuple[AttentionSpec, int]] = (),
+    form: Form = "apart",
 ) -> AttentionChoice | None:
     """The kernels that serve, None where stock operations do everything.
 
@@ -56,6 +57,7 @@ def select(
         widths: query rows a sequence that will come; None: those of a target.
         is_paged: blocks will be handed over, not slots. "auto" is stock then: nothing was timed in blocks yet.
         shared: those of `layers` whose keys and values other layers read, too.
+        form: how the layers hand over decode and verify rows.
     Raises:
         BadConfig: "kernel" was asked for, and there is none or it gives other values.
     """
@@ -67,7 +69,9 @@ def select(
         return None
     if widths is None:
         widths = target_widths(is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention))
-    shapes = shape_classes(layers, dtype, widths) + shape_classes(shared, dtype, widths, is_shared=True)
+    apart = widths if form == "apart" else [r for r in widths if r in (0, MAX_ROWS)]  # a chunk's tiles are never joined
+    shapes = shape_classes(layers, dtype, widths, form=form) if form != "apart" else []
+    shapes += shape_classes(layers, dtype, apart) + shape_classes(shared, dtype, widths, is_shared=True)
     if not shapes:
         _check_none_is_wanted(setting, "no attention kernel for this model's layers")
         return None
@@ -147,15 +151,20 @@ def target_widths(*, is_speculative: bool, has_chunks: bool) -> list[int]:
 
 
 def shape_classes(
-    layers: Sequence[tuple[AttentionSpec, int]], dtype: mx.Dtype, widths: Sequence[int], *, is_shared: bool = False
+    layers: Sequence[tuple[AttentionSpec, int]],
+    dtype: mx.Dtype,
+    widths: Sequence[int],
+    *,
+    is_shared: bool = False,
+    form: Form = "apart",
 ) -> list[ShapeClass]:
-    """What the layers need, as far as a kernel was written for it; none is for chunks of shared keys."""
+    """What the layers need, as far as a kernel was written for it; none is for chunks of shared or joined keys."""
     kinds = dict.fromkeys((num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim) for spec, num_heads in layers)
     return [
-        ShapeClass(num_heads, num_kv_heads, dim, r, dtype, is_shared)
+        ShapeClass(num_heads, num_kv_heads, dim, r, dtype, is_shared, form)
         for r in widths
         for num_heads, num_kv_heads, dim, value_dim in kinds
-        if (r > 0 or not is_shared)
+        if (r > 0 or not (is_shared or form != "apart"))
         and dim == value_dim
         and supports(num_heads, num_kv_heads, dim, dtype.size, max(r, 1))
     ]

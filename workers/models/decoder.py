@@ -18,9 +18,11 @@ import mlx.nn as nn
 from shared.errors import BadModel
 from workers import cpu_math
 from workers.cache.spec import AttentionSpec, LayerSpec
+from workers.kernels.choice import Form
 from workers.models.base import LayerCache, NoCache
 from workers.models.fp8 import unpacked
-from workers.models.fuse import join
+from workers.models.fuse import are_alike, join
+from workers.models.lean import LeanLayer
 from workers.models.rope import QueryScaling, Rope, RopeParameters, Rotate, rope_parameters
 
 MODEL_TYPES = ("llama", "mistral", "ministral3", "qwen2", "qwen3")
@@ -204,6 +206,10 @@ class Attention(nn.Module):
         if self.is_cpu:
             self.join()
 
+    @property
+    def is_joinable(self) -> bool:
+        return "qkv_proj" in self or are_alike([self.q_proj, self.k_proj, self.v_proj])
+
     def join(self) -> None:
         """One product for q, k and v. Nothing where they are one."""
         if "qkv_proj" in self:
@@ -251,6 +257,10 @@ def swiglu_on_cpu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class Layer(nn.Module):
+    """`lean` does its work once it is there."""
+
+    lean: LeanLayer | None = None
+
     def __init__(self, config: DecoderConfig, window: int | None, is_cpu: bool) -> None:
         super().__init__()
         self.self_attn = Attention(config, window, is_cpu)
@@ -259,8 +269,17 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps, is_cpu)
 
     def __call__(self, x: mx.array, rotate: Rotate, cache: LayerCache, *query_scale: mx.array) -> mx.array:
+        if self.lean is not None:
+            return self.lean(x, rotate, cache)
         x = x + self.self_attn(self.input_layernorm(x), rotate, cache, *query_scale)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def join(self) -> None:
+        """For a GPU where attention is a kernel: one product for q, k and v, and few launches around it."""
+        self.self_attn.join()
+        if "qkv_proj" in self.self_attn:
+            norms = self.input_layernorm, self.post_attention_layernorm
+            self.lean = LeanLayer(self.self_attn, self.mlp, *norms, swiglu)
 
 
 class Body(nn.Module):
@@ -349,8 +368,20 @@ class Model(nn.Module):
             if isinstance(layer.mlp, MLP):
                 layer.mlp.fuse()
 
+    @property
+    def attention_form(self) -> Form:
+        """How decode rows come to attention once `join_attention_inputs` was called."""
+        c = self.config
+        is_plain = c.query_scaling is None and c.rope.attention_factor == 1.0  # else a kernel does not rotate
+        if self.is_cpu or not is_plain or not all(layer.self_attn.is_joinable for layer in self.layers):
+            return "apart"
+        return "normed" if c.has_qk_norm else "joined"
+
     def join_attention_inputs(self) -> None:
         """One product for q, k and v on a GPU, where attention is a kernel that reads the parts as they lie."""
+        form = self.attention_form
         for layer in self.model.layers:
-            if not self.is_cpu and not layer.self_attn.has_qk_norm:
+            if form != "apart":
+                layer.join()
+            elif not self.is_cpu and not layer.self_attn.has_qk_norm:
                 layer.self_attn.join()

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+
+def are_alike(layers: Sequence[nn.Module]) -> bool:
+    """Can they be joined?"""
+    first = layers[0]
+    if type(first) not in (nn.Linear, nn.QuantizedLinear) or any(type(layer) is not type(first) for layer in layers):
+        return False
+    names = set(first.parameters())
+    if any(set(layer.parameters()) != names for layer in layers):
+        return False
+    if not isinstance(first, nn.QuantizedLinear):
+        return True
+    packing = (first.group_size, first.bits, first.mode)
+    return all((layer.group_size, layer.bits, layer.mode) == packing for layer in layers)
 
 
 def fuse_linears(layers: Sequence[nn.Module]) -> nn.Module | None:
@@ -14,23 +29,15 @@ def fuse_linears(layers: Sequence[nn.Module]) -> nn.Module | None:
     Plain and quantised linear layers can be joined, since quantisation groups run along the input. The result is
     evaluated, so that the caller can drop the parts one layer at a time and never hold the model twice.
     """
+    if not are_alike(layers):
+        return None
     first = layers[0]
-    if type(first) not in (nn.Linear, nn.QuantizedLinear) or any(type(layer) is not type(first) for layer in layers):
-        return None
-    names = set(first.parameters())
-    if any(set(layer.parameters()) != names for layer in layers):
-        return None
+    kind: Any = type(first)
+    fused: nn.Module = kind.__new__(kind)
+    nn.Module.__init__(fused)
     if isinstance(first, nn.QuantizedLinear):
-        packing = (first.group_size, first.bits, first.mode)
-        if any((layer.group_size, layer.bits, layer.mode) != packing for layer in layers):
-            return None
-        fused: nn.Module = nn.QuantizedLinear.__new__(nn.QuantizedLinear)
-        nn.Module.__init__(fused)
-        fused.group_size, fused.bits, fused.mode = packing
-    else:
-        fused = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(fused)
-    for name in sorted(names):
+        fused.group_size, fused.bits, fused.mode = first.group_size, first.bits, first.mode
+    for name in sorted(first.parameters()):
         setattr(fused, name, mx.concatenate([getattr(layer, name) for layer in layers]))
     mx.eval(fused.parameters())
     fused.freeze()

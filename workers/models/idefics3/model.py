@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from shared.messages import MediaKind
+from workers.kernels.choice import Form
 from workers.models.base import CausalMedia
 from workers.models.beside_text import BesideText
 from workers.models.decoder import Model
@@ -51,6 +52,11 @@ class Idefics3(CausalMedia, BesideText):
         """(1, num_tokens, H) of a tile or frame: `pixels` (height, width, 3) uint8, `mean` and `std` (3,) of 0..1."""
         scaled = (tensors["pixels"].astype(mx.float32) * (1 / 255) - tensors["mean"]) / tensors["std"]
         return self.connector(self.vision_model(scaled[None]))
+
+    @property
+    def attention_form(self) -> Form:
+        """As the text decoder's."""
+        return self.language_model.attention_form
 
     def join_attention_inputs(self) -> None:
         """As the text decoder's."""

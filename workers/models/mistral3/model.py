@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from shared.messages import MediaKind
+from workers.kernels.choice import Form
 from workers.models import decoder
 from workers.models.base import CausalMedia
 from workers.models.beside_text import BesideText
@@ -31,6 +32,11 @@ class Mistral3(CausalMedia, BesideText):
         if config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config.vision, config.projector)
+
+    @property
+    def attention_form(self) -> Form:
+        """As the text decoder's."""
+        return self.language_model.attention_form
 
     def join_attention_inputs(self) -> None:
         """As the text decoder's."""
