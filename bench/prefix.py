@@ -1,8 +1,9 @@
 """What the prefix cache gives: `python -m bench.prefix`.
 
-Starts its own servers with the model given. Three measurements: time to first token (TTFT) of a prompt of which all but
-the last tokens are cached, against the same prompt cold; the same after a restart, from SSD; and an agent workload,
-several agents at once that share a long system prompt and take turns, with the cache and without it.
+Starts its own servers with the model given. Three measurements: time to first token (TTFT) of a conversation of which
+all but a user's few words are cached, a long system prompt, against a like one cold; the same after a restart, from
+SSD; and an agent workload, several agents at once that share a long system prompt and take turns, with the cache and
+without it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from bench.peers import ARMS, serving
 from bench.workloads import Prompt, TokenCounter, choose_counter, fit
 
 SECONDS_TO_SETTLE = 60.0  # for the last blocks to be on SSD
+TEMPLATE_TOKENS = 16  # about what a chat template puts around two messages
+
+Chat = list[dict[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,19 +78,19 @@ class Bench:
         rng = random.Random(args.seed)
         cold, warm, ssd = [], [], []
         with self._server(cache=True) as target:
-            target = msgspec.structs.replace(target, endpoint="completions", ignore_eos=True)
+            target = msgspec.structs.replace(target, ignore_eos=True)
             count, close = choose_counter(target.url, target.model, None)
             prompts = [self._pair(rng, count) for _ in range(args.repeats)]
             warm_up = self._pair(random.Random("warm-up"), count)
             close()
-            for prompt in warm_up:  # kernels for these shapes are there
-                self._one(target, prompt)
+            for chat in warm_up:  # kernels for these shapes are there
+                self._one(target, chat)
             for first, second in tqdm(prompts, desc="TTFT", file=sys.stderr):
                 cold.append(self._one(target, first))
                 warm.append(self._one(target, second))
             _wait_for_ssd(target)
         with self._server(cache=True) as target:
-            target = msgspec.structs.replace(target, endpoint="completions", ignore_eos=True)
+            target = msgspec.structs.replace(target, ignore_eos=True)
             for first, _ in tqdm(prompts, desc="TTFT from SSD", file=sys.stderr):
                 ssd.append(self._one(target, first))
         figures: dict[str, dict[str, Any]] = {
@@ -102,17 +106,22 @@ class Bench:
             figures[name]["share_of_cold"] = figures[name]["ttft_s"]["p50"] / base
         return figures
 
-    def _pair(self, rng: random.Random, count: TokenCounter) -> tuple[Prompt, Prompt]:
-        """Two prompts that differ in their last tokens."""
+    def _pair(self, rng: random.Random, count: TokenCounter) -> tuple[Chat, Chat]:
+        """Two conversations with one long system prompt that differ in the user's few words."""
         args = self._args
-        text = fit(rng, args.prompt_tokens - args.tail_tokens, count)
-        ends = [" ".join(f"{rng.randrange(10)}" for _ in range(args.tail_tokens // 2)) for _ in range(2)]
+        text = fit(rng, args.prompt_tokens - args.tail_tokens - TEMPLATE_TOKENS, count)
         first, second = (
-            Prompt(index=0, text=f"{text} {end}", num_tokens=args.prompt_tokens, max_tokens=4) for end in ends
+            [
+                {"role": "system", "content": text},
+                {"role": "user", "content": " ".join(f"{rng.randrange(10)}" for _ in range(args.tail_tokens // 2))},
+            ]
+            for _ in range(2)
         )
         return first, second
 
-    def _one(self, target: Target, prompt: Prompt) -> Record:
+    def _one(self, target: Target, chat: Chat) -> Record:
+        prompt = Prompt(index=0, text="", num_tokens=0, max_tokens=4)
+        target = msgspec.structs.replace(target, extra_body={"messages": chat})
         (record,) = asyncio.run(play(target, [prompt], 1)).records
         if record.error is not None:
             raise RuntimeError(f"a request failed: {record.status} {record.error}")

@@ -241,11 +241,43 @@ def test_layers_with_one_product_are_asked_for_by_it_and_their_chunks_apart(
     )  # fmt: skip
     assert choice is not None
     assert [(s.rows, s.form) for s in choice.is_used] == [
-        (1, "joined"), (4, "joined"), (16, "joined"), (0, "apart"), (16, "apart"),
+        (1, "joined"), (4, "joined"), (16, "joined"), (0, "apart"),
     ]  # fmt: skip
     assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 4, False) is choice.attention
     assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 4, True) is None
     assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 2, False) is None
+    assert choice.has_tiles
+    assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 48, False) is choice.attention
+    assert choice.joined(AttentionSpec(KV_HEADS, 64, 64), HEADS, mx.float32, 40, False) is None
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+def test_chunks_of_one_product_go_by_tiles(window: int | None, has_norms: bool) -> None:
+    """Chunks of 48 tokens in sequences that begin at different places, and MLX's own operation where all begin at 0."""
+    spec = AttentionSpec(KV_HEADS, DIM, DIM, window)
+    rope = Rope(RopeParameters(tuple(10000.0 ** (-i / DIM) for i in range(0, DIM, 2))))
+    form: Form = "normed" if has_norms else "joined"
+    used = {ShapeClass(HEADS, KV_HEADS, DIM, 16, mx.float32, form=form): True}
+    norms = HeadNorms(mx.random.normal((DIM,)), mx.random.normal((DIM,)), 1e-5) if has_norms else None
+    stock, tiled = (CacheStore([spec], [256], 64, mx.float32, is_exact=False, slack=64) for _ in "ab")
+    tiled.use_attention(AttentionChoice(ReferenceAttention(), used, has_tiles=True))
+    for starts in ([0, 0], [0, 48], [48, 96], [96, 144]):
+        qkv = mx.random.normal((2, 48, (HEADS + 2 * KV_HEADS) * DIM))
+        outs = []
+        for store in (stock, tiled):
+            for slot in (0, 1):
+                store.ensure(slot, 256)
+            batch = store.open([0, 1], starts, 48)
+            rows, view = qkv[mx.array(batch.order)], batch.layers[0]
+            rotate = rope.at(view.offset, 48, 2, is_cpu=False)
+            out = view.attend_joined(rows, HEADS, 0.25, rotation=rotate, norms=norms)  # type: ignore[union-attr]
+            assert (out is None) == (store is stock or starts == [0, 0])
+            if out is None:
+                split = apart_rows(rows, HEADS, KV_HEADS, norms)
+                out = view.attend(*split, 0.25, rotation=rotate).swapaxes(1, 2).reshape(2, 48, -1)  # type: ignore[union-attr]
+            outs.append(out)
+        np.testing.assert_allclose(np.array(outs[0]), np.array(outs[1]), atol=2e-5)
 
 
 def test_a_rotation_given_to_the_cache_is_the_models_own() -> None:
@@ -460,6 +492,20 @@ class OffInTiles(ReferenceAttention):
 class FailingInTiles(ReferenceAttention):
     def append(self, k, v, pool, pages, old):
         raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize("form", ["joined", "normed"])
+def test_tiles_of_joined_rows_prove_themselves_at_start(form: Form) -> None:
+    class OffInJoinedTiles(ReferenceAttention):
+        """Writes a chunk's rows one position too far."""
+
+        def append_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> None:
+            later = replace(pages, starts=pages.starts + 1, host_starts=tuple(s + 1 for s in pages.host_starts))
+            super().append_joined(qkv, num_heads, pool, later, variant)
+
+    shapes = [ShapeClass(4, 2, 16, rows, mx.float32, form=form) for rows in (1, MAX_ROWS)]
+    assert tiles_are_right(ReferenceAttention(), shapes)
+    assert not tiles_are_right(OffInJoinedTiles(), shapes)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from workers.kernels import delta
-from workers.kernels.cuda import append_kernel, attend_kernel, constants_text, header
+from workers.kernels.cuda import append_joined_kernel, append_kernel, attend_kernel, constants_text, header
 
 nvidia = pytest.importorskip("nvidia", reason="no NVIDIA packages")
 ROOTS = [Path(folder) for folder in getattr(nvidia, "__path__", [])]
@@ -42,6 +42,8 @@ def parts_of(kernel: str) -> tuple[list[str], list[str], str]:
     """Inputs, outputs and body; an attending kernel's name tells of `_split` and `_normed`."""
     if kernel in DELTA:
         return DELTA[kernel]
+    if kernel.startswith("append_joined"):
+        return append_joined_kernel(has_norms=kernel.endswith("_normed"))
     if kernel.startswith("append"):
         return append_kernel(gives_back=kernel == "append_after")
     kind = kernel.removesuffix("_normed").removesuffix("_split")
@@ -97,6 +99,8 @@ def compile_log(text: str, name: str) -> str:
         ("attend_joined_normed", FP32, {"D": 96, "G": 2, "MT": 1, "NEW": 8, "ROPE": 48, "SHIFT": 5, "NW": 4}),
         ("attend_joined_split_normed", BF16, {"D": 128, "G": 4, "MT": 2, "NEW": 16, "ROPE": 128, "SHIFT": 0, "NW": 4}),
         ("append", BF16, {"D": 128, "SHIFT": 0}),
+        ("append_joined", BF16, {"D": 128, "G": 4, "ROPE": 128, "SHIFT": 0, "NW": 4}),
+        ("append_joined_normed", FP16, {"D": 80, "G": 3, "ROPE": 40, "SHIFT": 5, "NW": 4}),
         ("append_after", FP32, {"D": 64, "SHIFT": 5}),
         ("gated_delta", BF16, {"DK": 128, "ROWS": 2, "VECTOR": 0, "MASKED": 0}),
         ("gated_delta", FP16, {"DK": 192, "ROWS": 2, "VECTOR": 0, "MASKED": 1}),

@@ -120,6 +120,23 @@ def test_a_row_of_nan_or_infinite_logits_is_marked_and_the_others_are_as_without
     assert [broken.tokens[i].item() for i in (0, 2)] == [clean.tokens[i].item() for i in (0, 2)]
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_greedy_rows_of_16_bits_draw_as_in_32_equal_logits_and_bad_ones_included(dtype):
+    """Alone they stay in 16 bits; beside a row that is drawn all are made 32."""
+    rng = np.random.default_rng(1)
+    logits = np.round(rng.normal(size=(64, 2000)) * 3)  # many largest ones
+    logits[3, 7], logits[4], logits[5, :] = np.nan, -np.inf, np.inf
+    given = mx.array(logits.astype(np.float32)).astype(dtype)
+    greedy = [row(SamplingParams(temperature=0.0)) for _ in range(64)]
+    alone = sample(given, greedy)
+    beside = sample(mx.concatenate([given, given[:1]]), [*greedy, row(SamplingParams())])
+    assert alone.is_finite.tolist() == beside.is_finite.tolist()[:-1]
+    assert alone.is_finite.tolist() == [i not in (3, 4, 5) for i in range(64)]
+    good = [i for i in range(64) if i not in (3, 4, 5)]
+    assert [alone.tokens.tolist()[i] for i in good] == [beside.tokens.tolist()[i] for i in good]
+    assert [alone.tokens.tolist()[i] for i in good] == [int(np.argmax(logits[i])) for i in good]
+
+
 def test_a_banned_token_of_minus_infinity_is_not_an_error():
     logits = mx.array(LOGITS)[None]
     logits[0, 3] = -float("inf")

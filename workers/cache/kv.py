@@ -13,10 +13,10 @@ from workers.cache import cpu_attention
 from workers.cache.batch_shape import BatchShape, Spans, pieces, position_mask
 from workers.cache.placement import Move, Run
 from workers.cache.spec import AttentionSpec
-from workers.kernels.base import HeadNorms, PagedAttention, Variant
+from workers.kernels.base import MAX_ROWS, HeadNorms, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice
 from workers.kernels.pages import Pages, Pool
-from workers.kernels.tiles import attend_in_tiles
+from workers.kernels.tiles import attend_in_tiles, attend_joined_in_tiles
 from workers.models.rope import Rotate, Rotation, rotated
 
 RING_SPARE = 32  # so many positions more stay intact behind the widest step: a block that it completes is stored whole
@@ -230,7 +230,7 @@ class KVView:
         norms: HeadNorms | None = None,
     ) -> mx.array | None:
         """`attend` for the rows of one product, where a kernel takes them as they lie; None, with nothing done, where
-        none does.
+        none does. Prefill chunks of lengths that come again and again are better off with MLX's own operation.
 
         Args:
             qkv: (B, L, (num_heads + 2 * num_kv_heads) * dim).
@@ -240,6 +240,9 @@ class KVView:
         """
         shape, layer = self._shape, self._layer
         if layer.attention is None or not (rotation is None or self._is_plain(rotation)):
+            return None
+        in_tiles = shape.width > MAX_ROWS
+        if in_tiles and shape.is_round:
             return None
         attention = layer.attention.joined(layer.spec, num_heads, qkv.dtype, shape.width, norms is not None)
         if attention is None:
@@ -251,7 +254,12 @@ class KVView:
         for run in shape.runs:
             pool = layer.pool(run.capacity_class)
             rows = qkv if run.size == qkv.shape[0] else qkv[run.first : run.first + run.size]
-            outputs.append(attention.attend_joined(rows, num_heads, pool, self._pages(run), variant))
+            pages = self._pages(run)
+            if in_tiles:
+                tiles = self._tiles(run)
+                outputs.append(attend_joined_in_tiles(attention, rows, num_heads, pool, pages, tiles, variant))
+            else:
+                outputs.append(attention.attend_joined(rows, num_heads, pool, pages, variant))
             layer.adopt(run.capacity_class, pool)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 

@@ -318,6 +318,23 @@ struct Attend {
     }
   }
 
+  // Writes keys and values of qkv (B, L, (H + 2 KV) * D) at their rows' positions, as `run` would: a warp for each.
+  static __device__ void append(const T* qkv, const T* pool_k, const T* pool_v, const int* table, const int* starts,
+                                const int* params, const float* inv_freq, const T* k_norm, int batch, int length,
+                                int heads_kv) {
+    const Params a = read_params(params, 0, G);
+    const int index = blockIdx.x * NW + threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int h = index % heads_kv, i = index / heads_kv % length, b = index / heads_kv / length;
+    if (b >= batch) return;
+    const int position = starts[b] + i;
+    const T* k = qkv + ((long(b) * length + i) * (G + 2) * heads_kv + G * heads_kv + h) * D;
+    const T* v = k + heads_kv * D;
+    T *to_k = const_cast<T*>(pool_k), *to_v = const_cast<T*>(pool_v);
+    const long at = row_of<SHIFT>(position, table + b * a.W, a, heads_kv, h) * D;
+    stage(k, 1, position, inv_freq, k_norm, a.eps, lane, [&](int d, T x) { to_k[at + d] = x; });
+    for (int d = lane; d < D; d += 32) to_v[at + d] = v[d];
+  }
+
   // out: (B, R, H, D). q_norm, k_norm: (D,), weights of the norms where there are NORM.
   template <typename SINK>
   static __device__ void run(const T* q, const Strides& qs, const T* k, const Strides& ks, const T* v, const Strides& vs,

@@ -64,6 +64,9 @@ class PagedAttention(Protocol):
             (B, R, num_heads * dim), as the projection behind it takes them.
         """
 
+    def append_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> None:
+        """Only write: the keys, normed and rotated, and values of one product's rows (B, L, ...), L of any size."""
+
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
         """Write k and v; return keys and values of the `old` positions before them and of their own.
 

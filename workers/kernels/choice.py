@@ -86,12 +86,17 @@ class AttentionChoice:
     def joined(
         self, spec: AttentionSpec, num_heads: int, dtype: mx.Dtype, width: int, has_norms: bool
     ) -> PagedAttention | None:
-        """The implementation for decode and verify rows that come as one product's. Looked up once: each layer asks."""
+        """The implementation for one product's rows: those of decoding and verifying, and of prefill chunks
+        in tiles. Looked up once: each layer asks.
+        """
         key = (num_heads, spec.num_kv_heads, spec.key_dim, spec.value_dim, dtype, width, has_norms)
         if key not in self._joined:
             form: Form = "normed" if has_norms else "joined"
-            shape = ShapeClass(num_heads, spec.num_kv_heads, spec.key_dim, width, dtype, form=form)
-            is_used = spec.key_dim == spec.value_dim and width <= MAX_ROWS and self.is_used.get(shape, False)
+            rows = width
+            if width > MAX_ROWS:
+                rows = MAX_ROWS if self.has_tiles and width % MAX_ROWS == 0 else 0
+            shape = ShapeClass(num_heads, spec.num_kv_heads, spec.key_dim, rows, dtype, form=form)
+            is_used = spec.key_dim == spec.value_dim and self.is_used.get(shape, False)
             self._joined[key] = self.attention if is_used else None
         return self._joined[key]
 

@@ -97,6 +97,16 @@ def append_kernel(*, gives_back: bool) -> tuple[list[str], list[str], str]:
     return inputs, ["token"], body
 
 
+def append_joined_kernel(*, has_norms: bool) -> tuple[list[str], list[str], str]:
+    """Inputs, outputs and body of a kernel that writes keys and values of one product's rows, of any number."""
+    inputs = ["qkv", *POOLS, "inv_freq", "after", *(["k_norm"] if has_norms else [])]
+    body = f"""tandem::Attend<T, D, G, 1, 1, ROPE, SHIFT, false, NW, false, {["false", "true"][has_norms]}>::append(
+    qkv, pool_k, pool_v, table, starts, params, inv_freq, {"k_norm" if has_norms else "nullptr"},
+    qkv_shape[0], qkv_shape[1], pool_k_shape[1]);
+if (blockIdx.x == 0 && threadIdx.x == 0) token[0] = tandem::from_float<T>(0.f);"""
+    return inputs, ["token"], body
+
+
 @dataclass(frozen=True)
 class Launch:
     """What forwards of one shape have in common.
@@ -261,6 +271,26 @@ class CudaAttention:
         )
         pool.last = keys
         return keys, values
+
+    def append_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> None:
+        batch, length, width = qkv.shape
+        kv_heads, rotation, norms = pool.num_kv_heads, variant.rotation, variant.norms
+        constants = {
+            "D": width // (num_heads + 2 * kv_heads), "G": num_heads // kv_heads,
+            "ROPE": 0 if rotation is None else rotation.dim, "SHIFT": pages.shift, "NW": self._num_warps,
+        }  # fmt: skip
+        parts = append_joined_kernel(has_norms=norms is not None)
+        kernel = self._kernel("append_joined", parts, qkv.dtype, constants)
+        threads = 32 * self._num_warps
+        (pool.last,) = kernel(
+            inputs=[
+                qkv, pool.keys, pool.values, pages.table, pages.starts, params_of(variant, pool, pages),
+                self._none if rotation is None else rotation.inv_freq, self._after(pool, qkv.dtype),
+                *([] if norms is None else [norms.k]),
+            ],
+            grid=(-(-batch * length * kv_heads // self._num_warps) * threads, 1, 1), threadgroup=(threads, 1, 1),
+            output_shapes=[(1,)], output_dtypes=[qkv.dtype],
+        )  # fmt: skip
 
     def num_splits(self, num_blocks: int, length: int, window: int | None) -> int:
         """Parts of the key axis: enough thread blocks for the device, none of them for a handful of keys."""

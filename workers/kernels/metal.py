@@ -66,6 +66,9 @@ class MetalAttention:
         q, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
         return self.attend(q, k, v, pool, pages, variant).swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
 
+    def append_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> None:
+        raise NotImplementedError("no Metal kernel for prefill chunks: the choice never names one")
+
     def append(self, k: mx.array, v: mx.array, pool: Pool, pages: Pages, old: int) -> tuple[mx.array, mx.array]:
         raise NotImplementedError("no Metal kernel for prefill chunks: the choice never names one")
 

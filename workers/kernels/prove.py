@@ -17,7 +17,7 @@ from workers.kernels.base import MAX_ROWS, HeadNorms, PagedAttention, Variant
 from workers.kernels.choice import AttentionChoice, ShapeClass
 from workers.kernels.pages import Pages, Pool, slot_pages, tiles
 from workers.kernels.reference import ReferenceAttention, apart
-from workers.kernels.tiles import attend_in_tiles
+from workers.kernels.tiles import attend_in_tiles, attend_joined_in_tiles
 from workers.models.rope import Rope, RopeParameters, Rotate, Rotation
 
 logger = logging.getLogger("target")
@@ -172,10 +172,21 @@ def _tiles_error(attention: PagedAttention, shape: ShapeClass, case: Case) -> fl
         cut = tiles(case.pages, MAX_ROWS, count)
         pools = [_pool(shape, case) for _ in "ab"]
         mx.eval(q, k, v, cut.table, cut.starts)
-    got = [attend_in_tiles(attention, (q, k, v), pools[0], case.pages, cut, case.variant)]
+    variant = case.variant
+    if shape.form == "apart":
+        got = [attend_in_tiles(attention, (q, k, v), pools[0], case.pages, cut, variant)]
+    else:
+        with mx.stream(mx.cpu):
+            qkv, rotation = joined(q, k, v), Rope(rope_of(shape.dim)).at(case.pages.starts, 1, 1, is_cpu=False)
+            assert isinstance(rotation, Rotation), "off the CPU a rope gives a Rotation"
+            variant = replace(variant, norms=norms_of(shape), rotation=rotation)
+        got = [attend_joined_in_tiles(attention, qkv, shape.num_heads, pools[0], case.pages, cut, variant)]
     mx.eval(got)
     with mx.stream(mx.cpu):
-        wanted = [ReferenceAttention().attend(q, k, v, pools[1], case.pages, case.variant)]
+        if shape.form == "apart":
+            wanted = [ReferenceAttention().attend(q, k, v, pools[1], case.pages, variant)]
+        else:
+            wanted = [ReferenceAttention().attend_joined(qkv, shape.num_heads, pools[1], case.pages, variant)]
     pools[0].settle()
     mx.synchronize()
     got += [pools[0].keys, pools[0].values]

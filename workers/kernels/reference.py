@@ -29,6 +29,10 @@ class ReferenceAttention:
         out = self.attend(q, k, v, pool, pages, variant)
         return out.swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
 
+    def append_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> None:
+        _, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
+        write_rows(pool, pages, rotated_rows(k, pages, variant), v)
+
     @staticmethod
     def _attend(q: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
         batch, heads, rows, dim = q.shape

@@ -69,7 +69,7 @@ def select(
         return None
     if widths is None:
         widths = target_widths(is_speculative=is_speculative, has_chunks=isinstance(attention, CudaAttention))
-    apart = widths if form == "apart" else [r for r in widths if r in (0, MAX_ROWS)]  # a chunk's tiles are never joined
+    apart = widths if form == "apart" else [r for r in widths if r == 0]  # what writes a chunk for MLX's own operation
     shapes = shape_classes(layers, dtype, widths, form=form) if form != "apart" else []
     shapes += shape_classes(layers, dtype, apart) + shape_classes(shared, dtype, widths, is_shared=True)
     if not shapes:

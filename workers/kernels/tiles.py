@@ -32,6 +32,22 @@ def attend_in_tiles(
     return _join(out, q.shape[0])
 
 
+def attend_joined_in_tiles(
+    attention: PagedAttention,
+    qkv: mx.array,
+    num_heads: int,
+    pool: Pool,
+    pages: Pages,
+    tiles: Pages,
+    variant: Variant,
+) -> mx.array:
+    """The same of one product's rows (B, L, ...): as `PagedAttention.attend_joined` gives them, (B, L, heads * dim)."""
+    attention.append_joined(qkv, num_heads, pool, pages, variant)
+    batch, length, width = qkv.shape
+    cut = qkv.reshape(batch * length // MAX_ROWS, MAX_ROWS, width)
+    return attention.attend_joined(cut, num_heads, pool, tiles, variant).reshape(batch, length, -1)
+
+
 def _cut(x: mx.array, count: int) -> mx.array:
     """(B, heads, count * n, D) -> (B * count, heads, n, D)."""
     batch, heads, length, dim = x.shape

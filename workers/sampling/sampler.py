@@ -118,9 +118,10 @@ def sample(logits: mx.array, rows: Sequence[SampledRow]) -> Sampled:
         rows: N.
     """
     assert logits.shape[0] == len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
-    logits = logits.astype(mx.float32)
-    greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
     others = [i for i, row in enumerate(rows) if not row.state.is_plain_greedy]
+    if others or any(row.state.params.num_logprobs is not None for row in rows):
+        logits = logits.astype(mx.float32)  # which keeps every value, and so the largest one's place
+    greedy = mx.argmax(logits, axis=-1).astype(mx.int32)
     if not others:
         tokens = greedy
     elif len(others) == len(rows):
