@@ -130,7 +130,7 @@ class Bench:
 
     def prompts(self, turn: Turn) -> list[Prompt]:
         """The same for all arms. Later repeats begin elsewhere in the set."""
-        number = max(self._args.requests_per_cell, turn.concurrency)
+        number = max(self._args.requests_per_cell, self._args.waves * turn.concurrency)
         tenant = f"{turn.repeat}/{turn.workload}/{turn.concurrency}"
         return prompt_sets.pick(
             self._texts[turn.workload], number, self._args.output_tokens, tenant, turn.repeat * number
@@ -275,7 +275,7 @@ def measure(
 
 
 def _head(args: argparse.Namespace, arms: Sequence[Arm], is_interleaved: bool) -> dict[str, Any]:
-    names = ("output_tokens", "requests_per_cell", "repeats", "warmup_tokens", "ignore_eos", "tie_bound")
+    names = ("output_tokens", "requests_per_cell", "waves", "repeats", "warmup_tokens", "ignore_eos", "tie_bound")
     hidden = {f"TANDEM_{name}" for name in ("API_KEYS", "ADMIN_KEY")}
     return {
         "model": args.model,
@@ -314,7 +314,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--api-key")
     add("--workloads", type=_workloads, default=list(prompt_sets.WORKLOADS), help="some of them, comma separated")
     add("--concurrency", type=concurrencies, default=[1, 2, 4, 8, 16, 32])
-    add("--requests-per-cell", type=int, default=8, help="at least; never fewer than the concurrency")
+    add("--requests-per-cell", type=int, default=8, help="at least")
+    add("--waves", type=int, default=1, help="at least so many requests for each client")
     add("--output-tokens", type=int, default=128)
     add("--ignore-eos", action="store_true", help="every answer gets all its tokens, however it would have ended")
     add("--repeats", type=int, default=2)
