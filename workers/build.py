@@ -201,8 +201,7 @@ def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, sett
         join = getattr(loaded.model, "join_attention_inputs", None)
         if join is not None:
             join()
-    if not is_cpu():
-        view_weights(loaded.model)
+    view_weights(loaded.model)
     if choice is None:
         return info
     return msgspec.structs.replace(info, attention=list(choice.reasons))

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from workers.features import TapLayer, block_list
 from workers.kv_taps import KVTapLayer
+from workers.models.base import TextModel
 
 
 class ViewedLinear(nn.Linear):
@@ -21,7 +23,7 @@ class ViewedLinear(nn.Linear):
         return x @ self["_transposed"]
 
 
-def view_weights(model: nn.Module) -> None:
+def view_weights(model: TextModel) -> None:
     """Make every plain linear layer of a model such a one. Call when none is joined with another any more."""
     for module in _modules(model):
         if type(module) is nn.Linear and "bias" not in module:
@@ -30,9 +32,10 @@ def view_weights(model: nn.Module) -> None:
             module.__class__ = ViewedLinear
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def _modules(model: Any) -> Iterator[nn.Module]:  # noqa: ANN401 - a module, or what stands around one of mlx-lm's
     """Also those of blocks that something stands in for, which a model does not find itself."""
-    yield from model.modules()
+    module = model if isinstance(model, nn.Module) else model.model
+    yield from module.modules()
     for block in block_list(model) or []:
         while isinstance(block, TapLayer | KVTapLayer):
             block = block._layer

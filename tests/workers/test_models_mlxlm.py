@@ -15,8 +15,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from shared.errors import BadModel
 from tests.workers.tiny_architectures import REFUSED, RUNS, VOCAB, config_of
 from workers.cache.store import CacheStore
+from workers.early_start import install_starts
 from workers.load.folder import mlx_lm_classes
 from workers.models.mlxlm import MlxLmModel, adapted
+from workers.viewed_weights import view_weights
 
 pytestmark = pytest.mark.mlx
 
@@ -89,6 +91,17 @@ def batched(adapter, rows):
         for slot, row in forward(slots, starts, [[int(np.argmax(logits[s][-1]))] for s in slots]):
             logits[slot].append(row)
     return [np.stack(rows) for rows in logits]
+
+
+@pytest.mark.parametrize(("name", "overrides"), RUNS.items(), ids=RUNS)
+def test_weights_are_viewed_in_every_architecture(name, overrides):
+    """As on a GPU: with blocks that begin before the whole step is built."""
+    model = adapted(make(name, overrides), name.partition("/")[0])
+    inputs = mx.array([prompts()[1]])
+    expected = np.array(model(inputs))
+    install_starts(model)
+    view_weights(model)
+    np.testing.assert_array_equal(np.array(model(inputs)), expected)
 
 
 @pytest.mark.parametrize("name", RUNS)
