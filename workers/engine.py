@@ -127,18 +127,21 @@ class Engine:
         self._num_slots = num_slots
         self._starts = starts
         self._num_begun = 0  # steps that are not finished
+        self._unkept: list[BlockStore] = []  # of steps that were begun: see `keep_blocks`
         self.packs_rows = store.packs_rows and getattr(model.model, "packs_rows", False)  # docs/speculation.md
 
     def reset(self) -> None:
         """Forget every sequence and every cached prefix. No step that was begun is finished any more."""
         self._num_begun = 0
+        self._unkept = []
         self.release(list(self._slots))
         if self.blocks is not None:
             self.blocks.reset()
 
     def release(self, slots: Sequence[int], stores: Sequence[BlockStore] = ()) -> None:
         """Free slots, after `stores` of theirs went to the prefix cache."""
-        self._keep(stores)
+        self._unkept += stores
+        self.keep_blocks()
         for slot in slots:
             if self.media is not None:
                 self.media.release(slot)
@@ -154,6 +157,7 @@ class Engine:
 
     def shrink(self, kept_blocks: Collection[int], free_states: Iterable[int]) -> None:
         """Memory is short: give back what no slot and no kept block needs. Steps that were begun keep their arrays."""
+        self.keep_blocks()
         if self.blocks is not None:
             self.blocks.shrink(kept_blocks, free_states)
         self.store.trim()
@@ -164,6 +168,7 @@ class Engine:
     def begin(self, step: Step) -> PendingStep:
         """Queue a step on the device. Rows' caches are written in the order of the steps."""
         started = time.perf_counter()
+        self.keep_blocks()
         if self._starts is not None:
             self._starts.is_on = not self._num_begun
         self._num_begun += 1
@@ -203,7 +208,7 @@ class Engine:
         pending += [fused.bits for fused in self._features]
         pending += self.store.writes()
         start_evaluating(pending)
-        self._keep(step.stores)
+        self._unkept += step.stores
         checks = [(check, self._differing(check)) for check in step.checks]
         pending += [array for _, array in checks]
         ids = {row.slot: self._request_ids[row.slot] for row in (*step.decodes, *step.prefills)}
@@ -251,12 +256,17 @@ class Engine:
                 start_evaluating([bits])  # before the slot is written to: then that happens in place
                 self._restored.append((FeatureRows(request_id=start.request_id, start=0, num_rows=n), bits))
 
-    def _keep(self, stores: Sequence[BlockStore]) -> None:
-        """Copy blocks of slots into the prefix cache, behind everything that is queued already."""
-        if stores:
+    def keep_blocks(self) -> None:
+        """Copy the blocks that the steps begun so far completed into the prefix cache, behind all that is queued.
+
+        Call it once their results are out, which need not wait for it. The next step or release does it at the latest,
+        before anything else touches the slots.
+        """
+        if self._unkept:
             assert self.blocks is not None, "blocks to store and no prefix cache"
-            for stored in stores:
+            for stored in self._unkept:
                 self.blocks.keep(stored)
+            self._unkept = []
             start_evaluating(self.blocks.pending())
 
     def _differing(self, check: BlockStore) -> mx.array:

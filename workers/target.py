@@ -122,6 +122,7 @@ class Target:
                 is_busy = bool(running or waiting)
                 if running:
                     self._finish(running.popleft())
+                self.engine.keep_blocks()
                 now = time.monotonic()
                 if is_busy:
                     self.last_busy = now
