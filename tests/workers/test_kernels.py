@@ -154,9 +154,13 @@ def test_rows_that_another_layer_wrote_are_attended_as_by_the_layer_itself(width
 def test_a_kernel_waits_for_the_one_before_on_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reading for the write that it reads, the next write for that reading; also where the key axis is split."""
     launches: list[tuple[str, dict[str, mx.array], list[mx.array]]] = []
+    splits: set[int] = set()
 
     def fake_kernel(name: str, input_names: list[str], **_: object) -> Callable[..., list[mx.array]]:
-        def launch(inputs: list[mx.array], output_shapes: list[tuple[int, ...]], **_: object) -> list[mx.array]:
+        def launch(
+            inputs: list[mx.array], output_shapes: list[tuple[int, ...]], grid: tuple[int, int, int], **_: object
+        ) -> list[mx.array]:
+            splits.add(grid[2])
             launches.append((name, dict(zip(input_names, inputs, strict=True)), [mx.zeros(s) for s in output_shapes]))
             return launches[-1][2]
 
@@ -165,8 +169,9 @@ def test_a_kernel_waits_for_the_one_before_on_its_pool(monkeypatch: pytest.Monke
     monkeypatch.setattr(mx.fast, "cuda_kernel", fake_kernel)
     kernel = CudaAttention()
     q, k, v = (mx.zeros((1, heads, 2, 64)) for heads in (8, 2, 2))
-    for length, part in ((40, ""), (4000, "_split")):
+    for length, num_parts_expected in ((40, 1), (4000, 15)):
         launches.clear()
+        splits.clear()
         pool = Pool(mx.zeros((1, 2, 4096, 64)), mx.zeros((1, 2, 4096, 64)))
         pages = slot_pages([0], [length])
         for _ in "ab":
@@ -177,11 +182,11 @@ def test_a_kernel_waits_for_the_one_before_on_its_pool(monkeypatch: pytest.Monke
             assert joined.shape == (1, 2, 8 * 64)
         names = [name.partition("_64_")[0] for name, _, _ in launches]
         kinds = ["attend", "attend_written", "attend_written", "attend_joined"]
-        assert names == [f"tandem_{kind}{part}" for kind in kinds] * 2
+        assert names == [f"tandem_{kind}" for kind in kinds] * 2
+        assert splits == {num_parts_expected}
         for before, (_, inputs, _) in pairwise(launches):
             assert inputs["after"] is before[2][0]
             assert inputs["pool_k"] is pool.keys
-            assert ("scratch" in inputs) == (part == "_split")
         assert pool.last is launches[-1][2][0]
 
 

@@ -39,15 +39,14 @@ NOT_T = {
 
 
 def parts_of(kernel: str) -> tuple[list[str], list[str], str]:
-    """Inputs, outputs and body; an attending kernel's name tells of `_split` and `_normed`."""
+    """Inputs, outputs and body; an attending kernel's name tells of norms."""
     if kernel in DELTA:
         return DELTA[kernel]
     if kernel.startswith("append_joined"):
         return append_joined_kernel(has_norms=kernel.endswith("_normed"))
     if kernel.startswith("append"):
         return append_kernel(gives_back=kernel == "append_after")
-    kind = kernel.removesuffix("_normed").removesuffix("_split")
-    return attend_kernel(kind, is_split="_split" in kernel, has_norms=kernel.endswith("_normed"))
+    return attend_kernel(kernel.removesuffix("_normed"), has_norms=kernel.endswith("_normed"))
 
 
 def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str, str]:
@@ -90,14 +89,14 @@ def compile_log(text: str, name: str) -> str:
     [
         ("attend", BF16, {"D": 64, "G": 3, "MT": 1, "NEW": 16, "ROPE": 64, "SHIFT": 0, "NW": 4}),
         ("attend", FP32, {"D": 256, "G": 2, "MT": 1, "NEW": 8, "ROPE": 0, "SHIFT": 5, "NW": 4}),
-        ("attend_split", FP16, {"D": 80, "G": 4, "MT": 2, "NEW": 16, "ROPE": 80, "SHIFT": 5, "NW": 4}),
+        ("attend", FP16, {"D": 80, "G": 4, "MT": 2, "NEW": 16, "ROPE": 80, "SHIFT": 5, "NW": 4}),
         ("attend_written", BF16, {"D": 256, "G": 4, "MT": 1, "NEW": 1, "ROPE": 256, "SHIFT": 0, "NW": 4}),
         ("attend_written", FP32, {"D": 128, "G": 2, "MT": 1, "NEW": 1, "ROPE": 0, "SHIFT": 5, "NW": 4}),
-        ("attend_written_split", BF16, {"D": 256, "G": 4, "MT": 1, "NEW": 1, "ROPE": 0, "SHIFT": 5, "NW": 4}),
-        ("attend_written_split", FP16, {"D": 64, "G": 8, "MT": 2, "NEW": 1, "ROPE": 64, "SHIFT": 0, "NW": 4}),
+        ("attend_written", BF16, {"D": 256, "G": 4, "MT": 1, "NEW": 1, "ROPE": 0, "SHIFT": 5, "NW": 4}),
+        ("attend_written", FP16, {"D": 64, "G": 8, "MT": 2, "NEW": 1, "ROPE": 64, "SHIFT": 0, "NW": 4}),
         ("attend_joined", BF16, {"D": 128, "G": 4, "MT": 1, "NEW": 16, "ROPE": 128, "SHIFT": 0, "NW": 4}),
         ("attend_joined_normed", FP32, {"D": 96, "G": 2, "MT": 1, "NEW": 8, "ROPE": 48, "SHIFT": 5, "NW": 4}),
-        ("attend_joined_split_normed", BF16, {"D": 128, "G": 4, "MT": 2, "NEW": 16, "ROPE": 128, "SHIFT": 0, "NW": 4}),
+        ("attend_joined_normed", BF16, {"D": 128, "G": 4, "MT": 2, "NEW": 16, "ROPE": 128, "SHIFT": 0, "NW": 4}),
         ("append", BF16, {"D": 128, "SHIFT": 0}),
         ("append_joined", BF16, {"D": 128, "G": 4, "ROPE": 128, "SHIFT": 0, "NW": 4}),
         ("append_joined_normed", FP16, {"D": 80, "G": 3, "ROPE": 40, "SHIFT": 5, "NW": 4}),

@@ -69,7 +69,7 @@ __device__ inline long row_of(int p, const int* table, const Params& a, int head
 constexpr int COUNTERS = 1024;  // at the head of `scratch`, see `Attend::join`
 
 // MT: tiles of 16 queries that share each key's read. NEW: most new rows. NORM: queries and keys are RMS-normed first.
-template <typename T, int D, int G, int MT, int NEW, int ROPE, int SHIFT, bool SPLIT, int NW, bool SHARED, bool NORM>
+template <typename T, int D, int G, int MT, int NEW, int ROPE, int SHIFT, int NW, bool SHARED, bool NORM>
 struct Attend {
   static constexpr bool MMA = sizeof(T) == 2;
   static constexpr int ROWS = 16 * MT;
@@ -487,7 +487,7 @@ struct Attend {
       float top = NOTHING, l = 0.f;
       for (int j = 0; j < NW; j++) top = fmaxf(top, sh.m[j * ROWS + i]);
       for (int j = 0; j < NW; j++) l += share(j, i) * sh.l[j * ROWS + i];
-      if constexpr (SPLIT) {
+      if (splits > 1) {
         long block = long(blockIdx.y) * gridDim.x + blockIdx.x;
         float* to = scratch + COUNTERS + ((block * splits + split) * ROWS + i) * (D + 2);
         for (int d = lane; d < D; d += 32) to[d] = sh.out[i * D + d];
@@ -507,7 +507,7 @@ struct Attend {
         for (int d = lane; d < D; d += 32) to[d] = from_float<T>(sh.out[i * D + d] * f);
       }
     }
-    if constexpr (SPLIT) join(sh, scratch, splits, a, part, b, h, heads_kv, sinks, out);
+    if (splits > 1) join(sh, scratch, splits, a, part, b, h, heads_kv, sinks, out);
   }
 };
 

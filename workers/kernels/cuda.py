@@ -35,7 +35,7 @@ MOST_PARTIAL = max(32 * (128 + 2), 16 * (max(HEAD_DIMS) + 2))  # floats of a thr
 CUDA_NAMES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
 
 POOLS = ["pool_k", "pool_v", "table", "starts", "params"]
-LAST = ["inv_freq", "sinks", "after"]
+LAST = ["inv_freq", "sinks", "scratch", "after"]
 NORMS = ["q_norm", "k_norm"]
 # What a kernel gets its queries, keys and values in. The rows of `qkv` (B, R, (H + 2 KV) * D) are those of one product.
 # `attend_written` has no keys and values of its own: q stands in their places, and is not read as them.
@@ -70,17 +70,16 @@ def constants_text(dtype: str, constants: dict[str, int]) -> str:
     return "".join([f"using T = {dtype};\n", *(f"constexpr int {name} = {n};\n" for name, n in constants.items())])
 
 
-def attend_kernel(kind: str, *, is_split: bool, has_norms: bool) -> tuple[list[str], list[str], str]:
+def attend_kernel(kind: str, *, has_norms: bool) -> tuple[list[str], list[str], str]:
     """Inputs, outputs and body of a kernel that attends; `kind` is one of TENSORS."""
-    inputs = [*TENSORS[kind], *POOLS, *LAST, *(NORMS if has_norms else ()), *(["scratch"] if is_split else ())]
     flags = ["false", "true"]
     is_shared = kind == "attend_written"
     body = f"""{PRELUDES[kind]}
-tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, {flags[is_split]}, NW, {flags[is_shared]}, {flags[has_norms]}>::run(
+tandem::Attend<T, D, G, MT, NEW, ROPE, SHIFT, NW, {flags[is_shared]}, {flags[has_norms]}>::run(
     {ARGUMENTS[kind]}, pool_k, pool_v, table, starts, params, inv_freq, sinks,
     {"q_norm, k_norm" if has_norms else "(const T*)nullptr, (const T*)nullptr"}, R, KV, out,
-    {"const_cast<float*>(scratch)" if is_split else "nullptr"});"""
-    return inputs, ["out"], body
+    const_cast<float*>(scratch));"""
+    return [*TENSORS[kind], *POOLS, *LAST, *(NORMS if has_norms else ())], ["out"], body
 
 
 def append_kernel(*, gives_back: bool) -> tuple[list[str], list[str], str]:
@@ -100,7 +99,7 @@ def append_kernel(*, gives_back: bool) -> tuple[list[str], list[str], str]:
 def append_joined_kernel(*, has_norms: bool) -> tuple[list[str], list[str], str]:
     """Inputs, outputs and body of a kernel that writes keys and values of one product's rows, of any number."""
     inputs = ["qkv", *POOLS, "inv_freq", "after", *(["k_norm"] if has_norms else [])]
-    body = f"""tandem::Attend<T, D, G, 1, 1, ROPE, SHIFT, false, NW, false, {["false", "true"][has_norms]}>::append(
+    body = f"""tandem::Attend<T, D, G, 1, 1, ROPE, SHIFT, NW, false, {["false", "true"][has_norms]}>::append(
     qkv, pool_k, pool_v, table, starts, params, inv_freq, {"k_norm" if has_norms else "nullptr"},
     qkv_shape[0], qkv_shape[1], pool_k_shape[1]);
 if (blockIdx.x == 0 && threadIdx.x == 0) token[0] = tandem::from_float<T>(0.f);"""
@@ -113,11 +112,9 @@ class Launch:
 
     Args:
         num_blocks: thread blocks where the key axis is not split.
-        kernel, split_kernel: for a whole key axis, and for one in parts.
     """
 
     kernel: Kernel
-    split_kernel: Kernel
     num_blocks: int
     grid: tuple[int, int]
     threadgroup: tuple[int, int, int]
@@ -135,7 +132,10 @@ class CudaAttention:
     def __init__(self, num_sms: int = 132, num_warps: int = NUM_WARPS) -> None:
         self._num_sms, self._num_warps = num_sms, num_warps
         self._none = mx.zeros((1,), mx.float32)
-        self._scratch: mx.array | None = None
+        # Where the parts of a key axis meet, see attention.cuh: room for all thread blocks that are ever split. It is
+        # there before the first launch: of a lazy one each launch that is queued meanwhile would fill its own.
+        self._scratch = mx.zeros((COUNTERS + BLOCKS_PER_SM * num_sms * MOST_PARTIAL,), mx.float32)
+        mx.eval(self._scratch)
         self._started: dict[mx.Dtype, mx.array] = {}
         self._kernels: dict[tuple[object, ...], Kernel] = {}
         self._launches: dict[tuple[object, ...], Launch] = {}
@@ -188,15 +188,12 @@ class CudaAttention:
         inputs = [
             *tensors, pool.keys, pool.values, pages.table, pages.starts, params_of(variant, pool, pages),
             none if rotation is None else rotation.inv_freq, none if variant.sinks is None else variant.sinks,
-            self._after(pool, dtype),
+            self._scratch, self._after(pool, dtype),
         ]  # fmt: skip
         if norms is not None:
             inputs += [norms.q, norms.k]
-        splits, kernel = self.num_splits(launch.num_blocks, pages.longest, variant.window), launch.kernel
-        if splits > 1:
-            inputs.append(self._parts())
-            kernel = launch.split_kernel
-        (out,) = kernel(
+        splits = self.num_splits(launch.num_blocks, pages.longest, variant.window)
+        (out,) = launch.kernel(
             inputs=inputs, output_shapes=launch.shapes, output_dtypes=launch.dtypes, grid=(*launch.grid, splits),
             threadgroup=launch.threadgroup,
         )  # fmt: skip
@@ -220,12 +217,10 @@ class CudaAttention:
             "D": dim, "G": group, "MT": num_tiles(group * rows, dim, dtype.size), "NEW": most_new, "ROPE": rope,
             "SHIFT": shift, "NW": self._num_warps,
         }  # fmt: skip
-        whole, in_parts = (attend_kernel(kind, is_split=s, has_norms=not has_no_norms) for s in (False, True))
         parts = num_parts(group * rows, dim, dtype.size)
         threads = 32 * self._num_warps
         return Launch(
-            self._kernel(kind, whole, dtype, constants),
-            self._kernel(f"{kind}_split", in_parts, dtype, constants),
+            self._kernel(kind, attend_kernel(kind, has_norms=not has_no_norms), dtype, constants),
             num_blocks=batch * kv_heads * parts,
             grid=(kv_heads * parts * threads, batch),
             threadgroup=(threads, 1, 1),
@@ -303,13 +298,6 @@ class CudaAttention:
         if dtype not in self._started:
             self._started[dtype] = mx.zeros((1,), dtype)
         return self._started[dtype]
-
-    def _parts(self) -> mx.array:
-        """Where the parts of a key axis meet: `scratch` of attention.cuh, for all thread blocks that are ever split."""
-        if self._scratch is None:
-            self._scratch = mx.zeros((COUNTERS + BLOCKS_PER_SM * self._num_sms * MOST_PARTIAL,), mx.float32)
-            mx.eval(self._scratch)  # else each launch that is queued before it is there fills one of its own
-        return self._scratch
 
 
 def num_tiles(num_queries: int, dim: int, itemsize: int) -> int:
