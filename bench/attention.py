@@ -2,9 +2,10 @@
 
 `python -m bench.attention --shape 8b --rows 1,8 --batches 1,8,32 --contexts 1024,8192`
 
-Times are of one layer in a chain of layers with pools of their own, rotation and write of the new rows included; rows
-come as one product's. "copy" is a device copy in such a chain that reads and writes as many bytes, half each, as the
-layer's keys and values have; "ideal" what those bytes take at the rate of a copy of gigabytes.
+"kernel" is one of 256 launches behind each other, on up to 32 pools in turn, rotation and write of the new rows
+included; rows come as one product's, as a model's layers give them. "copy" is a device copy in such a chain that reads
+and writes as many bytes, half each, as the layer's keys and values have; "ideal" what those bytes take at the rate of a
+copy of gigabytes. "stock" is one layer through the slots' cache by MLX's own operations.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,66 @@ import mlx.core as mx
 
 from bench.report import finish, provenance, table
 from workers.arrays import start_evaluating
+from workers.kernels.base import PagedAttention, Variant
 from workers.kernels.choice import ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
-from workers.kernels.prove import largest_error, seconds
+from workers.kernels.pages import Pool, slot_pages
+from workers.kernels.prove import largest_error, rope_of, seconds
+from workers.models.rope import Rope, Rotation
 
 HEADS = {"8b": (32, 8, 128), "small": (9, 3, 64), "4b": (32, 8, 80), "gemma": (8, 4, 256)}
 
 
-CHAIN = 64  # copies
+LAUNCHES = 256
+MAX_POOLS = 32
+COPIES = 64
 MOST_BYTES = 8 << 30  # that are copied in turn
 LARGE = 2 << 30
+REPEATS = 6
+
+
+def best_of(build: Callable[[], list[mx.array]]) -> float:
+    """Seconds of building operations, handing them over and waiting, by operation."""
+    best = float("inf")
+    for _ in range(REPEATS):
+        mx.synchronize()
+        started = time.perf_counter()
+        arrays = build()
+        start_evaluating(arrays)
+        mx.synchronize()
+        best = min(best, (time.perf_counter() - started) / len(arrays))
+    return best
+
+
+def kernel_seconds(attention: PagedAttention, shape: ShapeClass, batch: int, context: int, num_pools: int) -> float:
+    """One launch over `batch` sequences of about `context` tokens."""
+    size = (batch, shape.num_kv_heads, context + 64, shape.dim)
+    pools = []
+    for _ in range(num_pools):
+        keys, values = (mx.random.normal(size).astype(shape.dtype) for _ in "kv")
+        mx.eval(keys, values)
+        pools.append(Pool(keys, values))
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.dim
+    qkv = mx.random.normal((batch, shape.rows, width)).astype(shape.dtype)
+    pages = slot_pages(range(batch), [context - 7 * (i % 8) for i in range(batch)])
+    mx.eval(qkv, pages.table, pages.starts)
+    rotation = Rope(rope_of(shape.dim)).at(pages.starts, shape.rows, batch, is_cpu=False)
+    assert isinstance(rotation, Rotation), "off the CPU a rope gives a Rotation"
+    variant = Variant(shape.dim**-0.5, rotation=rotation)
+
+    def launches() -> list[mx.array]:
+        turns = (pools[i % num_pools] for i in range(LAUNCHES))
+        return [attention.attend_joined(qkv, shape.num_heads, pool, pages, variant) for pool in turns]
+
+    return best_of(launches)
 
 
 def copy_seconds(num_bytes: int) -> float:
-    """A device copy that reads half as many bytes and writes them, one of a chain of others."""
+    """A device copy that reads half as many bytes and writes them."""
     size = num_bytes // 4  # of 16-bit numbers
     sources = [mx.zeros((size,), mx.bfloat16) for _ in range(max(1, min(16, MOST_BYTES // num_bytes)))]
     mx.eval(sources)
-    best = float("inf")
-    for _ in range(6):
-        mx.synchronize()
-        started = time.perf_counter()
-        copies = [sources[i % len(sources)] + 0 for i in range(min(CHAIN, 4 * len(sources)))]
-        start_evaluating(copies)
-        mx.synchronize()
-        best = min(best, (time.perf_counter() - started) / len(copies))
-    return best
+    return best_of(lambda: [sources[i % len(sources)] + 0 for i in range(min(COPIES, 4 * len(sources)))])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,9 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for batch in map(int, options.batches.split(",")):
             for context in map(int, options.contexts.split(",")):
                 read = batch * context * kv_heads * dim * 2 * dtype.size
-                if 8 * read > options.max_gib * 2**30:
+                num_pools = min(MAX_POOLS, int(options.max_gib * 2**30) // read)
+                if num_pools < 2:  # one alone might stay in the device's cache
                     continue
-                kernel_s = seconds(attention, shape, batch, context)
+                kernel_s = kernel_seconds(attention, shape, batch, context, num_pools)
                 stock_s = None if options.no_stock else seconds(None, shape, batch, context)
                 mx.clear_cache()
                 copy_s = copy_seconds(read)
