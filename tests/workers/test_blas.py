@@ -29,7 +29,7 @@ except (BadConfig, RuntimeError) as error:
     text = f"{{type(error).__name__}}: {{error}}"
 maps = open("/proc/self/maps").read()
 names = sorted({{line.split("/")[-1] for line in maps.splitlines() if ".so" in line}})
-kept = {{k: v for k, v in os.environ.items() if k.startswith(("MKL_", "BLIS_", "OPENBLAS_", "KMP_", "MLX_"))}}
+kept = {{k: v for k, v in os.environ.items() if k.startswith(("MKL_", "BLIS_", "OPENBLAS_", "KMP_", "GOMP_", "MLX_"))}}
 print(json.dumps([text, names, kept]))
 """
 
@@ -39,13 +39,26 @@ def report(is_mlx_first=False, **environ):
     clean = {
         k: v
         for k, v in os.environ.items()
-        if not k.startswith(("TANDEM_", "MKL_", "KMP_", "MLX_", "BLIS_", "OPENBLAS_"))
+        if not k.startswith(("TANDEM_", "MKL_", "KMP_", "GOMP_", "MLX_", "BLIS_", "OPENBLAS_"))
     }
     done = subprocess.run(
         [sys.executable, "-c", REPORT.format(is_mlx_first=is_mlx_first)],
         env={**clean, **environ}, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     return json.loads(done.stdout)
+
+
+def test_blis_goes_first_where_it_has_openmp(monkeypatch):
+    monkeypatch.setattr(blas, "_mkl_libraries", lambda: iter(["/env/lib/libmkl_rt.so.3"]))
+    monkeypatch.setattr(blas, "_is_blis_with_openmp", lambda name: name == "libbliso.so.4")
+    assert list(blas._candidates())[:2] == ["libbliso.so.4", "/env/lib/libmkl_rt.so.3"]
+    monkeypatch.setattr(blas, "_is_blis_with_openmp", lambda name: False)
+    assert next(iter(blas._candidates())) == "/env/lib/libmkl_rt.so.3"
+
+
+def test_what_is_no_blis_with_openmp_is_told():
+    assert not blas._is_blis_with_openmp("libno-such-thing.so.4")
+    assert not blas._is_blis_with_openmp("libm.so.6")
 
 
 def test_auto_loads_a_library_whose_threads_spin_briefly_and_turns_compilation_off():
@@ -56,6 +69,7 @@ def test_auto_loads_a_library_whose_threads_spin_briefly_and_turns_compilation_o
     assert Path(library).name in names or any(name.startswith(Path(library).name) for name in names)
     assert variables["MLX_DISABLE_COMPILE"] == "1"
     assert variables["KMP_BLOCKTIME"] == "100us"
+    assert variables["GOMP_SPINCOUNT"] == "20000"
     assert int(variables["MKL_NUM_THREADS"]) >= 1
 
 
