@@ -9,6 +9,7 @@ import pytest
 
 from bench import blas, report
 from shared.errors import BadConfig
+from workers import blas as worker_blas
 
 
 def test_a_named_library_goes_to_children_with_its_threads(tmp_path: Path) -> None:
@@ -30,12 +31,19 @@ def test_a_missing_library_is_refused() -> None:
         blas.find("/no/such/libblas.so")
 
 
-def test_a_gpu_needs_no_blas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "libmkl_rt.so.3").touch()
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+def test_a_gpu_needs_no_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_blas, "fastest", lambda: "libfast.so.4")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(report, "gpu", lambda: None)
-    assert blas.find("auto") == tmp_path / "lib" / "libmkl_rt.so.3"
+    assert blas.find("auto") == Path("libfast.so.4")
+    monkeypatch.setattr(worker_blas, "fastest", lambda: None)
+    assert blas.find("auto") is None
+    monkeypatch.setattr(worker_blas, "fastest", lambda: "libfast.so.4")
     monkeypatch.setattr(report, "gpu", lambda: "NVIDIA H100, 580")
     assert blas.find("auto") is None
+
+
+def test_blis_gets_threads_that_it_does_not_take_by_itself(tmp_path: Path) -> None:
+    library = tmp_path / "libblis.so.4"
+    library.touch()
+    assert int(blas.environment(library, None)["BLIS_NUM_THREADS"]) >= 1
