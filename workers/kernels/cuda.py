@@ -172,15 +172,8 @@ class CudaAttention:
             (B, R, H, D), of `attend_joined` (B, R, H * D).
         """
         rotation, norms = variant.rotation, variant.norms
-        key = (
-            kind,
-            shape,
-            dtype,
-            pool.num_kv_heads,
-            0 if rotation is None else rotation.dim,
-            pages.shift,
-            norms is None,
-        )
+        rope = 0 if rotation is None else rotation.dim
+        key = (kind, shape, dtype, pool.num_kv_heads, rope, pages.shift, norms is not None)
         launch = self._launches.get(key)
         if launch is None:
             launch = self._launches[key] = self._launch(*key)
@@ -208,7 +201,7 @@ class CudaAttention:
         kv_heads: int,
         rope: int,
         shift: int,
-        has_no_norms: bool,
+        has_norms: bool,
     ) -> Launch:
         batch, rows, heads, dim = shape
         group = heads // kv_heads
@@ -220,7 +213,7 @@ class CudaAttention:
         parts = num_parts(group * rows, dim, dtype.size)
         threads = 32 * self._num_warps
         return Launch(
-            self._kernel(kind, attend_kernel(kind, has_norms=not has_no_norms), dtype, constants),
+            self._kernel(kind, attend_kernel(kind, has_norms=has_norms), dtype, constants),
             num_blocks=batch * kv_heads * parts,
             grid=(kv_heads * parts * threads, batch),
             threadgroup=(threads, 1, 1),

@@ -14,7 +14,7 @@ import mlx.core as mx
 from workers.kernels.base import Variant
 from workers.kernels.pages import Pages, Pool
 from workers.kernels.params import params_of
-from workers.kernels.reference import apart, rotated_rows, write_rows
+from workers.kernels.reference import attend_apart, rotated_rows, write_rows
 
 NUM_SIMDGROUPS = 4
 QUERIES = 4  # query vectors a threadgroup keeps in registers
@@ -63,8 +63,7 @@ class MetalAttention:
         return combine(partial, stats, variant, rows).astype(q.dtype)
 
     def attend_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
-        q, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
-        return self.attend(q, k, v, pool, pages, variant).swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
+        return attend_apart(self, qkv, num_heads, pool, pages, variant)
 
     def append_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> None:
         raise NotImplementedError("no Metal kernel for prefill chunks: the choice never names one")

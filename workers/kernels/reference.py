@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from workers.kernels.base import HeadNorms, Variant
+from workers.kernels.base import HeadNorms, PagedAttention, Variant
 from workers.kernels.pages import Pages, Pool
 from workers.models.rope import rotated
 
@@ -25,9 +25,7 @@ class ReferenceAttention:
         return self._attend(q, pool, pages, variant)
 
     def attend_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
-        q, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
-        out = self.attend(q, k, v, pool, pages, variant)
-        return out.swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
+        return attend_apart(self, qkv, num_heads, pool, pages, variant)
 
     def append_joined(self, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant) -> None:
         _, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
@@ -72,6 +70,14 @@ class ReferenceAttention:
             gathered.append(mx.concatenate([mx.concatenate(before), new.astype(array.dtype)], axis=2) if old else new)
         write_rows(pool, pages, k, v)
         return gathered[0], gathered[1]
+
+
+def attend_apart(
+    attention: PagedAttention, qkv: mx.array, num_heads: int, pool: Pool, pages: Pages, variant: Variant
+) -> mx.array:
+    """`attend_joined` by `attend`, for an implementation that has nothing better."""
+    q, k, v = apart(qkv, num_heads, pool.num_kv_heads, variant.norms)
+    return attention.attend(q, k, v, pool, pages, variant).swapaxes(1, 2).reshape(*qkv.shape[:2], -1)
 
 
 def apart(
