@@ -56,7 +56,7 @@ def measure(model: str | None, num_adapters: int, rank: int, repeats: int) -> li
     from shared.adapters import to_setting
     from shared.config import Settings, load
     from shared.model_files import resolve
-    from workers.build import load_target, make_engine, select_attention, warm_up
+    from workers.build import load_target, make_engine, warm_up
 
     settings = Settings(max_num_seqs=16, max_model_len=CAPACITY, prefix_cache=False)
     files = resolve(model or load().model, load())
@@ -67,7 +67,7 @@ def measure(model: str | None, num_adapters: int, rank: int, repeats: int) -> li
     engines = []
     for loaded in (plain, adapted):
         engine, info = make_engine(loaded, settings)
-        warm_up(engine, select_attention(loaded, engine, info, settings))
+        warm_up(engine, info)
         engines.append(engine)
     names = list(places)
     arms: dict[str, tuple[Any, list[str]]] = {

@@ -23,7 +23,7 @@ from bench.model_shapes import SHAPES, random_model
 from shared.config import Settings
 from shared.messages import RequestId, RowResult, SamplingParams, SequenceStart, Step, StepRow
 from workers import cuda
-from workers.build import make_engine, select_attention
+from workers.build import make_engine
 from workers.engine import Engine
 from workers.load import LoadedModel
 from workers.machine import is_cpu
@@ -127,8 +127,7 @@ def engine_of(loaded: LoadedModel, layout: str, attention: str, options: argpars
         max_num_seqs=options.batch, max_model_len=max(512, options.prompt + options.steps + 64),
         max_num_batched_tokens=2048, draft_model="ngram", prefix_cache=False, **chosen,
     )  # fmt: skip
-    engine, info = make_engine(loaded, settings)
-    select_attention(loaded, engine, info, settings)
+    engine, _ = make_engine(loaded, settings)
     engine.count_accepted = lambda drafts, _tokens: len(drafts)  # the text is given
     return engine
 

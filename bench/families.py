@@ -28,7 +28,7 @@ from bench.model_shapes import SHAPES, random_mlx_lm_model, random_model
 from bench.synthetic import Loop
 from shared.config import Settings
 from workers import cuda
-from workers.build import make_engine, select_attention, warm_up
+from workers.build import make_engine, warm_up
 from workers.calibrate import measure
 from workers.machine import is_cpu
 from workers.own_attention import may_serve_all
@@ -46,7 +46,6 @@ def run_tandem(options: argparse.Namespace) -> dict[str, Any]:
         max_num_batched_tokens=2048, attention=options.attention, draft_model="ngram",
     )  # fmt: skip
     engine, info = make_engine(loaded, settings)
-    info = select_attention(loaded, engine, info, settings)
     warm_up(engine, info)
     rates, firsts = {}, []
     for batch in options.batches:

@@ -27,7 +27,7 @@ from bench.synthetic import Loop
 from shared.config import Settings
 from shared.messages import RequestId, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from workers import cuda
-from workers.build import make_engine, select_attention, warm_up
+from workers.build import make_engine, warm_up
 from workers.cache.paged import PagedStore
 from workers.engine import Engine
 from workers.machine import is_cpu
@@ -49,7 +49,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         max_num_batched_tokens=2048, kv_layout=options.layout, attention=options.attention, draft_model="ngram",
     )  # fmt: skip
     engine, info = make_engine(loaded, settings)
-    info = select_attention(loaded, engine, info, settings)
     warm_up(engine, info)
     rows = []
     for batch in options.batches:

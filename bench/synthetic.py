@@ -50,7 +50,7 @@ from shared.messages import (
     WorkerInfo,
 )
 from workers import cuda
-from workers.build import make_engine, select_attention, warm_up
+from workers.build import make_engine, warm_up
 from workers.calibrate import measure
 from workers.engine import Engine, PendingStep
 from workers.load import LoadedModel
@@ -63,7 +63,6 @@ def speculating_engine(loaded: LoadedModel) -> tuple[Engine, WorkerInfo]:
     """With the attention kernels that a server with a drafter would have on this machine."""
     settings = Settings(max_num_seqs=32, max_model_len=2048, max_num_batched_tokens=1024, draft_model="ngram")
     engine, info = make_engine(loaded, settings)
-    info = select_attention(loaded, engine, info, settings)
     warm_up(engine, info)
     return engine, info
 

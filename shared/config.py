@@ -89,8 +89,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         "auto"
     )
     kv_layout: Annotated[
-        Literal["slots", "paged"], "`paged`: prefixes share blocks and nothing is copied; a kernel only if forced"
-    ] = "slots"
+        Literal["auto", "slots", "paged"],
+        "`paged`: prefixes share blocks, nothing is copied; `auto`: where a CUDA kernel attends to them in all layers",
+    ] = "auto"
     prefix_cache: Annotated[bool, "compute a prefix that requests share only once"] = True
     prefix_cache_bytes: Annotated[int, "device memory for cached prefixes; 0: a share of the KV memory"] = 0
     prefix_host_bytes: Annotated[

@@ -14,7 +14,7 @@ from shared.errors import BadModel, InvalidRequest
 from shared.grammar import Compiler
 from shared.messages import PrefixCacheInfo, SamplingParams, SequenceStart, Step, StepRow, WorkerInfo
 from shared.model_files import ModelFiles
-from workers import cuda
+from workers import choose_attention, cuda
 from workers.archiver import Archiver
 from workers.build_drafter import draft_config, drafter_fingerprint, install_fusion
 from workers.cache.archive import Archive
@@ -25,14 +25,12 @@ from workers.calibrate import step_costs
 from workers.early_start import install_starts
 from workers.engine import Engine
 from workers.exactness import probe
-from workers.kernels.select import select
 from workers.load import LoadedModel, load
 from workers.load.servable import read_config
 from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
 from workers.models.base import MediaModel
 from workers.own_attention import may_serve_all
 from workers.runner import ModelRunner
-from workers.viewed_weights import view_weights
 
 logger = logging.getLogger("target")
 
@@ -100,7 +98,6 @@ def build_engine(files: ModelFiles, settings: Settings, loaded: LoadedModel | No
     engine, info = make_engine(loaded, settings)
     engine.grammars = grammar_compiler(files, loaded)
     install_fusion(engine.model, draft_config(settings, loaded.config), DTYPES[loaded.dtype])
-    info = select_attention(loaded, engine, info, settings)
     warm_up(engine, info)
     if engine.store.feature_layer is not None:
         info = _with_features(info, engine.store.feature_layer.row_bytes)
@@ -127,7 +124,14 @@ def grammar_compiler(files: ModelFiles, loaded: LoadedModel) -> Compiler | None:
 
 
 def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, WorkerInfo]:
-    """Size the caches: as many tokens as the memory budget holds, at least one full context."""
+    """Choose how the model attends, and size its caches: as many tokens as the memory budget holds, at least one full
+    context.
+
+    Raises:
+        BadConfig: a kernel was asked for that this machine or model cannot have.
+        BadModel: the machine cannot hold one sequence of the model.
+    """
+    chosen = choose_attention.choose(loaded, settings)
     specs = loaded.model.layer_specs()
     dtype = DTYPES[loaded.dtype]
     per_token = max(1, bytes_per_token(specs, dtype))
@@ -141,7 +145,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     if isinstance(loaded.model, MediaModel):
         step_tokens = max(step_tokens, loaded.model.max_whole_tokens)
     width = max(step_tokens, MAX_DRAFT_WIDTH)
-    store = make_store(settings.kv_layout, specs, classes, width, dtype, is_cpu(), SLACK, BLOCK_SIZE)
+    store = make_store(chosen.layout, specs, classes, width, dtype, is_cpu(), SLACK, BLOCK_SIZE)
     spare = budget - max_model_len * per_token  # one full context comes first
     prefix_bytes = min(settings.prefix_cache_bytes or int(budget * PREFIX_SHARE), spare)
     prefix = prefix_cache_info(specs, store, prefix_bytes, per_token) if settings.prefix_cache else None
@@ -151,6 +155,7 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
     starts = install_starts(loaded.model) if has_own_memory() and not is_cpu() else None
     runner = ModelRunner(loaded.model)
     engine = Engine(runner, store, num_slots, loaded.vocab_size, blocks, starts, loaded.adapters)
+    choose_attention.install(chosen.attention, loaded, store)
     info = WorkerInfo(
         model=loaded.name,
         architecture=loaded.architecture,
@@ -171,40 +176,15 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         whole_media=engine.media.whole_media if engine.media is not None else [],
         modalities=engine.media.modalities if engine.media is not None else [],
         adapters=loaded.adapters.fingerprints if loaded.adapters is not None else {},
+        attention=_attention_lines(chosen),
     )
     return engine, info
 
 
-def select_attention(loaded: LoadedModel, engine: Engine, info: WorkerInfo, settings: Settings) -> WorkerInfo:
-    """Give the caches the kernels that proved themselves here.
-
-    Raises:
-        BadConfig: a kernel was asked for that this machine or model cannot have.
-    """
-    specs = [s for s in leaves(engine.store.specs) if isinstance(s, AttentionSpec)]
-    query_heads = getattr(loaded.model, "query_heads", None)  # models whose layers end in `cache.attend` tell
-    layers = list(zip(specs, query_heads(), strict=True)) if query_heads is not None else []
-    shared_layers = getattr(loaded.model, "shared_layers", None)
-    is_speculative = bool(settings.draft_checkpoint or settings.is_ngram)
-    choice = select(
-        layers,
-        DTYPES[loaded.dtype],
-        settings.attention,
-        is_speculative=is_speculative,
-        cache_folder=settings.cache_folder,
-        is_paged=settings.kv_layout == "paged",
-        shared=[layers[i] for i in shared_layers()] if layers and shared_layers is not None else (),
-        form=getattr(loaded.model, "attention_form", "apart"),
-    )
-    engine.store.use_attention(choice)
-    if choice is not None and choice.is_used and all(choice.is_used.values()):
-        join = getattr(loaded.model, "join_attention_inputs", None)
-        if join is not None:
-            join()
-    view_weights(loaded.model)
-    if choice is None:
-        return info
-    return msgspec.structs.replace(info, attention=list(choice.reasons))
+def _attention_lines(chosen: choose_attention.Chosen) -> list[str]:
+    """For `/health`: what serves, and why."""
+    lines = [] if chosen.attention is None else list(chosen.attention.reasons)
+    return ["keys and values in blocks that prefixes share", *lines] if chosen.layout == "paged" else lines
 
 
 def prefix_cache_info(

@@ -64,13 +64,12 @@ def run(settings: config.Settings, *, is_tiny: bool) -> Report:
     import mlx.core as mx
 
     from shared import tokenizer
-    from workers.build import load_target, make_engine, select_attention, warm_up
+    from workers.build import load_target, make_engine, warm_up
     from workers.machine import device_name
 
     started = time.perf_counter()
     loaded = tiny_model() if files is None else load_target(files, settings)
     engine, info = make_engine(loaded, settings)
-    info = select_attention(loaded, engine, info, settings)
     warm_up(engine, info)
     load_s = time.perf_counter() - started
     words = None if files is None else tokenizer.load(files).tokenizer

@@ -223,7 +223,7 @@ def test_rows_of_one_product_are_attended_as_those_apart(width: int, window: int
 def test_joined_rows_are_checked_and_timed_by_themselves(form: Form) -> None:
     shape = ShapeClass(HEADS, KV_HEADS, DIM, 2, mx.float32, form=form)
     assert shape.name == f"2 query rows, 6/2 heads of 16, float32, {form}"
-    assert largest_error(ReferenceAttention(), shape, with_blocks=True) == 0
+    assert largest_error(ReferenceAttention(), shape, is_paged=True) == 0
     assert seconds(ReferenceAttention(), shape, rows=2, context=64) > 0
     assert seconds(None, shape, rows=2, context=64) > 0
 
@@ -319,34 +319,42 @@ def test_a_kernel_that_is_off_or_fails_is_not_used() -> None:
 
 def test_a_kernel_that_is_right_and_slower_is_not_used_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32)
-    monkeypatch.setattr(proving, "seconds", lambda attention, shape: 2e-6 if attention is not None else 1e-6)
+    monkeypatch.setattr(proving, "seconds", lambda attention, shape, **_: 2e-6 if attention is not None else 1e-6)
     (slow,), (forced,) = prove(ReferenceAttention(), [shape]), prove(ReferenceAttention(), [shape], is_forced=True)
     assert not slow.is_used
     assert "2 us a layer against 1" in slow.reason
     assert forced.is_used
 
 
-def test_both_paths_are_timed_through_the_slots_cache() -> None:
+def test_both_paths_are_timed_through_the_slots_cache_and_kernels_in_blocks() -> None:
     shape = ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32)
     assert seconds(ReferenceAttention(), shape, rows=2, context=64) > 0
+
+    class InBlocks(ReferenceAttention):
+        def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+            assert pages.shift == 5
+            assert (np.array(pages.table)[:, :2] > 0).all(), "all that is attended to has a block"
+            return super().attend(q, k, v, pool, pages, variant)
+
+    assert seconds(InBlocks(), shape, rows=2, context=64, is_paged=True) > 0
     assert seconds(None, shape, rows=2, context=64) > 0
 
 
+@pytest.mark.parametrize("is_paged", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 8])
-def test_the_check_of_values_passes_the_reference(rows: int) -> None:
-    assert (
-        largest_error(ReferenceAttention(), ShapeClass(HEADS, KV_HEADS, DIM, rows, mx.float32), with_blocks=True) == 0
-    )
+def test_the_check_of_values_passes_the_reference(rows: int, is_paged: bool) -> None:
+    shape = ShapeClass(HEADS, KV_HEADS, DIM, rows, mx.float32)
+    assert largest_error(ReferenceAttention(), shape, is_paged=is_paged) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_reading_alone_is_checked_and_timed_by_itself(rows: int) -> None:
     shape = ShapeClass(HEADS, KV_HEADS, DIM, rows, mx.float32, is_shared=True)
     reader = Reader()
-    assert largest_error(reader, shape, with_blocks=True) == 0
-    assert reader.num_read == 5
+    assert largest_error(reader, shape, is_paged=True) == 0
+    assert reader.num_read == 3
     assert seconds(reader, shape, rows=2, context=64) > 0
-    assert reader.num_read > 5
+    assert reader.num_read > 3
     assert seconds(None, shape, rows=2, context=64) > 0
     (off,) = prove(OffWhenShared(), [shape])
     assert not off.is_used
@@ -517,9 +525,12 @@ def test_tiles_of_joined_rows_prove_themselves_at_start(form: Form) -> None:
     ("attention", "is_right"), [(ReferenceAttention, True), (OffInTiles, False), (FailingInTiles, False)]
 )
 @pytest.mark.parametrize("dim", [16, 64])
-def test_tiles_prove_themselves_at_start(attention: type[ReferenceAttention], is_right: bool, dim: int) -> None:
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_tiles_prove_themselves_at_start(
+    attention: type[ReferenceAttention], is_right: bool, dim: int, is_paged: bool
+) -> None:
     shapes = [ShapeClass(4, 2, dim, rows, mx.float32) for rows in (1, 0, MAX_ROWS)]
-    assert tiles_are_right(attention(), shapes) == is_right
+    assert tiles_are_right(attention(), shapes, is_paged=is_paged) == is_right
 
 
 def test_tiles_that_are_off_are_left_out_of_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

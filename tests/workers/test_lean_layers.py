@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from workers.cache.store import CacheStore
+from workers.cache.layouts import LAYOUTS, make_store
 from workers.early_start import install_starts
 from workers.kernels.choice import AttentionChoice, Form, ShapeClass
 from workers.kernels.reference import ReferenceAttention
@@ -74,15 +74,16 @@ def as_on_a_gpu(model: decoder.Model) -> None:
     model.fuse()
 
 
-def played(model: decoder.Model, attention: ReferenceAttention | None) -> np.ndarray[Any, Any]:
-    """Hidden rows of two sequences that go on from different positions: a chunk each, then steps of 1 and 4 tokens."""
+def played(model: decoder.Model, attention: ReferenceAttention | None, layout: str = "slots") -> np.ndarray[Any, Any]:
+    """Hidden rows of two sequences that go on from different positions: a chunk each, then steps of 1 and 4 tokens, and
+    a chunk behind what is there."""
     specs = model.layer_specs()
-    store = CacheStore(list(specs), [64, 128], 32, mx.float32, is_exact=False, slack=64)
+    store = make_store(layout, list(specs), [64, 128], 32, mx.float32, is_exact=False, slack=64)
     if attention is not None:
         form = model.attention_form
-        used = [ShapeClass(4, 2, 32, rows, mx.float32, form=form) for rows in (1, 4)]
+        used = [ShapeClass(4, 2, 32, rows, mx.float32, form=form) for rows in (1, 4, 16)]
         used += [ShapeClass(4, 2, 32, rows, mx.float32) for rows in (0, 1, 4, 16)]
-        store.use_attention(AttentionChoice(attention, dict.fromkeys(used, True)))
+        store.use_attention(AttentionChoice(attention, dict.fromkeys(used, True), has_tiles=True))
     tokens = mx.random.randint(0, 96, (2, 128), key=mx.random.key(1))
     outs = []
 
@@ -101,12 +102,14 @@ def played(model: decoder.Model, attention: ReferenceAttention | None) -> np.nda
         step([0, 1], starts, width)
         step([1], [starts[1]], width)  # one row alone, once more
         starts = [s + width for s in starts]
+    step([0, 1], starts, 32)
     return np.concatenate(outs)
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["plain", "quantised"])
 @pytest.mark.parametrize(("overrides", "form"), LEAN.values(), ids=LEAN)
-def test_lean_layers_give_the_same_rows(overrides: dict[str, Any], form: Form, bits: int | None) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lean_layers_give_the_same_rows(layout: str, overrides: dict[str, Any], form: Form, bits: int | None) -> None:
     expected = played(make(overrides, bits), None)
     model = make(overrides, bits)
     as_on_a_gpu(model)
@@ -114,10 +117,13 @@ def test_lean_layers_give_the_same_rows(overrides: dict[str, Any], form: Form, b
     model.join_attention_inputs()
     assert all(isinstance(layer.lean, LeanLayer) for layer in model.layers)
     counted = Counted()
-    np.testing.assert_allclose(played(model, counted), expected, atol=2e-5)
-    assert counted.num_joined == 3 * 5 * 3, "steps of two slots in two classes, and of one, in three layers"
+    np.testing.assert_allclose(played(model, counted, layout), expected, atol=2e-5)
+    launches = (
+        5 * 3 + 2 if layout == "slots" else 5 * 2 + 1
+    )  # of two slots in two classes, and of one; blocks have none
+    assert counted.num_joined == 3 * launches, "three layers"
     assert counted.num_apart == 0
-    np.testing.assert_allclose(played(model, None), expected, atol=2e-5)
+    np.testing.assert_allclose(played(model, None, layout), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("scaling", [
@@ -134,7 +140,7 @@ def test_what_a_kernel_does_not_compute_stays_as_it_was(scaling: dict[str, Any])
     counted = Counted()
     np.testing.assert_allclose(played(model, counted), expected, atol=2e-5)
     assert counted.num_joined == 0
-    assert counted.num_apart == 3 * 5 * 3
+    assert counted.num_apart == 3 * (5 * 3 + 2), "the last chunk in tiles"
 
 
 def test_projections_of_different_kinds_stay_apart() -> None:

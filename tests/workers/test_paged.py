@@ -15,6 +15,7 @@ from workers.cache import paged
 from workers.cache.paged import PagedStore
 from workers.cache.spec import AttentionSpec
 from workers.engine import Engine
+from workers.kernels import prove as proving
 from workers.kernels import select as selecting
 from workers.kernels.base import Variant
 from workers.kernels.choice import AttentionChoice
@@ -139,9 +140,7 @@ class OffInBlocks(ReferenceAttention):
         return super().attend(q, k, v, pool, pages, variant) + (0.0 if pages.shift == RING else 1.0)
 
 
-def test_a_kernel_serves_blocks_only_if_asked_for_and_right_in_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_serves_blocks_only_if_it_is_right_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [(AttentionSpec(2, 64, 64), 4)]
 
     def chosen(setting: str, is_paged: bool) -> AttentionChoice | None:
@@ -150,7 +149,6 @@ def test_a_kernel_serves_blocks_only_if_asked_for_and_right_in_blocks(
         )
 
     monkeypatch.setattr(selecting, "machine_kernel", ReferenceAttention)
-    assert chosen("auto", is_paged=True) is None
     forced = chosen("kernel", is_paged=True)
     assert forced is not None
     assert all(forced.is_used.values())
@@ -158,3 +156,17 @@ def test_a_kernel_serves_blocks_only_if_asked_for_and_right_in_blocks(
     assert chosen("kernel", is_paged=False) is not None
     with pytest.raises(BadConfig, match="off by"):
         chosen("kernel", is_paged=True)
+    found = chosen("auto", is_paged=True)
+    assert found is not None
+    assert not any(found.is_used.values())
+
+
+def test_what_was_found_over_slots_is_not_taken_for_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selecting, "machine_kernel", OffInBlocks)
+    monkeypatch.setattr(proving, "seconds", lambda attention, shape, **_: 1e-6 if attention is not None else 2e-6)
+    layers, found = [(AttentionSpec(2, 64, 64), 4)], {}
+    for is_paged in (False, True):
+        found[is_paged] = select(
+            layers, mx.float32, "auto", is_speculative=False, cache_folder=tmp_path, widths=[1], is_paged=is_paged
+        )
+    assert [all(choice.is_used.values()) for choice in found.values() if choice] == [True, False]

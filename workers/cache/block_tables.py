@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 NULL_BLOCK = 0
+
+Table = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass
@@ -31,7 +36,7 @@ class BlockTables:
         self.width = width
         self.block_size = block_size
         self._is_ring = is_ring
-        self._tables: dict[int, list[int]] = {}  # slot -> its blocks
+        self._tables: dict[int, Table] = {}  # slot -> its blocks (width,), the null block where it has none
         self._names: dict[int, int] = {}  # the scheduler's block id -> block
         self._refs = [1]
         self._free: list[int] = []
@@ -47,17 +52,20 @@ class BlockTables:
         """Blocks that somebody holds."""
         return len(self._refs) - 1 - len(self._free)
 
-    def table(self, slot: int, num_blocks: int) -> list[int]:
-        """A slot's first blocks, filled up with the null block."""
-        held = self._tables.get(slot, [])[:num_blocks]
-        return held + [NULL_BLOCK] * (num_blocks - len(held))
+    def table(self, slot: int) -> Table:
+        """A slot's blocks (width,), filled up with the null block. To be read before the tables change."""
+        found = self._tables.get(slot)
+        if found is None:
+            found = self._tables[slot] = np.full((self.width,), NULL_BLOCK, np.int32)
+        return found
 
     # ------------------------------------------------ slots
 
     def prepare(self, slot: int, start: int, end: int, change: Change) -> None:
         """Let a slot write positions start .. end-1: each block there becomes its own. Adds to `change`."""
+        table = self.table(slot)
         for index in range(start // self.block_size, -(-end // self.block_size)):
-            old = self._at(slot, index)
+            old = int(table[index % self.width])
             if old != NULL_BLOCK and self._refs[old] == 1:
                 continue
             new = self._take(change)
@@ -65,37 +73,37 @@ class BlockTables:
                 if self._is_ring or start > index * self.block_size:
                     change.copies.append((old, new))
                 self._drop(old)
-            self._tables[slot][index % self.width] = new
+            table[index % self.width] = new
 
     def share(self, slot: int, index: int, block_id: int) -> None:
         """Block `index` of a slot is what the name stands for."""
-        block, old = self._names[block_id], self._at(slot, index)
+        table, at = self.table(slot), index % self.width
+        block, old = self._names[block_id], int(table[at])
         self._refs[block] += 1
         if old != NULL_BLOCK:
             self._drop(old)
-        self._tables[slot][index % self.width] = block
+        table[at] = block
 
     def release(self, slot: int) -> None:
-        for block in self._tables.pop(slot, []):
-            if block != NULL_BLOCK:
-                self._drop(block)
+        for block in self._held(slot):
+            self._drop(block)
+        self._tables.pop(slot, None)
 
     def distrust(self, slot: int) -> None:
         """A slot's blocks may hold NaN, and a masked NaN would reach their next owner's output, as 0 * NaN."""
-        self._dirty.update(block for block in self._tables.get(slot, []) if block != NULL_BLOCK)
+        self._dirty.update(self._held(slot))
 
-    def _at(self, slot: int, index: int) -> int:
-        table = self._tables.setdefault(slot, [])
-        at = index % self.width
-        table += [NULL_BLOCK] * (at + 1 - len(table))
-        return table[at]
+    def _held(self, slot: int) -> list[int]:
+        table = self._tables.get(slot)
+        held: list[int] = [] if table is None else table[table != NULL_BLOCK].tolist()
+        return held
 
     # ------------------------------------------------ names
 
     def keep(self, slot: int, indices: Sequence[int], block_ids: Sequence[int]) -> None:
         """Name blocks of a slot; a name that stood for another block lets that go."""
         for index, block_id in zip(indices, block_ids, strict=True):
-            block = self._at(slot, index)
+            block = int(self.table(slot)[index % self.width])
             assert block != NULL_BLOCK, f"slot {slot} never wrote block {index}"
             self._refs[block] += 1
             self.forget(block_id)
@@ -147,7 +155,7 @@ class BlockTables:
 
     def check_integrity(self) -> None:
         """Free + used = all, and a block's count is the number of its holders."""
-        held = Counter(block for table in self._tables.values() for block in table if block != NULL_BLOCK)
+        held = Counter(block for slot in self._tables for block in self._held(slot))
         held.update(self._names.values())
         assert self._refs[NULL_BLOCK] == 1, "the null block was given away"
         assert NULL_BLOCK not in self._free, "the null block is free"

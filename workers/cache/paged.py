@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from workers.cache.batch_shape import BatchShape, bucket_length
-from workers.cache.block_tables import BlockTables, Change
+from workers.cache.block_tables import BlockTables, Change, Table
 from workers.cache.kv import KVLayer, KVView
 from workers.cache.placement import Run
 from workers.cache.spec import AttentionSpec, LayerSpec
@@ -64,11 +64,11 @@ class PagedLayer(KVLayer):
 @dataclass
 class PagedShape(BatchShape):
     """Args:
-    blocks: by window, each row's block table.
+    blocks: by window, the rows' block tables (B, width).
     block_size: positions of a block.
     """
 
-    blocks: dict[int | None, list[list[int]]] = field(default_factory=dict)
+    blocks: dict[int | None, Table] = field(default_factory=dict)
     block_size: int = 1
     table_arrays: dict[tuple[int | None, int], mx.array] = field(default_factory=dict)
     places: dict[int | None, tuple[mx.array, mx.array]] = field(default_factory=dict)
@@ -83,11 +83,9 @@ class PagedShape(BatchShape):
         if window not in self.paged:
             size = self.block_size
             assert size > 1 and size & (size - 1) == 0, f"kernels take blocks of 2^n positions, not {size}"
-            rows = self.blocks[window]
-            width = len(rows[0])
+            table = self.blocks[window]
             if window is None:
-                width = min(width, -(-bucket_length(max(self.starts) + self.width) // size))
-            table = np.array([row[:width] for row in rows], dtype=np.int32)
+                table = table[:, : -(-bucket_length(max(self.starts) + self.width) // size)]
             starts = mx.array(self.starts, dtype=mx.int32)
             self.paged[window] = Pages(mx.array(table), starts, tuple(self.starts), size.bit_length() - 1)
         return self.paged[window]
@@ -102,18 +100,16 @@ class PagedShape(BatchShape):
         """(B, num_blocks): the rows' first blocks, made once for all layers of a window."""
         key = (window, num_blocks)
         if key not in self.table_arrays:
-            self.table_arrays[key] = mx.array([row[:num_blocks] for row in self.blocks[window]])
+            self.table_arrays[key] = mx.array(self.blocks[window][:, :num_blocks])
         return self.table_arrays[key]
 
     def place(self, window: int | None) -> tuple[mx.array, mx.array]:
         """Where the step's positions lie: blocks and places in them, each (B, 1, width)."""
         if window not in self.places:
-            size = self.block_size
-            blocks = [
-                [row[(p // size) % len(row)] for p in range(start, start + self.width)]
-                for row, start in zip(self.blocks[window], self.starts, strict=True)
-            ]
-            within = [[p % size for p in range(start, start + self.width)] for start in self.starts]
+            size, table = self.block_size, self.blocks[window]
+            positions = np.array(self.starts)[:, None] + np.arange(self.width)
+            blocks = np.take_along_axis(table, positions // size % table.shape[1], axis=1)
+            within = (positions % size).astype(np.int32)
             self.places[window] = (mx.array(blocks)[:, None], mx.array(within)[:, None])
         return self.places[window]
 
@@ -212,7 +208,7 @@ class PagedStore(CacheStore):
             self.change(window, change)
         shape = PagedShape([Run(0, 0, 0, len(slots))], list(starts), width, self.is_exact)
         shape.block_size = self.block_size
-        shape.blocks = {w: [t.table(slot, t.width) for slot in slots] for w, t in self.tables.items()}
+        shape.blocks = {w: np.stack([t.table(slot) for slot in slots]) for w, t in self.tables.items()}
         return list(range(len(slots))), shape
 
     def ensure(self, slot: int, capacity: int) -> None:
@@ -241,6 +237,6 @@ class PagedStore(CacheStore):
         if layer is None:
             return None
         layer.settle(0)
-        blocks = mx.array([self.tables[None].table(slot, -(-length // self.block_size))])
+        blocks = mx.array(self.tables[None].table(slot)[None, : -(-length // self.block_size)])
         pools = [gather(pool, blocks) for pools in (layer.keys, layer.values) for pool in pools if pool is not None]
         return mx.concatenate([pool[0, 0, :length] for pool in pools], axis=-1)

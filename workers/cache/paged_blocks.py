@@ -113,9 +113,8 @@ class PagedBlockPool(BlockPool):
             if layer.spec.window is not None:
                 continue  # the scratch slot's ring keeps the last positions only
             tables = self._paged.tables[None]
-            table = tables.table(stored.slot, tables.width)
             layer.settle(0)
-            own = mx.array([table[i] for i in stored.indices])
+            own = mx.array(tables.table(stored.slot)[stored.indices])
             named = mx.array([tables.named(block_id) for block_id in stored.block_ids])
             for pools in (layer.keys, layer.values):
                 pool = pools[0]

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from workers.arrays import start_evaluating
 from workers.cache.kv import KVView
+from workers.cache.paged import PagedStore
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
 from workers.kernels.base import MAX_ROWS, HeadNorms, PagedAttention, Variant
@@ -25,6 +26,7 @@ logger = logging.getLogger("target")
 TOLERANCE = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 4e-2}  # of values of about 1; 32-bit products may be TF32
 # Here a pool is small and nobody else's. A stock write to one that a step on the device still reads copies all of it.
 CHUNK_SHARE = 1.5
+PROVED_BLOCK = 32  # positions of a block in the paged layout
 CHUNK = 96  # tokens of the prefill chunk that is checked
 TIMED_LAYERS = 8
 TIMED_ROWS = 8
@@ -45,27 +47,31 @@ class Proof:
 
 
 def prove(
-    attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False, with_blocks: bool = False
+    attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False, is_paged: bool = False
 ) -> list[Proof]:
-    """Check each class; with `is_forced` only that it runs and gives the right values."""
-    return [_prove(attention, shape, is_forced, with_blocks) for shape in shapes]
+    """Check each class; with `is_forced` only that it runs and gives the right values.
+
+    Args:
+        is_paged: in blocks of the paged layout; the stock path that it is timed against is that of the slots.
+    """
+    return [_prove(attention, shape, is_forced, is_paged) for shape in shapes]
 
 
 def choose(
-    attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False, with_blocks: bool = False
+    attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_forced: bool = False, is_paged: bool = False
 ) -> AttentionChoice:
-    proofs = prove(attention, shapes, is_forced=is_forced, with_blocks=with_blocks)
+    proofs = prove(attention, shapes, is_forced=is_forced, is_paged=is_paged)
     return AttentionChoice(attention, {proof.shape: proof.is_used for proof in proofs}, tuple(p.reason for p in proofs))
 
 
-def _prove(attention: PagedAttention, shape: ShapeClass, is_forced: bool, with_blocks: bool) -> Proof:
+def _prove(attention: PagedAttention, shape: ShapeClass, is_forced: bool, is_paged: bool) -> Proof:
     try:
-        error = largest_error(attention, shape, with_blocks=with_blocks)
+        error = largest_error(attention, shape, is_paged=is_paged)
         if not error <= TOLERANCE[shape.dtype]:  # NaN fails, too
             return Proof(shape, False, f"{shape.name}: stock, the kernel is off by {error:.3g}", error)
         if is_forced:
             return Proof(shape, True, f"{shape.name}: kernel, as asked for", error)
-        kernel_s, stock_s = seconds(attention, shape), seconds(None, shape)
+        kernel_s, stock_s = seconds(attention, shape, is_paged=is_paged), seconds(None, shape)
     except (RuntimeError, ValueError) as failure:  # does not compile or launch here
         return Proof(shape, False, f"{shape.name}: stock, the kernel fails: {str(failure)[:200]}")
     times = f"{kernel_s * 1e6:.0f} us a layer against {stock_s * 1e6:.0f}"
@@ -87,54 +93,60 @@ class Case:
     old: int = 0  # of a prefill chunk
 
 
-def largest_error(attention: PagedAttention, shape: ShapeClass, *, with_blocks: bool = False) -> float:
+def largest_error(attention: PagedAttention, shape: ShapeClass, *, is_paged: bool = False) -> float:
     """Against the reference, which runs on the CPU: there stock operations need no compilation.
 
-    Outputs and whole pools are compared. `with_blocks`: rows in blocks, too, which is one more kernel to compile.
+    Outputs and whole pools are compared.
     """
     worst = 0.0
-    for case in cases(shape, with_blocks):
+    for case in cases(shape, is_paged=is_paged):
         error = _error(attention, shape, case)
         if not error <= worst:  # NaN stays
             worst = error
     return worst
 
 
-def cases(shape: ShapeClass, with_blocks: bool) -> list[Case]:
-    """Ragged rows; rows that are split over the key axis; a ring that wraps, with a window, soft-cap and sinks."""
+def cases(shape: ShapeClass, *, is_paged: bool) -> list[Case]:
+    """Ragged rows; rows that are split over the key axis; a ring that wraps, with a window, soft-cap and sinks.
+
+    Of prefill chunks: from the start, in the middle of one sequence, and of two.
+    """
     with mx.stream(mx.cpu):
         if shape.rows == 0:
             none = Variant(1.0)
-            chunks = [
-                Case(slot_pages([2], [0]), 4, 256, none),
-                Case(slot_pages([1], [101]), 4, 256, none, 101),
-                Case(slot_pages([3, 0], [40, 40]), 4, 256, none, 40),
+            made = [
+                _case([2], [0], 4, 256, none, is_paged=is_paged),
+                _case([1], [101], 4, 256, none, is_paged=is_paged, old=101),
+                _case([3, 0], [40, 40], 4, 256, none, is_paged=is_paged, old=40),
             ]
-            if with_blocks:
-                chunks += [Case(_blocks((101,)), 20, 32, none, 101), Case(_blocks((40, 40)), 20, 32, none, 40)]
-            mx.eval([case.pages.table for case in chunks], [case.pages.starts for case in chunks])
-            return chunks
-        sinks = mx.random.normal((shape.num_heads,), key=mx.random.key(9))
-        short, long, wrapped = [0, 1, 37, 200], [1500, 5, 640], [10, 700, 131]
-        made = [
-            Case(slot_pages([3, 1, 0, 5], short), 6, 250, Variant(shape.dim**-0.5)),
-            Case(slot_pages([1, 0, 2], long), 3, 1600, Variant(shape.dim**-0.5)),
-            Case(slot_pages([0, 2, 1], wrapped), 3, 192, Variant(0.1, window=100, softcap=20.0, sinks=sinks)),
-        ]
-        if with_blocks:
-            made.append(Case(_blocks((250, 97)), 20, 32, Variant(shape.dim**-0.5)))
-            made.append(Case(_blocks((701, 97)), 20, 32, Variant(0.1, window=200, softcap=20.0, sinks=sinks)))  # a ring
-        mx.eval(sinks, [case.pages.table for case in made], [case.pages.starts for case in made])
+        else:
+            plain = Variant(shape.dim**-0.5)
+            sinks = mx.random.normal((shape.num_heads,), key=mx.random.key(9))
+            ring = Variant(0.1, window=100, softcap=20.0, sinks=sinks)
+            made = [
+                _case([3, 1, 0, 5], [0, 1, 37, 200], 6, 250, plain, is_paged=is_paged),
+                _case([1, 0, 2], [1500, 5, 640], 3, 1600, plain, is_paged=is_paged),
+                _case([0, 2, 1], [10, 700, 131], 3, 192, ring, is_paged=is_paged),
+            ]
+            mx.eval(sinks)
+        mx.eval([case.pages.table for case in made], [case.pages.starts for case in made])
         return made
 
 
-def _blocks(starts: tuple[int, ...]) -> Pages:
-    table = mx.array([[7, 3, 12, 5, 9, 14, 11, 2, 8, 15], [1, 4, 6, 0, 10, 13, 16, 17, 18, 19]], dtype=mx.int32)
-    table = mx.contiguous(table[: len(starts)])  # kernels read it by its pointer
-    return Pages(table, mx.array(starts, dtype=mx.int32), starts, 5)
+def _case(
+    rows: list[int], starts: list[int], num_rows: int, capacity: int, variant: Variant, *, is_paged: bool, old: int = 0
+) -> Case:
+    """Rows of a pool of slots, or in blocks that lie anywhere in one."""
+    if not is_paged:
+        return Case(slot_pages(rows, starts), num_rows, capacity, variant, old)
+    width = -(-capacity // PROVED_BLOCK)
+    places = 1 + mx.random.permutation(num_rows * width, key=mx.random.key(3)).astype(mx.int32)
+    table = mx.contiguous(places.reshape(num_rows, width)[mx.array(rows)])  # kernels read it by its pointer
+    pages = Pages(table, mx.array(starts, dtype=mx.int32), tuple(starts), PROVED_BLOCK.bit_length() - 1)
+    return Case(pages, num_rows * width + 1, PROVED_BLOCK, variant, old)
 
 
-def tiles_are_right(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> bool:
+def tiles_are_right(attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_paged: bool = False) -> bool:
     """Do prefill rows in tiles give what they give at once? `shapes` as they are used. False, with the reason logged.
 
     Also compiles what tiles take, so that no request waits for it.
@@ -143,7 +155,7 @@ def tiles_are_right(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> 
         if shape.rows != MAX_ROWS or shape.is_shared:
             continue
         try:
-            error = max(_tiles_error(attention, shape, case) for case in tile_cases(shape.dim))
+            error = max(_tiles_error(attention, shape, case) for case in tile_cases(shape.dim, is_paged=is_paged))
         except (RuntimeError, ValueError) as failure:
             logger.warning("tiles of prefill chunks, %s: they fail: %s", shape.name, str(failure)[:200])
             return False
@@ -153,13 +165,14 @@ def tiles_are_right(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> 
     return True
 
 
-def tile_cases(dim: int) -> list[Case]:
+def tile_cases(dim: int, *, is_paged: bool = False) -> list[Case]:
     """Rows in the middle of their sequences; one long enough for the key axis to be split; a ring that wraps."""
+    plain = Variant(dim**-0.5)
     with mx.stream(mx.cpu):
         made = [
-            Case(slot_pages([2, 0], [37, 70]), 3, 250, Variant(dim**-0.5)),
-            Case(slot_pages([1], [1500]), 2, 1600, Variant(dim**-0.5)),
-            Case(slot_pages([0, 1], [170, 10]), 2, 192, Variant(0.1, window=100, softcap=20.0)),
+            _case([2, 0], [37, 70], 3, 250, plain, is_paged=is_paged),
+            _case([1], [1500], 2, 1600, plain, is_paged=is_paged),
+            _case([0, 1], [170, 10], 2, 192, Variant(0.1, window=100, softcap=20.0), is_paged=is_paged),
         ]
         mx.eval([case.pages.table for case in made], [case.pages.starts for case in made])
         return made
@@ -194,14 +207,14 @@ def _tiles_error(attention: PagedAttention, shape: ShapeClass, case: Case) -> fl
     return max(_difference(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def compile_kernels(attention: PagedAttention, shapes: Iterable[ShapeClass]) -> None:
+def compile_kernels(attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_paged: bool = False) -> None:
     """Run each shape class once, so that its kernels are compiled now and not while a request waits.
 
     Raises:
         RuntimeError, ValueError: one does not compile or launch here.
     """
     for shape in shapes:
-        for case in cases(shape, with_blocks=False):
+        for case in cases(shape, is_paged=is_paged):
             tensors, pool = _inputs(shape, case)
             mx.eval(_run(attention, shape, case, tensors, pool))
 
@@ -296,20 +309,27 @@ def _pool(shape: ShapeClass, case: Case) -> Pool:
 
 
 def seconds(
-    attention: PagedAttention | None, shape: ShapeClass, rows: int = TIMED_ROWS, context: int = TIMED_CONTEXT
+    attention: PagedAttention | None,
+    shape: ShapeClass,
+    rows: int = TIMED_ROWS,
+    context: int = TIMED_CONTEXT,
+    *,
+    is_paged: bool = False,
 ) -> float:
-    """One layer of a forward through the slots' cache, None: by the stock path.
+    """One layer of a forward through the cache, None: by the stock path.
 
     Rotation and write are included; layers that share another's keys write none.
     """
     width = shape.rows or CHUNK
     rows = rows if shape.rows else 1
     spec = AttentionSpec(shape.num_kv_heads, shape.dim, shape.dim)
-    store = CacheStore([spec] * TIMED_LAYERS, [context + 64], max(width, CHUNK), shape.dtype, is_exact=False, slack=64)
+    make = PagedStore if is_paged else CacheStore
+    store = make([spec] * TIMED_LAYERS, [context + 64], max(width, context), shape.dtype, is_exact=False, slack=64)
     if attention is not None:
         store.use_attention(AttentionChoice(attention, {shape: True}))
     for slot in range(rows):
         store.ensure(slot, context + 64)
+    store.open(list(range(rows)), [0] * rows, context)  # blocks for all that is attended to
     rope = Rope(rope_of(shape.dim))
     q, k, v = _random(shape, rows, width)
     mx.eval(q, k, v, store.pending())

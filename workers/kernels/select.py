@@ -55,13 +55,13 @@ def select(
         is_speculative: verify rows will come.
         cache_folder: keeps what "auto" found, by device, MLX version and the kernel's text.
         widths: query rows a sequence that will come; None: those of a target.
-        is_paged: blocks will be handed over, not slots. "auto" is stock then: nothing was timed in blocks yet.
+        is_paged: blocks will be handed over, not slots.
         shared: those of `layers` whose keys and values other layers read, too.
         form: how the layers hand over decode and verify rows.
     Raises:
         BadConfig: "kernel" was asked for, and there is none or it gives other values.
     """
-    if setting == "stock" or (is_paged and setting == "auto"):
+    if setting == "stock":
         return None
     attention = machine_kernel()
     if attention is None:
@@ -75,19 +75,18 @@ def select(
     if not shapes:
         _check_none_is_wanted(setting, "no attention kernel for this model's layers")
         return None
-    path = cache_folder / FORMAT / f"{fingerprint(shapes)}.json"
+    path = cache_folder / FORMAT / f"{fingerprint(shapes, is_paged=is_paged)}.json"
     choice = _read(path, attention, shapes) if setting == "auto" else None
     if choice is not None:
-        choice = _compiled(choice)
+        choice = _compiled(choice, is_paged=is_paged)
     if choice is None:
         started = time.perf_counter()
-        choice = choose(attention, shapes, is_forced=setting == "kernel", with_blocks=is_paged)
+        choice = choose(attention, shapes, is_forced=setting == "kernel", is_paged=is_paged)
         logger.info("attention kernels checked in %.1f s", time.perf_counter() - started)
         if setting == "auto":
             _write(path, choice, shapes)
-    choice.has_tiles = choice.may_have_tiles and tiles_are_right(
-        attention, [shape for shape, is_used in choice.is_used.items() if is_used]
-    )
+    used = [shape for shape, is_used in choice.is_used.items() if is_used]
+    choice.has_tiles = choice.may_have_tiles and tiles_are_right(attention, used, is_paged=is_paged)
     for reason in choice.reasons:
         logger.info("attention: %s", reason)
     if setting == "kernel" and not all(choice.is_used.values()):
@@ -95,11 +94,12 @@ def select(
     return choice
 
 
-def _compiled(choice: AttentionChoice) -> AttentionChoice | None:
+def _compiled(choice: AttentionChoice, *, is_paged: bool) -> AttentionChoice | None:
     """Known from an earlier start, and compiled anew: MLX keeps no compiled kernel of ours. None: it fails now."""
     started = time.perf_counter()
     try:
-        compile_kernels(choice.attention, [shape for shape, is_used in choice.is_used.items() if is_used])
+        used = [shape for shape, is_used in choice.is_used.items() if is_used]
+        compile_kernels(choice.attention, used, is_paged=is_paged)
     except (RuntimeError, ValueError) as error:
         logger.warning("attention kernels that worked before fail now: %s", str(error)[:200])
         return None
@@ -107,11 +107,12 @@ def _compiled(choice: AttentionChoice) -> AttentionChoice | None:
     return choice
 
 
-def fingerprint(shapes: Sequence[ShapeClass]) -> str:
+def fingerprint(shapes: Sequence[ShapeClass], *, is_paged: bool = False) -> str:
     """Changes with whatever may change the outcome of a check."""
     graphs = os.environ.get("MLX_USE_CUDA_GRAPHS", "1")  # models differ in it that have layers of one shape
     names = [shape.name for shape in shapes]
-    digest = hashlib.sha256(f"{device_name()} {version('mlx')} graphs {graphs} {names}".encode())
+    layout = "paged" if is_paged else "slots"
+    digest = hashlib.sha256(f"{device_name()} {version('mlx')} graphs {graphs} {layout} {names}".encode())
     for name in ("attention.cuh", "attention.metal", "cuda.py", "metal.py", "prove.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:32]

@@ -11,10 +11,9 @@ import pytest
 
 from shared.config import Settings
 from tests.support.engine_rig import EngineRig, ForcedDrafts, make_engine
-from tests.support.fake_target import worker_info
 from tests.workers.gemma import hf
 from tests.workers.gemma.test_sliding import with_larger_matrices
-from workers.build import select_attention
+from workers import choose_attention
 from workers.kernels import select as selecting
 from workers.kernels.reference import ReferenceAttention
 from workers.load import LoadedModel
@@ -97,8 +96,10 @@ def engine_by_kernel(model, config, monkeypatch, layout="slots"):
         max_model_len=CLASSES[-1], vocab_size=VOCAB, dtype="float32",
     )  # fmt: skip
     settings = Settings(attention="kernel", draft_model="ngram", kv_layout=layout)
-    info = select_attention(loaded, engine, worker_info(), settings)
-    assert info.attention, "no kernel serves"
+    chosen = choose_attention.choose(loaded, settings)
+    assert chosen.layout == layout
+    assert chosen.attention is not None, "no kernel serves"
+    choose_attention.install(chosen.attention, loaded, engine.store)
     counted.writing.clear()
     counted.reading.clear()
     return engine, counted
