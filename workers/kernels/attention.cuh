@@ -74,18 +74,21 @@ struct Attend {
   static constexpr bool MMA = sizeof(T) == 2;
   static constexpr int ROWS = 16 * MT;
   static constexpr int CH = (D + 31) / 32, VC = (D + 63) / 64;
-  static constexpr int PAD = D + 16 / sizeof(T);  // rows of shared memory start at different banks
+  // Rows of shared memory start at different banks: of queries for 8 lanes that read 16 bytes of two rows each, of
+  // sums for lanes that add to 8 rows.
+  static constexpr int PAD = D + 16 / sizeof(T), QPAD = MMA ? (D + 31) / 64 * 64 + 32 : PAD, OPAD = D + 1;
   static constexpr int NO = MMA ? VC * 32 : (D + 31) / 32 * 16;  // accumulators of 16 queries, per lane
   static constexpr bool Q_IN_REGISTERS = MMA && MT == 1 && D <= 128;
+  static constexpr bool AHEAD = MMA && D <= 128;  // the next tile is loaded as this one's registers are free; else they are few
 
   struct Shared {
-    alignas(16) T q[ROWS * PAD];
+    alignas(16) T q[ROWS * QPAD];
     union {
       struct {
         alignas(16) T k[NEW * PAD];
         alignas(16) T v[NEW * PAD];
       };
-      float out[ROWS * D];  // once every warp is done with the new rows
+      float out[ROWS * OPAD];  // once every warp is done with the new rows
     };
     float m[NW * ROWS], l[NW * ROWS];
     bool is_last;
@@ -97,45 +100,95 @@ struct Attend {
     float m[MMA ? MT * 2 : 16], l[MMA ? MT * 2 : 16];
   };
 
-  static __device__ __noinline__ float2 rotate(float a, float b, float angle) {
+  static __device__ __noinline__ float2 exact_sincos(float angle) {
     float s, c;
     sincosf(angle, &s, &c);
-    return {a * c - b * s, b * c + a * s};
+    return {s, c};
   }
 
-  // A warp's: x normed, and rotated at `position` where the head's first ROPE dimensions rotate: element d, and its
-  // partner's where d < ROPE / 2. The norm rounds where MLX's does.
+  // (sine, cosine). For 16 bits the fast ones, which are off by 4e-7 near 0: whole turns are taken away first.
+  static __device__ float2 sincos_of(float angle) {
+    if constexpr (!MMA) return exact_sincos(angle);
+    float turns = rintf(angle * 0.15915494309f), s, c;
+    angle = fmaf(turns, 1.7484556e-7f, fmaf(turns, -6.28318548f, angle));  // 2 pi in two parts
+    __sincosf(angle, &s, &c);
+    return {s, c};
+  }
+
+  // A warp's: x normed, and rotated at `position` where the head's first ROPE dimensions rotate: element d with the one
+  // ROPE / 2 behind it. All is loaded before any of it is used. The norm rounds where MLX's does.
   template <typename F>
   static __device__ void stage(const T* x, long stride, int position, const float* inv_freq, const T* weight, float eps,
                                int lane, F put) {
-    float scale = 1.f;
+    constexpr int N = (D + 31) / 32, HALF = ROPE / 64;  // a lane has both elements of a pair where HALF is whole
+    auto is_there = [&](int j) { return D % 32 == 0 || j * 32 + lane < D; };
+    T e[N], w[NORM ? N : 1];
+    float f[HALF > 0 ? HALF : 1];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      e[j] = is_there(j) ? x[(j * 32 + lane) * stride] : from_float<T>(0.f);
+      if constexpr (NORM) w[j] = is_there(j) ? weight[j * 32 + lane] : from_float<T>(0.f);
+    }
+#pragma unroll
+    for (int j = 0; j < HALF; j++) f[j] = inv_freq[j * 32 + lane];
     if constexpr (NORM) {
       float sum = 0.f;
-      for (int d = lane; d < D; d += 32) sum += to_float(x[d * stride]) * to_float(x[d * stride]);
 #pragma unroll
-      for (int w = 16; w > 0; w /= 2) sum += __shfl_xor_sync(0xffffffff, sum, w);
-      scale = rsqrtf(sum / D + eps);
+      for (int j = 0; j < N; j++) sum += to_float(e[j]) * to_float(e[j]);
+#pragma unroll
+      for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
+      float scale = rsqrtf(sum / D + eps);
+#pragma unroll
+      for (int j = 0; j < N; j++) e[j] = from_float<T>(to_float(from_float<T>(to_float(e[j]) * scale)) * to_float(w[j]));
     }
-    auto at = [&](int d) {
-      if constexpr (!NORM) return x[d * stride];
-      return from_float<T>(to_float(from_float<T>(to_float(x[d * stride]) * scale)) * to_float(weight[d]));
-    };
-#pragma unroll 1
-    for (int d = lane; d < D; d += 32) {
-      if (d < ROPE / 2) {
-        float2 y = rotate(to_float(at(d)), to_float(at(d + ROPE / 2)), position * inv_freq[d]);
-        put(d, from_float<T>(y.x));
-        put(d + ROPE / 2, from_float<T>(y.y));
-      } else if (d >= ROPE) {
-        put(d, at(d));
+    if constexpr (ROPE % 64 == 0) {
+#pragma unroll
+      for (int j = 0; j < HALF; j++) {
+        float2 y = rotated(to_float(e[j]), to_float(e[j + HALF]), position * f[j]);
+        put(j * 32 + lane, from_float<T>(y.x));
+        put((j + HALF) * 32 + lane, from_float<T>(y.y));
+      }
+#pragma unroll
+      for (int j = 2 * HALF; j < N; j++) {
+        if (is_there(j)) put(j * 32 + lane, e[j]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; j++) {  // the partner is another lane's
+        const int d = j * 32 + lane;
+        const bool is_second = d >= ROPE / 2;
+        const float other = to_float(at_element(e, is_second ? d - ROPE / 2 : d + ROPE / 2));
+        float2 y = {to_float(e[j]), 0.f};
+        if (d < ROPE) {
+          float angle = position * inv_freq[is_second ? d - ROPE / 2 : d];
+          y = is_second ? rotated(other, y.x, angle) : rotated(y.x, other, angle);
+        }
+        if (is_there(j)) put(d, from_float<T>(d < ROPE && is_second ? y.y : y.x));
       }
     }
+  }
+
+  static __device__ float2 rotated(float a, float b, float angle) {
+    float2 sc = sincos_of(angle);
+    return {a * sc.y - b * sc.x, b * sc.y + a * sc.x};
+  }
+
+  // Element d of a row that the warp's lanes hold, lane by lane; every lane must ask.
+  template <int N>
+  static __device__ T at_element(const T (&e)[N], int d) {
+    float found = 0.f;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      float x = __shfl_sync(0xffffffff, to_float(e[j]), d & 31);
+      if (d >> 5 == j) found = x;
+    }
+    return from_float<T>(found);
   }
 
   static __device__ uint4 q_load(const T* q, int row, int d) {
     uint4 v = {0, 0, 0, 0};
     if (d < D) {
-      unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(q + row * PAD + d));
+      unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(q + row * QPAD + d));
       asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
     }
     return v;
@@ -147,128 +200,184 @@ struct Attend {
     return s * 1.44269504089f;
   }
 
+  static __device__ void add(float* to, float x, bool is_first) { *to = is_first ? x : *to + x; }
+
   // Is the key at position p seen by query row m of this part? `start + row` is the query's position.
   static __device__ bool sees(int m, int p, int start, int last, const Params& a) {
     int position = start + m / G;
     return p < last && p <= position && (a.window == 0 || position - p < a.window);
   }
 
-  // 16 keys from position p on, of which those below `last` exist. key(i), value(i): pointers to the row of position i.
-  template <typename K, typename V>
-  static __device__ void tile(State& st, const T* qs, const uint4 (*qf)[CH], int part, int p, int start, int last,
-                              const Params& a, K key, V value) {
+  // A tile: 16 keys and values from position p on, of which those below `last` exist, as a warp's lanes hold them.
+  struct Tile {
+    uint4 k[2][CH], v[4][VC];
+  };
+
+  template <typename K>
+  static __device__ void load_keys(Tile& x, int p, int last, K key) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    if constexpr (MMA) {
-      uint4 kf[2][CH], vf[4][VC];
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        const T* x = key(min(p + n * 8 + g, last - 1));
+    for (int n = 0; n < 2; n++) {
+      const T* row = key(min(p + n * 8 + g, last - 1));
 #pragma unroll
-        for (int c = 0; c < CH; c++) {
-          kf[n][c] = uint4{0, 0, 0, 0};
-          if (D % 32 == 0 || c * 32 + t * 8 < D) kf[n][c] = *reinterpret_cast<const uint4*>(x + c * 32 + t * 8);
+      for (int c = 0; c < CH; c++) {
+        x.k[n][c] = uint4{0, 0, 0, 0};
+        if (D % 32 == 0 || c * 32 + t * 8 < D) x.k[n][c] = *reinterpret_cast<const uint4*>(row + c * 32 + t * 8);
+      }
+    }
+  }
+
+  template <typename V>
+  static __device__ void load_values(Tile& x, int p, int last, V value) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int at = p + (i / 2) * 8 + 2 * t + i % 2;
+      const T* row = value(min(at, last - 1));
+#pragma unroll
+      for (int c = 0; c < VC; c++) {
+        x.v[i][c] = uint4{0, 0, 0, 0};
+        if (at < last && (D % 64 == 0 || c * 64 + g * 8 < D)) {
+          x.v[i][c] = *reinterpret_cast<const uint4*>(row + c * 64 + g * 8);
         }
       }
+    }
+  }
+
+  // Attends to a tile. Once its keys have been used `next_keys` may load others in their place, which then come while
+  // the rest is computed, and so may `next_values` at the end.
+  template <typename NK, typename NV>
+  static __device__ void tile(State& st, Tile& x, const T* qs, const uint4 (*qf)[CH], int part, int p, int start,
+                              int last, const Params& a, NK next_keys, NV next_values) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float s[MT][2][4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int at = p + (i / 2) * 8 + 2 * t + i % 2;
-        const T* x = value(min(at, last - 1));
+    for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
-        for (int c = 0; c < VC; c++) {
-          vf[i][c] = uint4{0, 0, 0, 0};
-          if (at < last && (D % 64 == 0 || c * 64 + g * 8 < D)) {
-            vf[i][c] = *reinterpret_cast<const uint4*>(x + c * 64 + g * 8);
-          }
+      for (int c = 0; c < CH; c++) {
+        uint4 lo, hi;
+        if constexpr (Q_IN_REGISTERS) {
+          lo = qf[0][c];
+          hi = qf[1][c];
+        } else {
+          lo = q_load(qs, mt * 16 + g, c * 32 + t * 8);
+          hi = q_load(qs, mt * 16 + g + 8, c * 32 + t * 8);
+        }
+        unsigned a0[4] = {lo.x, hi.x, lo.y, hi.y}, a1[4] = {lo.z, hi.z, lo.w, hi.w};
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          mma(s[mt][n], a0, x.k[n][c].x, x.k[n][c].y, T());
+          mma(s[mt][n], a1, x.k[n][c].z, x.k[n][c].w, T());
         }
       }
+    }
+    next_keys();
+    float alpha[MT][2];
+    bool is_rescaled = false;
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+      float top[2] = {NOTHING, NOTHING}, base[2], sum[2] = {};
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        int m = (part * MT + mt) * 16 + g + (i / 2 % 2) * 8, at = p + (i / 4) * 8 + 2 * t + i % 2;
+        float& y = s[mt][i / 4][i % 4];
+        y = sees(m, at, start, last, a) ? score(y, a) : NOTHING;
+        top[i / 2 % 2] = fmaxf(top[i / 2 % 2], y);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float& m = st.m[mt * 2 + i];
+        top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffff, top[i], 1));
+        top[i] = fmaxf(fmaxf(top[i], __shfl_xor_sync(0xffffffff, top[i], 2)), m);
+        base[i] = top[i] == NOTHING ? 0.f : top[i];  // nothing seen yet: all weights are 0
+        alpha[mt][i] = exp2f(m - base[i]);
+        is_rescaled |= alpha[mt][i] != 1.f;
+        m = top[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float& y = s[mt][i / 4][i % 4];
+        y = exp2f(y - base[i / 2 % 2]);
+        sum[i / 2 % 2] += y;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) st.l[mt * 2 + i] = st.l[mt * 2 + i] * alpha[mt][i] + sum[i];
+    }
+    if (__any_sync(0xffffffff, is_rescaled)) {
 #pragma unroll
       for (int mt = 0; mt < MT; mt++) {
-        float s[2][4] = {};
 #pragma unroll
-        for (int c = 0; c < CH; c++) {
-          uint4 lo, hi;
-          if constexpr (Q_IN_REGISTERS) {
-            lo = qf[0][c];
-            hi = qf[1][c];
-          } else {
-            lo = q_load(qs, mt * 16 + g, c * 32 + t * 8);
-            hi = q_load(qs, mt * 16 + g + 8, c * 32 + t * 8);
-          }
-          unsigned a0[4] = {lo.x, hi.x, lo.y, hi.y}, a1[4] = {lo.z, hi.z, lo.w, hi.w};
+        for (int i = 0; i < NO; i++) st.o[mt][i] *= alpha[mt][i / 2 % 2];
+      }
+    }
 #pragma unroll
-          for (int n = 0; n < 2; n++) {
-            mma(s[n], a0, kf[n][c].x, kf[n][c].y, T());
-            mma(s[n], a1, kf[n][c].z, kf[n][c].w, T());
-          }
+    for (int mt = 0; mt < MT; mt++) {
+      unsigned w[4] = {pack(s[mt][0][0], s[mt][0][1], T()), pack(s[mt][0][2], s[mt][0][3], T()),
+                       pack(s[mt][1][0], s[mt][1][1], T()), pack(s[mt][1][2], s[mt][1][3], T())};
+#pragma unroll
+      for (int c = 0; c < VC; c++) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+          const unsigned *x0 = &x.v[0][c].x, *x1 = &x.v[1][c].x, *x2 = &x.v[2][c].x, *x3 = &x.v[3][c].x;
+          const unsigned pick = j % 2 ? 0x7632 : 0x5410;
+          mma(&st.o[mt][(c * 8 + j) * 4], w, __byte_perm(x0[j / 2], x1[j / 2], pick),
+              __byte_perm(x2[j / 2], x3[j / 2], pick), T());
         }
-        float top[2] = {NOTHING, NOTHING}, alpha[2], base[2], sum[2] = {};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          int m = (part * MT + mt) * 16 + g + (i / 2 % 2) * 8, at = p + (i / 4) * 8 + 2 * t + i % 2;
-          float& x = s[i / 4][i % 4];
-          x = sees(m, at, start, last, a) ? score(x, a) : NOTHING;
-          top[i / 2 % 2] = fmaxf(top[i / 2 % 2], x);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float& m = st.m[mt * 2 + i];
-          top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffff, top[i], 1));
-          top[i] = fmaxf(fmaxf(top[i], __shfl_xor_sync(0xffffffff, top[i], 2)), m);
-          base[i] = top[i] == NOTHING ? 0.f : top[i];  // nothing seen yet: all weights are 0
-          alpha[i] = exp2f(m - base[i]);
-          m = top[i];
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          float& x = s[i / 4][i % 4];
-          x = exp2f(x - base[i / 2 % 2]);
-          sum[i / 2 % 2] += x;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) st.l[mt * 2 + i] = st.l[mt * 2 + i] * alpha[i] + sum[i];
-        if (__any_sync(0xffffffff, alpha[0] != 1.f || alpha[1] != 1.f)) {
-#pragma unroll
-          for (int i = 0; i < NO; i++) st.o[mt][i] *= alpha[i / 2 % 2];
-        }
-        unsigned w[4] = {pack(s[0][0], s[0][1], T()), pack(s[0][2], s[0][3], T()), pack(s[1][0], s[1][1], T()),
-                         pack(s[1][2], s[1][3], T())};
-#pragma unroll
-        for (int c = 0; c < VC; c++) {
-#pragma unroll
-          for (int j = 0; j < 8; j++) {
-            const unsigned *x0 = &vf[0][c].x, *x1 = &vf[1][c].x, *x2 = &vf[2][c].x, *x3 = &vf[3][c].x;
-            const unsigned pick = j % 2 ? 0x7632 : 0x5410;
-            mma(&st.o[mt][(c * 8 + j) * 4], w, __byte_perm(x0[j / 2], x1[j / 2], pick),
-                __byte_perm(x2[j / 2], x3[j / 2], pick), T());
-          }
-        }
+      }
+    }
+    next_values();
+  }
+
+  template <typename K, typename V>
+  static __device__ void load(Tile& x, int p, int last, K key, V value) {
+    if (p >= last) return;
+    load_keys(x, p, last, key);
+    load_values(x, p, last, value);
+  }
+
+  // Attends to every `step`th tile from position p on, of keys and values below `last`; with AHEAD x is the first one.
+  // key(i), value(i): pointers to the row of position i.
+  template <typename K, typename V>
+  static __device__ void walk(State& st, Tile& x, const T* qs, const uint4 (*qf)[CH], int part, int p, int step,
+                              int start, int last, const Params& a, K key, V value) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (MMA) {
+#pragma unroll 1
+      for (; p < last; p += step) {
+        const int next = AHEAD ? p + step : last;
+        if constexpr (!AHEAD) load(x, p, last, key, value);
+        tile(st, x, qs, qf, part, p, start, last, a, [&] { if (next < last) load_keys(x, next, last, key); },
+             [&] { if (next < last) load_values(x, next, last, value); });
       }
     } else {
       constexpr int N = (D + 31) / 32;
-      for (int at = p; at < min(p + 16, last); at++) {
-        const T *xk = key(at), *xv = value(at);
-        float k[N], v[N];
+#pragma unroll 1
+      for (; p < last; p += step) {
+        for (int at = p; at < min(p + 16, last); at++) {
+          const T *xk = key(at), *xv = value(at);
+          float k[N], v[N];
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-          int d = i * 32 + lane;
-          k[i] = d < D ? to_float(xk[d]) : 0.f;
-          v[i] = d < D ? to_float(xv[d]) : 0.f;
-        }
+          for (int i = 0; i < N; i++) {
+            int d = i * 32 + lane;
+            k[i] = d < D ? to_float(xk[d]) : 0.f;
+            v[i] = d < D ? to_float(xv[d]) : 0.f;
+          }
 #pragma unroll
-        for (int r = 0; r < 16; r++) {
-          int m = part * 16 + r;
-          if (m >= a.M || !sees(m, at, start, last, a)) continue;
-          float s = 0.f;
+          for (int r = 0; r < 16; r++) {
+            int m = part * 16 + r;
+            if (m >= a.M || !sees(m, at, start, last, a)) continue;
+            float s = 0.f;
 #pragma unroll
-          for (int i = 0; i < N; i++) s += k[i] * (i * 32 + lane < D ? to_float(qs[r * PAD + i * 32 + lane]) : 0.f);
+            for (int i = 0; i < N; i++) s += k[i] * (i * 32 + lane < D ? to_float(qs[r * QPAD + i * 32 + lane]) : 0.f);
 #pragma unroll
-          for (int w = 16; w > 0; w /= 2) s += __shfl_xor_sync(0xffffffff, s, w);
-          s = score(s, a);
-          float top = fmaxf(st.m[r], s), alpha = exp2f(st.m[r] - top), w = exp2f(s - top);
-          st.m[r] = top;
-          st.l[r] = st.l[r] * alpha + w;
+            for (int w = 16; w > 0; w /= 2) s += __shfl_xor_sync(0xffffffff, s, w);
+            s = score(s, a);
+            float top = fmaxf(st.m[r], s), alpha = exp2f(st.m[r] - top), w = exp2f(s - top);
+            st.m[r] = top;
+            st.l[r] = st.l[r] * alpha + w;
 #pragma unroll
-          for (int i = 0; i < N; i++) st.o[0][r * N + i] = st.o[0][r * N + i] * alpha + w * v[i];
+            for (int i = 0; i < N; i++) st.o[0][r * N + i] = st.o[0][r * N + i] * alpha + w * v[i];
+          }
         }
       }
     }
@@ -352,29 +461,43 @@ struct Attend {
     const int first = lo + split * chunk, last = min(end, first + chunk);
     const bool owns_new = !SHARED && split == splits - 1;
 
-#pragma unroll 1
+    auto key = [&](int i) { return pool_k + row_of<SHIFT>(i, table, a, heads_kv, h) * D; };
+    auto value = [&](int i) { return pool_v + row_of<SHIFT>(i, table, a, heads_kv, h) * D; };
+    const int mine = first + (NW - 1 - warp) * 16;
+    Tile x;
+    if constexpr (AHEAD) load(x, mine, last, key, value);
+
+#pragma unroll 2
     for (int i = warp; i < ROWS; i += NW) {
       int m = part * ROWS + i;
       if (m < M) {
         stage(q + b * qs[0] + (h * G + m % G) * qs[1] + m / G * qs[2], qs[3], start + m / G, inv_freq, q_norm, a.eps,
-              lane, [&](int d, T x) { sh.q[i * PAD + d] = x; });
+              lane, [&](int d, T x) { sh.q[i * QPAD + d] = x; });
       } else {
-        for (int d = lane; d < D; d += 32) sh.q[i * PAD + d] = from_float<T>(0.f);
+        for (int d = lane; d < D; d += 32) sh.q[i * QPAD + d] = from_float<T>(0.f);
       }
     }
     if (owns_new) {
 #pragma unroll 1
       for (int i = warp; i < R; i += NW) {
         T *to_k = const_cast<T*>(pool_k), *to_v = const_cast<T*>(pool_v);
-        long at = row_of<SHIFT>(start + i, table, a, heads_kv, h) * D;
+        const long at = row_of<SHIFT>(start + i, table, a, heads_kv, h) * D;
+        T e[(D + 31) / 32];
+#pragma unroll
+        for (int j = 0; j < (D + 31) / 32; j++) {
+          int d = j * 32 + lane;
+          e[j] = d < D ? v[b * vs[0] + h * vs[1] + i * vs[2] + d * vs[3]] : from_float<T>(0.f);
+        }
         stage(k + b * ks[0] + h * ks[1] + i * ks[2], ks[3], start + i, inv_freq, k_norm, a.eps, lane, [&](int d, T x) {
           sh.k[i * PAD + d] = x;
           if (part == 0) to_k[at + d] = x;
         });
-        for (int d = lane; d < D; d += 32) {
-          T x = v[b * vs[0] + h * vs[1] + i * vs[2] + d * vs[3]];
-          sh.v[i * PAD + d] = x;
-          if (part == 0) to_v[at + d] = x;
+#pragma unroll
+        for (int j = 0; j < (D + 31) / 32; j++) {
+          int d = j * 32 + lane;
+          if (d >= D) continue;
+          sh.v[i * PAD + d] = e[j];
+          if (part == 0) to_v[at + d] = e[j];
         }
       }
     }
@@ -399,18 +522,12 @@ struct Attend {
         qf[1][c] = q_load(sh.q, g + 8, c * 32 + t * 8);
       }
     }
-    if (owns_new) {
-#pragma unroll 1
-      for (int i = warp; i < (R + 15) / 16; i += NW) {
-        tile(st, sh.q, qf, part, start + i * 16, start, start + R, a,
-             [&](int p) { return sh.k + (p - start) * PAD; }, [&](int p) { return sh.v + (p - start) * PAD; });
-      }
-    }
-#pragma unroll 1
-    for (int p = first + (NW - 1 - warp) * 16; p < last; p += NW * 16) {
-      tile(st, sh.q, qf, part, p, start, last, a,
-           [&](int i) { return pool_k + row_of<SHIFT>(i, table, a, heads_kv, h) * D; },
-           [&](int i) { return pool_v + row_of<SHIFT>(i, table, a, heads_kv, h) * D; });
+    walk(st, x, sh.q, qf, part, mine, NW * 16, start, last, a, key, value);
+    if (owns_new && warp == 0) {
+      auto new_key = [&](int p) { return sh.k + (p - start) * PAD; };
+      auto new_value = [&](int p) { return sh.v + (p - start) * PAD; };
+      if constexpr (AHEAD) load(x, start, start + R, new_key, new_value);
+      walk(st, x, sh.q, qf, part, start, 16, start, start + R, a, new_key, new_value);
     }
 
     // Join the warps: maxima first, then each warp adds its share.
@@ -434,45 +551,45 @@ struct Attend {
       }
     }
     __syncthreads();
-#pragma unroll 1
-    for (int i = tid; i < ROWS * D; i += NW * 32) sh.out[i] = 0.f;
-    __syncthreads();
     auto share = [&](int w, int row) {  // what the warp's sums are multiplied with
       float top = NOTHING;
 #pragma unroll
       for (int j = 0; j < NW; j++) top = fmaxf(top, sh.m[j * ROWS + row]);
       return top == NOTHING ? 0.f : exp2f(sh.m[w * ROWS + row] - top);
     };
+    // Each warp adds to another part of the sums at a time: 8 rows, or half of their columns.
 #pragma unroll 1
-    for (int w = 0; w < NW; w++) {
-      if (w == warp) {
-        if constexpr (MMA) {
+    for (int turn = 0; turn < NW; turn++) {
+      const int unit = (warp + turn) % NW;
+      if constexpr (MMA) {
+        static_assert(NW % (MT * 2) == 0, "as many units as warps");
+        constexpr int GROUPS = MT * 2, COLUMNS = VC * 8 / (NW / GROUPS);  // 8 rows each; columns of a unit
 #pragma unroll
-          for (int i = 0; i < MT * 2; i++) {
+        for (int i = 0; i < GROUPS; i++) {
+#pragma unroll
+          for (int part_of = 0; part_of < NW / GROUPS; part_of++) {
+            if (unit != part_of * GROUPS + i) continue;
             int row = i / 2 * 16 + i % 2 * 8 + g;
-            float f = part * ROWS + row < M ? share(w, row) : 0.f;
-            if (f != 0.f) {
+            float f = part * ROWS + row < M ? share(warp, row) : 0.f;
 #pragma unroll
-              for (int j = 0; j < VC * 8; j++) {
-                int d = j / 8 * 64 + t * 16 + j % 8;
-                if (D % 64 == 0 || d < D) {
-                  sh.out[row * D + d] += f * st.o[i / 2][j * 4 + i % 2 * 2];
-                  sh.out[row * D + d + 8] += f * st.o[i / 2][j * 4 + i % 2 * 2 + 1];
-                }
+            for (int j = part_of * COLUMNS; j < (part_of + 1) * COLUMNS; j++) {
+              int d = j / 8 * 64 + t * 16 + j % 8;
+              if (D % 64 == 0 || d < D) {
+                add(&sh.out[row * OPAD + d], f * st.o[i / 2][j * 4 + i % 2 * 2], turn == 0);
+                add(&sh.out[row * OPAD + d + 8], f * st.o[i / 2][j * 4 + i % 2 * 2 + 1], turn == 0);
               }
             }
           }
-        } else {
-          constexpr int N = (D + 31) / 32;
+        }
+      } else {
+        constexpr int N = (D + 31) / 32, EACH = 16 / NW;
 #pragma unroll
-          for (int r = 0; r < 16; r++) {
-            if (part * 16 + r < M) {
-              float f = share(w, r);
+        for (int r = 0; r < 16; r++) {
+          if (unit != r / EACH) continue;
+          float f = part * 16 + r < M ? share(warp, r) : 0.f;
 #pragma unroll
-              for (int i = 0; i < N; i++) {
-                if (i * 32 + lane < D) sh.out[r * D + i * 32 + lane] += f * st.o[0][r * N + i];
-              }
-            }
+          for (int i = 0; i < N; i++) {
+            if (i * 32 + lane < D) add(&sh.out[r * OPAD + i * 32 + lane], f * st.o[0][r * N + i], turn == 0);
           }
         }
       }
@@ -490,7 +607,7 @@ struct Attend {
       if (splits > 1) {
         long block = long(blockIdx.y) * gridDim.x + blockIdx.x;
         float* to = scratch + COUNTERS + ((block * splits + split) * ROWS + i) * (D + 2);
-        for (int d = lane; d < D; d += 32) to[d] = sh.out[i * D + d];
+        for (int d = lane; d < D; d += 32) to[d] = sh.out[i * OPAD + d];
         if (lane == 0) {
           to[D] = top;
           to[D + 1] = l;
@@ -504,7 +621,7 @@ struct Attend {
         }
         f /= l;
         T* to = out + ((long(b) * R + m / G) * heads + h * G + m % G) * D;
-        for (int d = lane; d < D; d += 32) to[d] = from_float<T>(sh.out[i * D + d] * f);
+        for (int d = lane; d < D; d += 32) to[d] = from_float<T>(sh.out[i * OPAD + d] * f);
       }
     }
     if (splits > 1) join(sh, scratch, splits, a, part, b, h, heads_kv, sinks, out);

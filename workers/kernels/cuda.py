@@ -313,7 +313,8 @@ def shared_bytes(num_queries: int, dim: int, itemsize: int, num_warps: int = NUM
     queries = 16 * num_tiles(num_queries, dim, itemsize)
     padded = (dim + 16 // itemsize) * itemsize
     new = 2 * max_rows(dim, itemsize) * padded
-    return queries * padded + max(new, queries * dim * 4) + 2 * num_warps * queries * 4 + 16
+    padded_query = ((dim + 31) // 64 * 64 + 32) * itemsize if itemsize == 2 else padded
+    return queries * padded_query + max(new, queries * (dim + 1) * 4) + 2 * num_warps * queries * 4 + 16
 
 
 def supports(num_heads: int, num_kv_heads: int, dim: int, itemsize: int, rows: int) -> bool:
