@@ -1,9 +1,10 @@
-"""Decode and verify attention through the slots' cache: kernel against stock operations against copy bandwidth.
+"""Decode and verify attention: kernel against stock operations against copy bandwidth.
 
 `python -m bench.attention --shape 8b --rows 1,8 --batches 1,8,32 --contexts 1024,8192`
 
 "kernel" is one of 256 launches behind each other, on up to 32 pools in turn, rotation and write of the new rows
-included; rows come as one product's, as a model's layers give them. "copy" is a device copy in such a chain that reads
+included; rows come as one product's, as a model's layers give them; keys and values lie in slots, or in blocks of 32
+positions anywhere in the pool (`--layout paged`). "copy" is a device copy in such a chain that reads
 and writes as many bytes, half each, as the layer's keys and values have; "ideal" what those bytes take at the rate of a
 copy of gigabytes. "stock" is one layer through the slots' cache by MLX's own operations.
 """
@@ -24,13 +25,14 @@ from workers.arrays import start_evaluating
 from workers.kernels.base import PagedAttention, Variant
 from workers.kernels.choice import ShapeClass
 from workers.kernels.cuda import CudaAttention, supports
-from workers.kernels.pages import Pool, slot_pages
+from workers.kernels.pages import Pages, Pool, slot_pages
 from workers.kernels.prove import largest_error, rope_of, seconds
 from workers.models.rope import Rope, Rotation
 
 HEADS = {"8b": (32, 8, 128), "small": (9, 3, 64), "4b": (32, 8, 80), "gemma": (8, 4, 256)}
 
 
+BLOCK = 32  # positions of a block in the paged layout
 LAUNCHES = 256
 MAX_POOLS = 32
 COPIES = 64
@@ -52,9 +54,19 @@ def best_of(build: Callable[[], list[mx.array]]) -> float:
     return best
 
 
-def kernel_seconds(attention: PagedAttention, shape: ShapeClass, batch: int, context: int, num_pools: int) -> float:
+def kernel_seconds(
+    attention: PagedAttention, shape: ShapeClass, batch: int, context: int, num_pools: int, *, is_paged: bool = False
+) -> float:
     """One launch over `batch` sequences of about `context` tokens."""
-    size = (batch, shape.num_kv_heads, context + 64, shape.dim)
+    starts = [context - 7 * (i % 8) for i in range(batch)]
+    if is_paged:
+        width = (context + 64) // BLOCK
+        places = mx.random.permutation(batch * width).astype(mx.int32).reshape(batch, width)
+        pages = Pages(places, mx.array(starts, dtype=mx.int32), tuple(starts), BLOCK.bit_length() - 1)
+        size = (batch * width, shape.num_kv_heads, BLOCK, shape.dim)
+    else:
+        pages = slot_pages(range(batch), starts)
+        size = (batch, shape.num_kv_heads, context + 64, shape.dim)
     pools = []
     for _ in range(num_pools):
         keys, values = (mx.random.normal(size).astype(shape.dtype) for _ in "kv")
@@ -62,7 +74,6 @@ def kernel_seconds(attention: PagedAttention, shape: ShapeClass, batch: int, con
         pools.append(Pool(keys, values))
     width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.dim
     qkv = mx.random.normal((batch, shape.rows, width)).astype(shape.dtype)
-    pages = slot_pages(range(batch), [context - 7 * (i % 8) for i in range(batch)])
     mx.eval(qkv, pages.table, pages.starts)
     rotation = Rope(rope_of(shape.dim)).at(pages.starts, shape.rows, batch, is_cpu=False)
     assert isinstance(rotation, Rotation), "off the CPU a rope gives a Rotation"
@@ -90,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", default="1,8", help="query rows a sequence")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--contexts", default="1024,8192")
+    parser.add_argument("--layout", choices=("slots", "paged"), default="slots")
     parser.add_argument("--no-stock", action="store_true", help="the kernel only")
     parser.add_argument("--max-gib", type=float, default=24.0, help="leave out what needs more memory")
     parser.add_argument("--json", type=Path)
@@ -103,14 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = ShapeClass(heads, kv_heads, dim, rows, dtype, form="joined")
         if not supports(heads, kv_heads, dim, dtype.size, rows):
             continue
-        error = largest_error(attention, shape)
+        is_paged = options.layout == "paged"
+        error = largest_error(attention, shape, is_paged=is_paged)
         for batch in map(int, options.batches.split(",")):
             for context in map(int, options.contexts.split(",")):
                 read = batch * context * kv_heads * dim * 2 * dtype.size
                 num_pools = min(MAX_POOLS, int(options.max_gib * 2**30) // read)
                 if num_pools < 2:  # one alone might stay in the device's cache
                     continue
-                kernel_s = kernel_seconds(attention, shape, batch, context, num_pools)
+                kernel_s = kernel_seconds(attention, shape, batch, context, num_pools, is_paged=is_paged)
                 stock_s = None if options.no_stock else seconds(None, shape, batch, context)
                 mx.clear_cache()
                 copy_s = copy_seconds(read)
@@ -126,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ["rows", "batch", "context", "kernel_us", "stock_us", "copy_us", "share_of_copy", "share_of_ideal"]
     print(table(names, [["-" if r[n] is None else f"{r[n]:.3g}" for n in names] for r in results]))
     result = {
-        **provenance("attention"), "shape": options.shape, "dtype": options.dtype, "copy_bytes_per_s": bandwidth,
-        "rows": results,
+        **provenance("attention"), "shape": options.shape, "layout": options.layout, "dtype": options.dtype,
+        "copy_bytes_per_s": bandwidth, "rows": results,
     }  # fmt: skip
     finish(result, options.json)
     return 0

@@ -48,6 +48,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": MAX_MODEL_LEN,
         "tie_word_embeddings": False,
     },
+    "24b": {
+        "model_type": "llama", "hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 32768,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e8, "max_position_embeddings": MAX_MODEL_LEN, "tie_word_embeddings": False,
+    },
     "1b": {
         "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
