@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=4096, help="tokens of the prompt whose first token is timed")
-    parser.add_argument("--layout", choices=("slots", "paged"), default="slots")
+    parser.add_argument("--layout", choices=("auto", "slots", "paged"), default="auto")
     parser.add_argument("--attention", choices=("auto", "stock", "kernel"), default="auto")
     parser.add_argument("--repeats", type=int, default=3, help="the best counts: shapes are compiled in the first")
     parser.add_argument("--limit", type=float, default=400.0, help="seconds for one arm")
