@@ -52,7 +52,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
             "stream_options": {"include_usage": True},
         }
         if self.endpoint == "chat":
-            body["messages"] = [{"role": "user", "content": prompt.text}]
+            body["messages"] = prompt.messages or [{"role": "user", "content": prompt.text}]
         else:
             body["prompt"] = prompt.text
         if self.seed is not None:

@@ -138,11 +138,11 @@ def write_assistant(folder: Path, shape: str, dtype: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def random_model(shape: str, dtype: str) -> LoadedModel:
+def random_model(shape: str, dtype: str, max_model_len: int = MAX_MODEL_LEN) -> LoadedModel:
     """Our definition of the shape, on the device, ready for an engine."""
     config = SHAPES[shape]
     own = OWN.get(config["model_type"])
-    model = own.model(own.read_config(config, MAX_MODEL_LEN)) if own is not None else mlx_lm_model(shape)
+    model = own.model(own.read_config(config, max_model_len)) if own is not None else mlx_lm_model(shape)
     _randomise(model, dtype)
     if hasattr(model, "fuse"):
         model.fuse()
@@ -151,7 +151,7 @@ def random_model(shape: str, dtype: str) -> LoadedModel:
     text = config.get("text_config", config)
     return LoadedModel(
         model=ready, config=config, name=f"random-{shape}", architecture=config["model_type"],
-        fingerprint=f"random-{shape}", eos_token_ids=[], max_model_len=MAX_MODEL_LEN,
+        fingerprint=f"random-{shape}", eos_token_ids=[], max_model_len=max_model_len,
         vocab_size=int(text["vocab_size"]), dtype=dtype,
     )  # fmt: skip
 

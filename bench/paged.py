@@ -43,9 +43,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if may_serve_all(SHAPES[options.shape]):
         cuda.leave_out_graphs()
     mx.random.seed(0)
-    loaded = random_model(options.shape, "float32" if is_cpu() else "bfloat16")
+    longest = options.shared + options.context + 512
+    loaded = random_model(options.shape, "float32" if is_cpu() else "bfloat16", longest)
     settings = Settings(
-        max_num_seqs=max(*options.batches, options.agents), max_model_len=options.shared + options.context + 512,
+        max_num_seqs=max(*options.batches, options.agents), max_model_len=longest,
         max_num_batched_tokens=2048, kv_layout=options.layout, attention=options.attention, draft_model="ngram",
     )  # fmt: skip
     engine, info = make_engine(loaded, settings)

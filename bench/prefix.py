@@ -76,23 +76,18 @@ class Bench:
         """Seconds to the first token: cold, from the device tier, and from SSD after a restart."""
         args = self._args
         rng = random.Random(args.seed)
-        cold, warm, ssd = [], [], []
         with self._server(cache=True) as target:
             target = msgspec.structs.replace(target, ignore_eos=True)
             count, close = choose_counter(target.url, target.model, None)
             prompts = [self._pair(rng, count) for _ in range(args.repeats)]
-            warm_up = self._pair(random.Random("warm-up"), count)
+            warm_up = self._pair(random.Random("warm-up"), count)  # kernels for these shapes are there after it
             close()
-            for chat in warm_up:  # kernels for these shapes are there
-                self._one(target, chat)
-            for first, second in tqdm(prompts, desc="TTFT", file=sys.stderr):
-                cold.append(self._one(target, first))
-                warm.append(self._one(target, second))
+            records = self._each(target, [chat for pair in (warm_up, *prompts) for chat in pair], "TTFT")
+            cold, warm = records[2::2], records[3::2]
             _wait_for_ssd(target)
         with self._server(cache=True) as target:
             target = msgspec.structs.replace(target, ignore_eos=True)
-            for first, _ in tqdm(prompts, desc="TTFT from SSD", file=sys.stderr):
-                ssd.append(self._one(target, first))
+            ssd = self._each(target, [self._short(), *(first for first, _ in prompts)], "TTFT from SSD")[1:]
         figures: dict[str, dict[str, Any]] = {
             name: {
                 "ttft_s": report.spread([r.ttft_s for r in records if r.ttft_s is not None]),
@@ -119,13 +114,23 @@ class Bench:
         )
         return first, second
 
-    def _one(self, target: Target, chat: Chat) -> Record:
-        prompt = Prompt(index=0, text="", num_tokens=0, max_tokens=4)
-        target = msgspec.structs.replace(target, extra_body={"messages": chat})
-        (record,) = asyncio.run(play(target, [prompt], 1)).records
-        if record.error is not None:
-            raise RuntimeError(f"a request failed: {record.status} {record.error}")
-        return record
+    def _short(self) -> Chat:
+        """Opens the connection and runs every process once; cached by nobody."""
+        return [{"role": "user", "content": "Hello."}]
+
+    def _each(self, target: Target, chats: Sequence[Chat], what: str) -> list[Record]:
+        """One after the other, over one connection, as an SDK's client keeps it."""
+        prompts = [Prompt(index=i, text="", num_tokens=0, max_tokens=4, messages=c) for i, c in enumerate(chats)]
+        with tqdm(desc=what, total=len(prompts), file=sys.stderr) as progress:
+
+            def ended(_: Record) -> None:
+                progress.update()
+
+            records = asyncio.run(play(target, prompts, 1, ended)).records
+        for record in records:
+            if record.error is not None:
+                raise RuntimeError(f"a request failed: {record.status} {record.error}")
+        return records
 
     # ------------------------------------------------ agents
 

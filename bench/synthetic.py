@@ -41,6 +41,7 @@ from shared.messages import (
     Message,
     Outputs,
     Ready,
+    Rejected,
     Release,
     RequestId,
     SamplingParams,
@@ -99,6 +100,8 @@ class Loop:
             match out:
                 case Welcome():
                     self.epoch = out.epoch
+                case Rejected():
+                    raise RuntimeError(f"a request was rejected: {out.message}")
                 case Step() | Release():
                     self.steps.append(out)
                 case DraftRequest():
@@ -132,7 +135,7 @@ class Loop:
             while self.steps and len(running) < 2:
                 message = self.steps.pop(0)
                 if isinstance(message, Release):
-                    self.engine.release(message.slots)
+                    self.engine.release(message.slots, message.stores)
                 else:
                     with self._timed("begin"):
                         running.append(self.engine.begin(message))

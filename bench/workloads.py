@@ -41,6 +41,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     arrival_s: float | None = None  # open loop: seconds after the start
     headers: dict[str, str] = {}  # of this request alone
+    messages: list[dict[str, str]] | None = None  # a whole conversation, in place of `text`
 
 
 class TokenCounter(Protocol):

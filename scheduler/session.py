@@ -110,9 +110,12 @@ class Session:
         self.slots = SlotPool(info.num_slots, info.kv_capacity_tokens, info.capacity_classes)
         self.prefix: PrefixCache | None = None
         if info.prefix_cache is not None:
+            # A prompt's token takes no longer than one of the widest step that was measured.
+            token_s = min((cost.seconds / (cost.batch * cost.width) for cost in info.step_costs), default=0.0)
             self.prefix = PrefixCache(
-                info.prefix_cache, info.fingerprint, metrics.prefix, settings.prefix_check_rate, adapters=info.adapters
-            )
+                info.prefix_cache, info.fingerprint, metrics.prefix, settings.prefix_check_rate, adapters=info.adapters,
+                token_s=token_s,
+            )  # fmt: skip
         budget = settings.max_num_batched_tokens or info.max_step_tokens
         self.planner = Planner(
             waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix, info.whole_media

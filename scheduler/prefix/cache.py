@@ -65,6 +65,7 @@ class PrefixCache:
     adapters: fingerprints of its LoRA adapters, likewise.
     counts: outlives this object.
     check_rate: share of hits to be computed again.
+    token_s: seconds that a prompt's token takes; 0: not known yet.
     """
 
     def __init__(
@@ -75,12 +76,13 @@ class PrefixCache:
         check_rate: float = 0.0,
         seed: int = 0,
         adapters: Mapping[str, str] = MappingProxyType({}),
+        token_s: float = 0.0,
     ) -> None:
         self.info = info
         self.counts = counts
         self.index = PrefixIndex(info.num_blocks, info.num_states)
         self.sharing = Sharing(self.index, info.block_size) if info.is_shared else None
-        self.pace = ArchivePace()
+        self.pace = ArchivePace(token_s)
         self.to_load: list[LoadBlocks] = []  # to be sent by the owner, epoch not yet set
         self.to_check: list[ToCheck] = []
         self.num_checked = 0  # blocks of the comparison that is on its way

@@ -10,10 +10,14 @@ TRY_EVERY = 16  # what was slow may lie in host memory now: one of so many loads
 
 
 class ArchivePace:
-    """Moving averages, 0 while nothing was measured: then blocks are loaded, which measures it."""
+    """Moving averages, 0 while nothing was measured: then blocks are loaded, which measures it.
 
-    def __init__(self) -> None:
-        self.token_s = 0.0  # of a prompt, computed
+    Args:
+        token_s: what a prompt's token takes at most, where the target has measured wide steps.
+    """
+
+    def __init__(self, token_s: float = 0.0) -> None:
+        self.token_s = token_s  # of a prompt, computed
         self.block_s = 0.0  # loaded, from the request to its being in place
         self._num_left_out = 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from scheduler.prefix.pace import TRY_EVERY, ArchivePace
-from tests.scheduler.test_prefix import restarted_after
-from tests.support.fake_target import greedy
+from shared.messages import StepCost
+from tests.scheduler.test_core import Rig
+from tests.scheduler.test_prefix import cache_info, restarted_after
+from tests.support.fake_target import greedy, worker_info
 
 
 def test_blocks_are_loaded_until_both_times_are_known() -> None:
@@ -63,3 +65,13 @@ def test_a_request_computes_what_the_archive_would_give_too_late() -> None:
     assert chats.tokens("b") == greedy(prompt, 2)
     assert chats.outputs["b"][-1].timings.num_cached_tokens == 0
     assert prefix.counts.misses["slow_archive"] == 1
+
+
+def test_a_target_that_measured_wide_steps_tells_what_computing_takes() -> None:
+    costs = [StepCost(batch=1, width=1, seconds=0.005), StepCost(batch=32, width=8, seconds=0.01)]
+    rig = Rig(worker_info(step_costs=costs, prefix_cache=cache_info(), max_draft_tokens=4))
+    rig.start_target()
+    prefix = rig.core.session.prefix
+    assert prefix.pace.token_s == 0.01 / 256
+    prefix.pace.loaded(125, 0.8)
+    assert not prefix.pace.is_worth(124, 3968)
