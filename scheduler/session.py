@@ -126,6 +126,7 @@ class Session:
         self._end = end
         self._check: SelfCheck | None = None
         self._in_flight: deque[InFlight] = deque()
+        self._holds_features = self._is_holding = False  # the next step will, the last one did
         self._news_deadline: float | None = None
         self._loads: dict[int, float] = {}  # LoadBlocks that were not answered -> when they left
         self._num_steps = 0
@@ -261,7 +262,9 @@ class Session:
                 prefills=plan.prefills,
                 stores=plan.stores,
                 after_release=self._num_releases,
+                holds_features=self._holds_features,
             )
+            self._is_holding = self._holds_features
             self._in_flight.append(_in_flight(step, plan, now, k, self.speculator.packs_rows))
             self._outbox.send(self.target_id, step)
             self.metrics.iteration_tokens.observe(plan.num_tokens)
@@ -304,9 +307,11 @@ class Session:
         if self.speculator.is_waiting:
             return None
         decoding = [s for s in self.running if s.num_remaining == 1 and s.wants_more]
+        if decoding:
+            self._holds_features = self.speculator.holds_features(len(decoding))
         k = self.speculator.choose_k(len(decoding), self.planner.has_prefills(), self.planner.max_step_tokens)
-        if k == 0:
-            return 0
+        if k == 0 or (self._is_holding and self.speculator.is_neural):
+            return 0  # one more plain step brings the drafter what was held back
         if self._in_flight:
             return None  # drafts need the token before them
         if not self._is_drafted:

@@ -201,6 +201,14 @@ class Speculator:
         k = self.policy.choose(batch, self._candidates())
         return self._beside_prefills(k, batch, max_step_tokens) if k and has_prefills else k
 
+    def holds_features(self, batch: int) -> bool:
+        """Whether the target may keep to itself what the drafter would draft from: with `batch` decode rows drafts do
+        not pay, and what is sent for nothing costs up to a sixth of a plain step.
+        """
+        if not self.is_neural or self.forced_k is not None:
+            return False
+        return 0 < self.max_batch < batch or self.policy.choose(batch, self._candidates()) == 0
+
     def _beside_prefills(self, k: int, batch: int, max_step_tokens: int) -> int:
         if self.costs.estimate(batch, k + 1) <= HARDLY_MORE * self.costs.estimate(batch, 1):
             return k

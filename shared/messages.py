@@ -440,6 +440,7 @@ class Step(Message, frozen=True, kw_only=True):
     stores: list[BlockStore] = field(default_factory=list)  # after the rows
     checks: list[BlockStore] = field(default_factory=list)  # after the stores
     encodes: list[EncodeRow] = field(default_factory=list)
+    holds_features: bool = False  # the drafter gets the rows' features with the next step that does not hold them
 
 
 class Shrink(Part, frozen=True, kw_only=True):

@@ -122,6 +122,8 @@ class Engine:
         self._failed: set[int] = set()  # slots whose keys and values may hold NaN
         self._features: list[FusedRows] = []
         self._restored: list[tuple[FeatureRows, mx.array]] = []
+        self._unsent: dict[int, int] = {}  # slot -> first position whose features the drafter was not sent
+        self._holds_features = False
         self._pools: dict[int, Pool] = {}  # slots whose hidden rows are wanted in place of tokens
         self._last_tokens = mx.zeros((num_slots,), mx.int32)
         self._num_slots = num_slots
@@ -149,6 +151,7 @@ class Engine:
                 self._snapshots.pop(slot, None)
                 self._replay.pop(slot, None)
                 self._pools.pop(slot, None)
+                self._unsent.pop(slot, None)
                 if slot in self.store.placement:
                     if slot in self._failed:
                         self.store.clear(slot)
@@ -173,6 +176,7 @@ class Engine:
             self._starts.is_on = not self._num_begun
         self._num_begun += 1
         self._restored = []
+        self._holds_features = step.holds_features and self.blocks is not None  # else nothing keeps them
         for start in step.starts:
             self._bind(start)
             self._restore(start)
@@ -249,12 +253,20 @@ class Engine:
             assert self.blocks is not None, "blocks to restore and no prefix cache"
             self.store.ensure(start.slot, start.capacity)
             self.blocks.restore(start.slot, start.restore, start.restore_state)
-            n = len(start.restore) * self.blocks.block_size
-            features = self.store.read_features(start.slot, n) if self.model.captures else None
-            if features is not None:
-                bits = as_bits(features)
-                start_evaluating([bits])  # before the slot is written to: then that happens in place
-                self._restored.append((FeatureRows(request_id=start.request_id, start=0, num_rows=n), bits))
+            if self.model.captures:
+                self._unsent[start.slot] = 0
+                if not self._holds_features:
+                    self._send_kept_features(start.slot, len(start.restore) * self.blocks.block_size)
+
+    def _send_kept_features(self, slot: int, end: int) -> None:
+        """Those of a slot's positions below `end` that the drafter was not sent, from beside its keys and values."""
+        first = self._unsent.pop(slot, end)
+        features = self.store.read_features(slot, end) if first < end else None
+        if features is not None:
+            bits = as_bits(features[first:])
+            start_evaluating([bits])  # before the slot is written to: then that happens in place
+            rows = FeatureRows(request_id=self._request_ids[slot], start=first, num_rows=end - first)
+            self._restored.append((rows, bits))
 
     def keep_blocks(self) -> None:
         """Copy the blocks that the steps begun so far completed into the prefix cache, behind all that is queued.
@@ -354,9 +366,15 @@ class Engine:
         hidden = self.model.hidden_rows(inputs, batch.layers, self._wanted(ordered, batch.firsts), media)
         features = self.model.features()
         if features is not None:
-            # Read on the host as they are: an operation built after the step would wait behind the step after it.
-            bits = as_bits(features.reshape(-1, features.shape[-1]))
-            self._features.append(FusedRows(ordered, batch.firsts, bits))
+            if self._holds_features:
+                for row in group:
+                    self._unsent.setdefault(row.slot, row.start)
+            else:
+                for row in group:
+                    self._send_kept_features(row.slot, row.start)
+                # Read on the host as they are: an operation built after the step would wait behind the step after it.
+                bits = as_bits(features.reshape(-1, features.shape[-1]))
+                self._features.append(FusedRows(ordered, batch.firsts, bits))
             if self.blocks is not None:
                 self.store.write_features(batch, features)
         batch.close()

@@ -384,6 +384,52 @@ def test_the_choice_of_k_is_told_of_prompts_that_wait(monkeypatch: pytest.Monkey
     assert rig.tokens("a") == greedy([1, 2], 40)
 
 
+def test_what_was_held_back_comes_with_a_plain_step_before_drafts_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = started(k=None)
+    does_pay = False
+    speculator = rig.core.speculator
+    monkeypatch.setattr(speculator, "choose_k", lambda batch, *_: K if does_pay and batch else 0)
+    monkeypatch.setattr(speculator.policy, "choose", lambda *_: K if does_pay else 0)
+    steps: list[Step] = []
+    deliver = rig.deliver
+
+    def watched(envelopes: list[Envelope]) -> None:
+        steps.extend(m for _, m in envelopes if isinstance(m, Step))
+        deliver(envelopes)
+
+    monkeypatch.setattr(rig, "deliver", watched)
+    rig.submit("a", [1, 2], 30)
+    for _ in range(8):
+        rig.work()
+    assert not rig.asked
+    assert not steps[0].holds_features, "what the policy will say of it is not known yet"
+    assert all(step.holds_features for step in steps[2:])
+    does_pay = True
+    num_held = len(steps)
+    while not rig.asked:
+        assert rig.work(), "nothing is asked of the drafter"
+    plain = steps[num_held:]
+    assert [step.holds_features for step in plain] == [False], "one step brings it all"
+    assert all(row.num_drafts == 0 for row in plain[0].decodes)
+    rig.drain()
+    assert not any(step.holds_features for step in steps[num_held:])
+    assert any(row.num_drafts for step in steps[num_held:] for row in step.decodes)
+    assert rig.tokens("a") == greedy([1, 2], 30)
+
+
+def test_nothing_is_held_back_without_a_drafter_or_while_drafts_are_forced() -> None:
+    made = speculator(0.1, 0.1, 0.0)
+    assert made.choose_k(4) == 0
+    assert made.holds_features(4)
+    made.forced_k = 2
+    assert not made.holds_features(4)
+    made.forced_k = None
+    made.lose_drafter()
+    assert not made.holds_features(4)
+
+
 def test_k_grows_with_acceptance() -> None:
     chosen = [speculator(0.016, 0.001, rate).choose_k(1) for rate in (0.05, 0.3, 0.6, 0.8, 0.95)]
     assert chosen == sorted(chosen)
