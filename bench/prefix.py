@@ -83,21 +83,24 @@ class Bench:
             warm_up = self._pair(random.Random("warm-up"), count)  # kernels for these shapes are there after it
             close()
             records = self._each(target, [chat for pair in (warm_up, *prompts) for chat in pair], "TTFT")
-            cold, warm = records[2::2], records[3::2]
-            _wait_for_ssd(target)
-        with self._server(cache=True) as target:
-            target = msgspec.structs.replace(target, ignore_eos=True)
-            ssd = self._each(target, [self._short(), *(first for first, _ in prompts)], "TTFT from SSD")[1:]
+            played = {"cold": records[2::2], "warm": records[3::2]}
+            if not args.no_ssd:
+                _wait_for_ssd(target)
+        if not args.no_ssd:
+            with self._server(cache=True) as target:
+                target = msgspec.structs.replace(target, ignore_eos=True)
+                chats = [self._short(), *(first for first, _ in prompts)]
+                played["ssd"] = self._each(target, chats, "TTFT from SSD")[1:]
         figures: dict[str, dict[str, Any]] = {
             name: {
                 "ttft_s": report.spread([r.ttft_s for r in records if r.ttft_s is not None]),
                 "prompt_tokens": [r.prompt_tokens for r in records],
                 "cached_tokens": [r.cached_tokens for r in records],
             }
-            for name, records in (("cold", cold), ("warm", warm), ("ssd", ssd))
+            for name, records in played.items()
         }
         base = figures["cold"]["ttft_s"]["p50"]
-        for name in ("warm", "ssd"):
+        for name in list(figures)[1:]:
             figures[name]["share_of_cold"] = figures[name]["ttft_s"]["p50"] / base
         return figures
 
@@ -213,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=4000)
     parser.add_argument("--tail-tokens", type=int, default=32, help="tokens at a prompt's end that are not cached")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-ssd", action="store_true", help="no restart after which prefixes come from SSD")
     parser.add_argument("--agents", type=int, default=8)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--turns-without", type=int, default=2, help="turns without the cache; 0: none")

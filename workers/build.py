@@ -19,6 +19,7 @@ from workers.archiver import Archiver
 from workers.build_drafter import draft_config, drafter_fingerprint, install_fusion
 from workers.cache.archive import Archive
 from workers.cache.layouts import make_block_pool, make_store
+from workers.cache.paged import PagedStore
 from workers.cache.spec import AttentionSpec, LayerSpec, RecurrentSpec, leaves
 from workers.cache.store import CacheStore, bytes_per_token
 from workers.calibrate import step_costs
@@ -153,6 +154,9 @@ def make_engine(loaded: LoadedModel, settings: Settings) -> tuple[Engine, Worker
         budget -= prefix.num_blocks * prefix.block_bytes
     blocks = make_block_pool(store, BLOCK_SIZE) if prefix is not None else None
     starts = install_starts(loaded.model) if has_own_memory() and not is_cpu() else None
+    if isinstance(store, PagedStore):
+        prefix_tokens = prefix.num_blocks * BLOCK_SIZE if prefix is not None else 0
+        store.limit_growth(max(budget // per_token, max_model_len) + prefix_tokens)
     runner = ModelRunner(loaded.model)
     engine = Engine(runner, store, num_slots, loaded.vocab_size, blocks, starts, loaded.adapters)
     choose_attention.install(chosen.attention, loaded, store)

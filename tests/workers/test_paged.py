@@ -170,3 +170,22 @@ def test_what_was_found_over_slots_is_not_taken_for_blocks(tmp_path: Path, monke
             layers, mx.float32, "auto", is_speculative=False, cache_folder=tmp_path, widths=[1], is_paged=is_paged
         )
     assert [all(choice.is_used.values()) for choice in found.values() if choice] == [True, False]
+
+
+def test_a_pool_grows_in_advance_only_as_far_as_the_memory_goes() -> None:
+    store = store_of("paged", [AttentionSpec(2, 8, 8)], [4096], 32, is_exact=True, block_size=4)
+    assert isinstance(store, PagedStore)
+    store.limit_growth(1000)
+    sizes = set()
+    for start in range(0, 992, 32):
+        store.ensure(0, 1000)
+        store.open([0], [start], 32)
+        keys = store.kv_layers[0].keys[0]
+        assert keys is not None
+        sizes.add(keys.shape[0])
+    assert max(sizes) == 251, "1,000 positions in blocks of 4, and the block that is nobody's"
+    assert len(sizes) < 6, "in few steps"
+    store.open([0], [992], 32)
+    keys = store.kv_layers[0].keys[0]
+    assert keys is not None
+    assert keys.shape[0] == 257, "what is written has room in any case"

@@ -32,6 +32,7 @@ class PagedLayer(KVLayer):
     ) -> None:
         super().__init__(spec, [capacity], max_width, slack, dtype)
         self.block_size = block_size
+        self.most_blocks: int | None = None  # that the memory is meant for: no growing in advance beyond them
         self.capacities = [-(-self.capacities[0] // block_size) * block_size]
 
     def reserve(self, capacity_class: int, num_rows: int) -> None:
@@ -42,7 +43,8 @@ class PagedLayer(KVLayer):
             if num_rows <= have:
                 continue
             self.settle(capacity_class)
-            blocks = max(num_rows, have + GROW_BLOCKS, have + have // 2)
+            blocks = max(have + GROW_BLOCKS, have + have // 2)
+            blocks = max(num_rows, blocks if self.most_blocks is None else min(blocks, self.most_blocks))
             fresh = mx.zeros((blocks, self.spec.num_kv_heads, self.block_size, dim), self.dtype)
             if pool is not None:
                 fresh[:have] = pool
@@ -168,6 +170,7 @@ class PagedStore(CacheStore):
     ) -> None:
         self.block_size = block_size
         self.tables: dict[int | None, BlockTables] = {}  # by window
+        self._most_blocks: int | None = None
         super().__init__(specs, capacity_classes, max_width, dtype, is_exact, slack)
 
     shares_blocks = True
@@ -182,8 +185,16 @@ class PagedStore(CacheStore):
         if spec.window not in self.tables:
             width = layer.capacities[0] // self.block_size
             self.tables[spec.window] = BlockTables(width, self.block_size, is_ring=spec.window is not None)
+        layer.most_blocks = self._most_blocks
         layer.reserve(0, self.tables[spec.window].num_blocks)
         return layer
+
+    def limit_growth(self, num_tokens: int) -> None:
+        """The memory is meant for so many positions of all sequences and cached prefixes together."""
+        self._most_blocks = -(-num_tokens // self.block_size) + 1  # and the block that is nobody's
+        for layer in self.kv_layers:
+            assert isinstance(layer, PagedLayer), "a layer of another layout"
+            layer.most_blocks = self._most_blocks
 
     def _view(self, layer: KVLayer, shape: BatchShape) -> KVView:
         assert isinstance(layer, PagedLayer), "a layer of another layout"
