@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from shared.errors import BadConfig
+from workers.cache import paged
 from workers.cache.spec import AttentionSpec
 from workers.cache.store import CacheStore
 from workers.kernels import prove as proving
@@ -23,7 +24,7 @@ from workers.kernels.choice import AttentionChoice, Form, ShapeClass
 from workers.kernels.cuda import CudaAttention, max_rows, num_parts, shared_bytes, supports
 from workers.kernels.metal import combine
 from workers.kernels.pages import Pages, Pool, slot_pages, tiles
-from workers.kernels.prove import largest_error, prove, seconds, tiles_are_right
+from workers.kernels.prove import cache_error, largest_error, prove, seconds, tiles_are_right
 from workers.kernels.reference import ReferenceAttention
 from workers.kernels.reference import apart as apart_rows
 from workers.models.rope import Rope, RopeParameters, Rotation
@@ -345,6 +346,40 @@ def test_both_paths_are_timed_through_the_slots_cache_and_kernels_in_blocks() ->
 def test_the_check_of_values_passes_the_reference(rows: int, is_paged: bool) -> None:
     shape = ShapeClass(HEADS, KV_HEADS, DIM, rows, mx.float32)
     assert largest_error(ReferenceAttention(), shape, is_paged=is_paged) == 0
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(ShapeClass(HEADS, KV_HEADS, DIM, rows, mx.float32) for rows in (0, 1, 8)),
+        *(ShapeClass(HEADS, KV_HEADS, DIM, 4, mx.float32, form=form) for form in ("joined", "normed")),
+        ShapeClass(HEADS, KV_HEADS, DIM, 2, mx.float32, is_shared=True),
+    ],
+    ids=lambda shape: shape.name,
+)
+def test_the_way_through_the_caches_is_checked_too(shape: ShapeClass, is_paged: bool) -> None:
+    assert 0 <= cache_error(ReferenceAttention(), shape, is_paged=is_paged) < 1e-4
+
+
+class ByPointer(ReferenceAttention):
+    """Takes a table as a kernel does: from its first number on, whatever its strides are."""
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, pool: Pool, pages: Pages, variant: Variant) -> mx.array:
+        held = np.array(pages.table, copy=False)
+        numbers = np.lib.stride_tricks.as_strided(held, (held.size,), (4,)).reshape(held.shape).copy()
+        return super().attend(q, k, v, pool, replace(pages, table=mx.array(numbers)), variant)
+
+
+def test_a_table_that_is_part_of_a_larger_one_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX keeps NumPy's strides, which a kernel does not see."""
+    shape = ShapeClass(HEADS, KV_HEADS, DIM, 1, mx.float32)
+    assert cache_error(ByPointer(), shape, is_paged=True) < 1e-4
+    monkeypatch.setattr(paged.np, "ascontiguousarray", lambda array: array)
+    assert cache_error(ByPointer(), shape, is_paged=True) > 0.1
+    monkeypatch.setattr(proving, "seconds", lambda attention, shape, **_: 1e-6)
+    (off,) = prove(ByPointer(), [shape], is_paged=True)
+    assert "off by" in off.reason
 
 
 @pytest.mark.parametrize("rows", [1, 8])

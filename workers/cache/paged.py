@@ -89,6 +89,7 @@ class PagedShape(BatchShape):
             if window is None:
                 table = table[:, : -(-bucket_length(max(self.starts) + self.width) // size)]
             starts = mx.array(self.starts, dtype=mx.int32)
+            table = np.ascontiguousarray(table)  # MLX keeps NumPy's strides, and kernels read by the pointer
             self.paged[window] = Pages(mx.array(table), starts, tuple(self.starts), size.bit_length() - 1)
         return self.paged[window]
 

@@ -26,6 +26,7 @@ logger = logging.getLogger("target")
 TOLERANCE = {mx.float32: 5e-3, mx.float16: 2e-2, mx.bfloat16: 4e-2}  # of values of about 1; 32-bit products may be TF32
 # Here a pool is small and nobody else's. A stock write to one that a step on the device still reads copies all of it.
 CHUNK_SHARE = 1.5
+CHECKED, CHECKED_CAPACITY = 256, 1024  # tokens of a sequence in the caches, and their room
 PROVED_BLOCK = 32  # positions of a block in the paged layout
 CHUNK = 96  # tokens of the prefill chunk that is checked
 TIMED_LAYERS = 8
@@ -67,6 +68,8 @@ def choose(
 def _prove(attention: PagedAttention, shape: ShapeClass, is_forced: bool, is_paged: bool) -> Proof:
     try:
         error = largest_error(attention, shape, is_paged=is_paged)
+        if error <= TOLERANCE[shape.dtype]:
+            error = cache_error(attention, shape, is_paged=is_paged)
         if not error <= TOLERANCE[shape.dtype]:  # NaN fails, too
             return Proof(shape, False, f"{shape.name}: stock, the kernel is off by {error:.3g}", error)
         if is_forced:
@@ -144,6 +147,39 @@ def _case(
     table = mx.contiguous(places.reshape(num_rows, width)[mx.array(rows)])  # kernels read it by its pointer
     pages = Pages(table, mx.array(starts, dtype=mx.int32), tuple(starts), PROVED_BLOCK.bit_length() - 1)
     return Case(pages, num_rows * width + 1, PROVED_BLOCK, variant, old)
+
+
+def cache_error(attention: PagedAttention, shape: ShapeClass, *, is_paged: bool = False) -> float:
+    """Against stock operations over slots, each the whole way through its caches: what a layer puts out for rows in
+    the middle of three sequences, pools and tables as a forward makes them included.
+    """
+    width = shape.rows or CHUNK
+    starts = [CHECKED - width - n for n in (0, 7, 70)] if shape.rows else [CHECKED - width] * 3
+    spec, slots = AttentionSpec(shape.num_kv_heads, shape.dim, shape.dim), list(range(3))
+    q, k, v = _random(shape, 3, CHECKED)
+    mx.eval(q, k, v)
+    rope = Rope(rope_of(shape.dim))
+    outs = []
+    for by_kernel in (True, False):
+        make = PagedStore if by_kernel and is_paged else CacheStore
+        store = make([spec], [CHECKED_CAPACITY], CHECKED, shape.dtype, is_exact=False, slack=64)
+        if by_kernel:
+            store.use_attention(AttentionChoice(attention, {shape: True}))
+        for slot in slots:
+            store.ensure(slot, CHECKED_CAPACITY)
+        batch = store.open(slots, [0] * 3, CHECKED)
+        order = mx.array(batch.order)
+        batch.view_of(store.kv_layers[0]).write(k[order], v[order])
+        batch = store.open(slots, starts, width)
+        order = mx.array(batch.order)
+        rows = [x[order][:, :, :width] for x in (q, k, v)]
+        rotate: Rotate = rope.at(batch.layers[0].offset, width, 3, is_cpu=False)
+        out = _layer_rows(shape, *rows)(batch.layers[0], rotate)  # type: ignore[arg-type] # a KVView
+        if shape.form != "apart" and out.ndim == 4:
+            out = out.swapaxes(1, 2).reshape(3, width, -1)
+        outs.append(out[mx.argsort(order)])
+        mx.eval(outs, store.writes())
+    return _difference(outs[0], outs[1])
 
 
 def tiles_are_right(attention: PagedAttention, shapes: Iterable[ShapeClass], *, is_paged: bool = False) -> bool:

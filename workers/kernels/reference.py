@@ -6,6 +6,7 @@ It gathers each row's pages into a padded rectangle and masks that, in 32 bits.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -104,6 +105,8 @@ def _one(pages: Pages, b: int) -> Pages:
 
 def _where(pages: Pages, block_size: int, positions: mx.array) -> tuple[mx.array, mx.array]:
     """Blocks and indices in them of positions (B, n): both (B, n)."""
+    held: Any = pages.table
+    assert memoryview(held).c_contiguous, "kernels read a table by its pointer"
     index = (positions // block_size) % pages.table.shape[1]
     return mx.take_along_axis(pages.table, index, axis=1), positions % block_size
 
