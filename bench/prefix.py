@@ -94,6 +94,8 @@ class Bench:
         figures: dict[str, dict[str, Any]] = {
             name: {
                 "ttft_s": report.spread([r.ttft_s for r in records if r.ttft_s is not None]),
+                # from the scheduler's first sight of a request to its first token; the rest is the frontend's and ours
+                "scheduled_ms": report.spread([_scheduled_ms(r) for r in records]),
                 "prompt_tokens": [r.prompt_tokens for r in records],
                 "cached_tokens": [r.cached_tokens for r in records],
             }
@@ -180,6 +182,11 @@ class Bench:
 
     def _turn(self, index: int) -> Prompt:
         return Prompt(index=index, text="", num_tokens=0, max_tokens=self._args.output_tokens)
+
+
+def _scheduled_ms(record: Record) -> float:
+    assert record.timings is not None, "our own servers tell their timings"
+    return float(record.timings["queue_ms"]) + float(record.timings["prompt_ms"])
 
 
 def _wait_for_ssd(target: Target) -> None:
