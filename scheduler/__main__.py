@@ -70,7 +70,10 @@ class Process:
             while not self._stopping:
                 deadline = self.core.deadline
                 wait = max(0.0, min(next_tick, deadline or next_tick) - time.monotonic())
-                if self._socket.poll(int(wait * 1000) + 1):
+                has_come = self._socket.poll(0)
+                while not has_come and self.core.work_ahead():
+                    has_come = self._socket.poll(0)
+                if has_come or self._socket.poll(int(wait * 1000) + 1):
                     self._receive()
                 if deadline is not None and time.monotonic() >= deadline:
                     self._send(self.core.wake(time.monotonic()))

@@ -151,6 +151,10 @@ class Core:
         self.speculator.expire(now)
         return self._finish(now)
 
+    def work_ahead(self) -> bool:
+        """A little of what a later message will need, for when none waits. False where nothing is left to do."""
+        return self.session is not None and self.speculator.is_on and self.speculator.index_ahead(self.session.running)
+
     def lose(self, instance_id: str, now: float) -> list[Envelope]:
         """A peer cannot be reached any more."""
         peer = self.peers.get(instance_id)

@@ -61,9 +61,21 @@ class NgramIndex:
                     del table[key]
         self.tokens.append(token)
 
-    def extend(self, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            self.append(token)
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add many tokens, a prompt's: half of the time of adding each."""
+        at = len(self.tokens)
+        self.tokens += tokens
+        end = len(self.tokens)
+        oldest = end - self._max_positions  # that is remembered
+        for n, table in self._after.items():
+            for old in range(max(n, at - self._max_positions), min(at, oldest)):
+                key = tuple(self.tokens[old - n : old])
+                if table.get(key) == old:
+                    del table[key]
+            first = max(at, n, oldest)
+            if first < end:
+                ngrams = zip(*(self.tokens[first - n + i : end - n + i] for i in range(n)), strict=True)
+                table.update(zip(ngrams, range(first, end), strict=True))
 
     @property
     def num_entries(self) -> int:

@@ -31,6 +31,8 @@ HARDLY_LONGER = 8  # a draft of so many tokens than one of one less: not worth t
 HARDLY_MORE = 1.3  # than a plain step: a launch-bound GPU's verify step, never a CPU's
 SHARE_BESIDE_PREFILLS = 1 / 8  # of a step's tokens
 MIN_AVAILABLE = 0.1  # of the rows may come to have a proposal, whatever the average says
+FEW_TOKENS = 8  # are indexed sooner one by one
+INDEXED_AT_ONCE = 1024  # tokens: under a millisecond
 SHARED_TOKENS = 65_536  # of recent outputs that are remembered, all tenants together: about 50 MB
 
 
@@ -387,6 +389,26 @@ class Speculator:
 
     def _index(self, state: Speculated, sequence: Request) -> None:
         assert state.index is not None, "indexing without an index"
-        for token in sequence.token_ids[state.num_indexed :]:
-            state.index.append(token)
+        new = sequence.token_ids[state.num_indexed :]
+        if len(new) > FEW_TOKENS:
+            state.index.extend(new)
+        else:
+            for token in new:
+                state.index.append(token)
         state.num_indexed = len(sequence.token_ids)
+
+    def index_ahead(self, rows: Iterable[Request]) -> bool:
+        """Index a part of a prompt while it is being computed, so that its first token does not wait for that. False
+        where nothing is left to do.
+        """
+        for sequence in rows if self.use_ngram else ():
+            state = self._states.get(sequence.submit.request_id)
+            at = 0 if state is None else state.num_indexed
+            if at < sequence.num_prompt_tokens:
+                state = state or self._state(sequence)
+                assert state.index is not None, "indexing without an index"
+                part = sequence.token_ids[at : min(at + INDEXED_AT_ONCE, sequence.num_prompt_tokens)]
+                state.index.extend(part)
+                state.num_indexed += len(part)
+                return True
+        return False

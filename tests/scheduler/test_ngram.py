@@ -38,6 +38,17 @@ def test_proposal_continues_the_latest_occurrence_of_the_longest_ngram(tokens, m
     assert proposal.match_length >= min_n
 
 
+@given(parts=st.lists(TOKENS, max_size=5), max_positions=st.integers(1, 60))
+def test_what_is_added_in_parts_is_indexed_and_forgotten_as_token_by_token(parts, max_positions):
+    by_part, by_token = (NgramIndex(min_n=2, max_n=4, max_positions=max_positions) for _ in "ab")
+    for part in parts:
+        by_part.extend(part)
+        for token in part:
+            by_token.append(token)
+        assert by_part._after == by_token._after
+        assert by_part.tokens == by_token.tokens
+
+
 @given(tokens=TOKENS)
 def test_appending_one_by_one_equals_appending_at_once(tokens):
     one, other = NgramIndex(), NgramIndex()

@@ -384,6 +384,37 @@ def test_the_choice_of_k_is_told_of_prompts_that_wait(monkeypatch: pytest.Monkey
     assert rig.tokens("a") == greedy([1, 2], 40)
 
 
+def test_prompts_are_indexed_while_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "INDEXED_AT_ONCE", 5)
+    prompt = [0, 1, 2, 1, 0, 0, 2, 1, 1, 2, 0, 2]
+    texts, steps = [], []
+    for is_idle in (False, True):
+        rig = Rig(worker_info(max_draft_tokens=K), draft_model="ngram", draft_tokens=K)
+        rig.start_target()
+        rig.submit("a", prompt, 20)
+        if is_idle:
+            assert [rig.core.work_ahead() for _ in range(4)] == [True, True, True, False]
+            index = rig.core.speculator._states[RequestId("a")].index
+            assert index is not None
+            assert index.tokens == prompt
+        rig.drain()
+        assert not rig.core.work_ahead()
+        texts.append(rig.tokens("a"))
+        steps.append(rig.core.session._num_steps)  # type: ignore[union-attr] # a target is ready
+    assert texts[0] == texts[1] == greedy(prompt, 20)
+    assert steps[0] == steps[1] < 20
+
+
+def test_nothing_is_indexed_without_drafts_from_text_or_for_a_request_that_is_gone() -> None:
+    assert not started().core.work_ahead()
+    rig = Rig(worker_info(max_draft_tokens=K), draft_model="ngram")
+    rig.start_target()
+    rig.submit("a", [0, 1, 2], 20)
+    rig.send("front", Cancel(request_id=RequestId("a")))
+    rig.drain()
+    assert not rig.core.work_ahead()
+
+
 def test_what_was_held_back_comes_with_a_plain_step_before_drafts_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
