@@ -189,3 +189,20 @@ def test_a_pool_grows_in_advance_only_as_far_as_the_memory_goes() -> None:
     keys = store.kv_layers[0].keys[0]
     assert keys is not None
     assert keys.shape[0] == 257, "what is written has room in any case"
+
+
+def test_a_step_that_a_kernel_wrote_in_holds_no_pool() -> None:
+    """Else the next stock write, of blocks that come from SSD, would copy all of it."""
+    store = store_of(PAGES, [AttentionSpec(2, 8, 8)], [64], 32, is_exact=False, block_size=4)
+    store.ensure(0, 64)
+    view = store.open([0], [0], 1).layers[0]
+    keys = store.kv_layers[0].keys[0]
+    assert keys is not None
+    assert [a.shape for a in store.pending()] == [keys.shape] * 2, "nothing was written by a kernel yet"
+    q, k, v = (mx.random.normal((1, heads, 1, 8)) for heads in (4, 2, 2))
+    out = view.attend(q, k, v, 0.3)  # type: ignore[union-attr] # a KVView
+    pool = store.kv_layers[0].pool(0)
+    pool.last = out  # as a kernel leaves it, which writes in place
+    assert store.pending() == [out]
+    store.kv_layers[0].settle(0)
+    assert [a.shape for a in store.pending()] == [keys.shape] * 2

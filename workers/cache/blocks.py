@@ -143,6 +143,7 @@ class BlockPool:
     def _fill(self, layer: KVLayer, pools: list[mx.array | None], slot: int, first: int, blocks: mx.array) -> None:
         """Write blocks (n, H, block_size, D) at block index `first` of a slot."""
         capacity_class, row = self._store.placement.where(slot)
+        layer.settle(capacity_class)
         pool, capacity = pools[capacity_class], layer.capacities[capacity_class]
         assert pool is not None, "a slot without a pool"
         n, heads, size, dim = blocks.shape

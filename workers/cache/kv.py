@@ -76,6 +76,18 @@ class KVLayer:
         """What to evaluate so that every write of a kernel is queued."""
         return [pool.last for pool in self._pools if pool is not None and pool.last is not None]
 
+    def pending(self) -> list[mx.array]:
+        """What to evaluate so that every write is queued. Where a kernel wrote last, its output stands for the arrays:
+        while a step holds these, the next stock write copies them.
+        """
+        found: list[mx.array] = []
+        for keys, values, pool in zip(self.keys, self.values, self._pools, strict=True):
+            if pool is not None and pool.last is not None:
+                found.append(pool.last)
+            else:
+                found += [array for array in (keys, values) if array is not None]
+        return found
+
     def reserve(self, capacity_class: int, num_rows: int) -> None:
         """Have at least `num_rows` rows in a class."""
         capacity = self.capacities[capacity_class]

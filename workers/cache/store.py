@@ -266,10 +266,7 @@ class CacheStore:
 
     def pending(self) -> list[mx.array]:
         """Everything a step may have left unevaluated."""
-        arrays = self.writes()
-        arrays += [
-            p for layer in self.kv_layers for pools in (layer.keys, layer.values) for p in pools if p is not None
-        ]
+        arrays = [array for layer in self.kv_layers for array in layer.pending()]
         return arrays + [a for layer in self.recurrent_layers for a in layer.pending()]
 
     def nbytes(self) -> int:
