@@ -114,6 +114,7 @@ class Policy:
         self._num_excess = {True: 0, False: 0}
         self._yield = 1.0  # committed tokens of drafted rounds over those expected
         self._trial: Trial | None = None
+        self._last_trial: int | None = None  # the k of the one that ended, while rounds of it still come
         self._credit_s = 0.0  # what trials may still cost
         self._trial_cost: dict[tuple[int, int], float] = {}  # (batch size, k) -> seconds that its last trial lost
         self._num_since_trial: dict[int, int] = {}  # batch size -> results
@@ -176,6 +177,7 @@ class Policy:
             self._go_on(self._trial, batch, k, num_tokens, elapsed_s, candidates)
         else:
             size = size_of(batch)
+            self._count_rest(batch, k, num_tokens, elapsed_s, candidates)
             self._num_since_trial[size] = self._num_since_trial.get(size, 0) + 1
             self._credit_s += TRIAL_SHARE * elapsed_s
             self._trial = self._next_trial(batch, candidates)
@@ -202,12 +204,26 @@ class Policy:
         trial.rounds_left -= k == trial.k
         if trial.rounds_left > 0 and trial.k in (0, *candidates) and not self._is_lost(trial, batch, candidates):
             return
-        self._trial = None
-        best_rate = self.rate(batch, self.best(batch, candidates))
-        lost_s = max(0.0, trial.seconds - trial.num_tokens / best_rate) if best_rate > 0 else 0.0
-        self._credit_s -= lost_s
-        self._trial_cost[size_of(batch), trial.k] = lost_s
+        self._trial, self._last_trial = None, trial.k
+        self._trial_cost[size_of(batch), trial.k] = 0.0
+        self._charge(batch, trial.k, trial.num_tokens, trial.seconds, candidates)
         self._num_since_trial[size_of(batch)] = 0
+
+    def _charge(self, batch: int, k: int, num_tokens: int, seconds: float, candidates: Sequence[int]) -> None:
+        """What a trial took beyond what its tokens take at the best rate."""
+        best_rate = self.rate(batch, self.best(batch, candidates))
+        lost_s = max(0.0, seconds - num_tokens / best_rate) if best_rate > 0 else 0.0
+        self._credit_s -= lost_s
+        self._trial_cost[size_of(batch), k] = self._trial_cost.get((size_of(batch), k), 0.0) + lost_s
+
+    def _count_rest(self, batch: int, k: int, num_tokens: int, elapsed_s: float, candidates: Sequence[int]) -> None:
+        """Rounds of a trial that were on their way when it ended are a part of what it cost."""
+        if self._last_trial is None:
+            return
+        if k == self._last_trial and k != self.best(batch, candidates):
+            self._charge(batch, k, num_tokens, elapsed_s, candidates)
+        else:
+            self._last_trial = None
 
     def _is_lost(self, trial: Trial, batch: int, candidates: Sequence[int]) -> bool:
         """Its rounds tell that this choice is far from the best."""

@@ -12,7 +12,7 @@ from scheduler import speculation
 from scheduler.costs import StepCosts
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
-from scheduler.policy import MIN_GAIN, TRIAL_ROUNDS, TRIAL_ROWS, AcceptanceRates
+from scheduler.policy import MIN_GAIN, TRIAL_ROUNDS, TRIAL_ROWS, AcceptanceRates, Trial
 from scheduler.speculation import OVERHEAD_S, Asked, Speculator
 from shared.messages import (
     Cancel,
@@ -514,6 +514,27 @@ def test_a_parked_drafter_is_tried_now_and_then_and_comes_back_when_it_is_worth_
         made._neural.add(8, 8)
     made.policy._yield = 1.0
     assert made.policy.best(1, made._candidates()) > 0
+
+
+def test_rounds_that_were_on_their_way_when_a_trial_ended_are_a_part_of_its_cost() -> None:
+    """Plain steps are pipelined: the next one has left when the result of the last one of a trial comes."""
+    made = speculator(0.016, 0.001, 0.8)
+    policy, candidates = made.policy, made._candidates()
+    for _ in range(40):
+        policy.finished(8, 7, 8 * 4, 0.018, True, candidates)
+    policy._trial, policy._credit_s = Trial(0, 1), 1.0
+    policy._trial_cost.clear()
+    plain_s = 0.010
+    for num_rounds in (1, 2, 3):
+        policy.finished(8, 0, 8, plain_s, False, candidates)
+        rate = policy.rate(8, policy.best(8, candidates))
+        lost_s = num_rounds * (plain_s - 8 / rate)
+        assert lost_s > 0.0
+        assert policy._trial_cost[8, 0] == pytest.approx(lost_s, rel=0.1)
+    assert policy._credit_s == pytest.approx(1.0 - lost_s + 2 * 0.01 * plain_s, rel=0.01)
+    policy.finished(8, 7, 8 * 4, 0.018, False, candidates)
+    policy.finished(8, 0, 8, plain_s, False, candidates)
+    assert policy._trial_cost[8, 0] == pytest.approx(lost_s, rel=0.1), "a plain step that was no part of it"
 
 
 def test_a_slow_first_draft_does_not_park_the_drafter_for_long() -> None:
