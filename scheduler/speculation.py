@@ -196,11 +196,9 @@ class Speculator:
         """
         if not self.is_on or batch == 0:
             return 0
-        if self.max_batch and batch > self.max_batch:
-            return 0
         if self.forced_k is not None:
-            return self.forced_k
-        k = self.policy.choose(batch, self._candidates())
+            return 0 if self._is_too_many(batch) else self.forced_k
+        k = self._paying_k(batch)
         return self._beside_prefills(k, batch, max_step_tokens) if k and has_prefills else k
 
     def holds_features(self, batch: int) -> bool:
@@ -209,7 +207,14 @@ class Speculator:
         """
         if not self.is_neural or self.forced_k is not None:
             return False
-        return 0 < self.max_batch < batch or self.policy.choose(batch, self._candidates()) == 0
+        return self._paying_k(batch) == 0
+
+    def _paying_k(self, batch: int) -> int:
+        return 0 if self._is_too_many(batch) else self.policy.choose(batch, self._candidates())
+
+    def _is_too_many(self, batch: int) -> bool:
+        """For any draft, by the user's word."""
+        return 0 < self.max_batch < batch
 
     def _beside_prefills(self, k: int, batch: int, max_step_tokens: int) -> int:
         if self.costs.estimate(batch, k + 1) <= HARDLY_MORE * self.costs.estimate(batch, 1):
