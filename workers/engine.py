@@ -547,7 +547,7 @@ class Engine:
         if error is not None:
             return RowResult(slot=row.slot, token_ids=[], error=f"grammar: {error}")
         if row.num_drafts and row.slot in self._slots:
-            self._slots[row.slot].note(mx.array(kept, dtype=mx.int32))
+            self._slots[row.slot].note(kept)
             if self._rewinds and num_accepted < row.num_drafts:
                 self._kept[row.slot] = _width(row) - row.num_drafts + num_accepted
             snapshot = self._snapshots.pop(row.slot, None)
