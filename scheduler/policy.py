@@ -9,19 +9,18 @@ may cost a fixed small share of the time: so a wrong estimate is found out, and 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-PRIOR = 0.8  # acceptance assumed before anything was seen: hopeful, so that it is measured at once
-ACCEPT_WEIGHT = 0.004  # of one verified row in the moving average of acceptance
-LIKE_BEFORE = 16  # tests of a position that weigh as much as what is known of the one before it
-WINDOW = 48  # rounds that a time is the mean of
-MAX_OVER_MEDIAN = 1.4
+from scheduler.arrivals import ArrivalCosts
+from scheduler.round_time import RoundTime
+
 EXCESS_WEIGHT = 0.05  # of one round in the moving average of measured over modelled time
 MAX_EXCESS = 4.0
 YIELD_WEIGHT, MAX_YIELD_WEIGHT = 0.005, 0.05  # of one row, of one round
 MIN_GAIN = 1.01  # drafting must promise this much over plain decoding
+CHANGE_AFTER = 4  # results, one after the other, that speak for a change: batches come and go
 TRIAL_SHARE = 0.01  # of the time may be lost by trying what is not the best choice
 TRIAL_ROUNDS = 4  # of a trial, the first of which is not measured: it fills or empties the pipeline
 TRIAL_ROWS, FIRST_TRIAL_ROWS = 12, 32  # where rounds have few rows there are more of them
@@ -31,9 +30,10 @@ MIN_TRIAL_INTERVAL = 24  # results between two trials
 TRIAL_CHECK = 4  # results between two looks at whether a trial is due
 FIRST_TRIAL_AFTER = 12  # results at a batch size where the best other choice was never measured
 MAX_TRIAL_INTERVAL_S = 60.0
-LOST = 0.75  # a trial ends early where its rounds promise less than this share of the best
+LOST, MIN_LOST = 0.75, 3  # a trial ends early where so many rounds promise less than this share of the best
 PLAUSIBLE = 0.4  # a draft length that promises less than this share of the best waits longer for its first trial
 NUM_CERTAIN = 4  # rounds until a time is an average of its own
+EARLY_TRIALS = 3  # of a choice at a batch size need not be paid: the first ones may have met a server that warmed up
 
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -43,56 +43,16 @@ def size_of(batch: int) -> int:
     return _SIZES[min(bisect_left(_SIZES, batch), len(_SIZES) - 1)]
 
 
-class AcceptanceRates:
-    """Moving averages of the chance that draft j (0-based) is accepted once those before it were."""
-
-    def __init__(self, max_draft_tokens: int) -> None:
-        self._rates = [PRIOR] * max(1, max_draft_tokens)
-        self._seen = [0] * max(1, max_draft_tokens)
-
-    def add(self, num_drafts: int, num_accepted: int) -> None:
-        for j in range(min(num_drafts, num_accepted + 1, len(self._rates))):
-            self._seen[j] += 1
-            weight = max(ACCEPT_WEIGHT, 1 / (self._seen[j] + 1))
-            self._rates[j] += weight * ((1.0 if j < num_accepted else 0.0) - self._rates[j])
-
-    def expected_tokens(self, num_drafts: int) -> float:
-        """Tokens that one row commits per step: 1 + a1 + a1 a2 + ...
-
-        A position that was seldom tested counts as like the one before it.
-        """
-        total, chance, before = 1.0, 1.0, self._rates[0]
-        for rate, seen in zip(self._rates[:num_drafts], self._seen, strict=False):
-            seen = min(seen, round(1 / ACCEPT_WEIGHT))
-            before = (seen * rate + LIKE_BEFORE * before) / (seen + LIKE_BEFORE)
-            chance *= before
-            total += chance
-        return total
-
-
-class RoundTime:
-    """Mean of the last rounds; one that took much longer was somebody else's turn, or a compilation, and is cut."""
-
-    def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=WINDOW)
-        self.num = 0
-        self.value = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.num += 1
-        self._last.append(seconds)
-        most = MAX_OVER_MEDIAN * sorted(self._last)[(len(self._last) - 1) // 2]
-        self.value = sum(min(s, most) for s in self._last) / len(self._last)
-
-
 @dataclass
 class Trial:
     """Rounds with another k than the best one."""
 
+    size: int  # batch size at its beginning
     k: int
     rounds_left: int
     seconds: float = 0.0
     num_tokens: int = 0
+    steady: list[float] = field(default_factory=list)  # seconds of its whole rounds
 
 
 class Policy:
@@ -109,16 +69,21 @@ class Policy:
     def forget(self) -> None:
         """Another target or drafter: nothing that was measured holds."""
         self._times: dict[tuple[int, int], RoundTime] = {}  # (batch size, k) -> seconds of a round
-        self._tried: dict[tuple[int, int], float] = {}  # -> `_clock` when it was measured last
+        self._tried: dict[tuple[int, int], float] = {}  # -> `_clock` when it was measured or tried last
+        self._last_k: dict[int, int] = {}  # batch size -> k that was measured last
         self._excess = {True: 1.0, False: 1.0}  # drafted or plain: seconds measured over those modelled
         self._num_excess = {True: 0, False: 0}
         self._yield = 1.0  # committed tokens of drafted rounds over those expected
+        self._is_drafting: bool | None = None  # None: before the first result
+        self._num_against = 0  # results, one after the other, that speak for a change of that
         self._trial: Trial | None = None
-        self._last_trial: int | None = None  # the k of the one that ended, while rounds of it still come
+        self._last_trial: Trial | None = None  # the one that ended, while rounds of it still come
         self._credit_s = 0.0  # what trials may still cost
         self._trial_cost: dict[tuple[int, int], float] = {}  # (batch size, k) -> seconds that its last trial lost
+        self._num_trials: Counter[tuple[int, int]] = Counter()
         self._num_since_trial: dict[int, int] = {}  # batch size -> results
-        self._clock = 0.0  # seconds of all measured rounds
+        self._clock = 0.0  # seconds of all rounds
+        self._arrivals = ArrivalCosts()
 
     # ------------------------------------------------ choosing
 
@@ -129,22 +94,51 @@ class Policy:
         return self.best(batch, candidates)
 
     def best(self, batch: int, candidates: Sequence[int]) -> int:
-        """The k with the most expected tokens per second."""
-        best, best_rate = 0, self.rate(batch, 0) * MIN_GAIN
-        for k in candidates:
-            rate = self.rate(batch, k)
-            if rate > best_rate:
-                best, best_rate = k, rate
-        return best
+        """The k with the most expected tokens per second. Whether to draft at all changes slowly."""
+        k = self._likeliest(batch, candidates)
+        if k == 0 or self._is_drafting is False:
+            return 0
+        return k if self._is_drafting or self._gain(batch, k) > MIN_GAIN else 0
+
+    def _likeliest(self, batch: int, candidates: Sequence[int]) -> int:
+        return max(candidates, key=lambda k: self.rate(batch, k), default=0)
+
+    def _gain(self, batch: int, k: int) -> float:
+        """Of drafting over plain decoding; 1 is none."""
+        plain = self.rate(batch, 0)
+        return self.rate(batch, k) / plain if plain > 0.0 else 0.0
+
+    def _vote(self, batch: int, candidates: Sequence[int]) -> None:
+        """Whether a result speaks for drafting or against it."""
+        if not candidates:
+            return
+        gain = self._gain(batch, self._likeliest(batch, candidates))
+        wants_drafts = gain > MIN_GAIN
+        if self._is_drafting is None:
+            self._is_drafting = wants_drafts
+        self._num_against = 0 if wants_drafts == self._is_drafting else self._num_against + 1
+        if self._num_against >= CHANGE_AFTER:
+            self._is_drafting, self._num_against = wants_drafts, 0
 
     def rate(self, batch: int, k: int) -> float:
-        """Expected tokens per second."""
-        seconds = self.round_s(batch, k)
-        if seconds <= 0.0:
+        """Expected tokens per second, while requests come as they do."""
+        decode_rate = self.decode_rate(batch, k)
+        if decode_rate <= 0.0:
             return 0.0
-        if k == 0:
-            return batch / seconds
-        return batch * max(1.0, self._expected_tokens(k) * self._yield) / seconds
+        return 1 / (1 / decode_rate + self._arrival_s(k))
+
+    def _arrival_s(self, k: int) -> float:
+        """Seconds of a token that requests cost which come meanwhile."""
+        return self._arrivals.per_token * self._arrivals.seconds(k > 0, self._clock)
+
+    def decode_rate(self, batch: int, k: int) -> float:
+        """Expected tokens per second of rounds without prompts."""
+        seconds = self.round_s(batch, k)
+        return self._tokens(batch, k) / seconds if seconds > 0.0 else 0.0
+
+    def _tokens(self, batch: int, k: int) -> float:
+        """That a round is expected to commit."""
+        return batch * (max(1.0, self._expected_tokens(k) * self._yield) if k else 1.0)
 
     def round_s(self, batch: int, k: int) -> float:
         """Seconds of a round: as measured, or modelled and corrected while there is little to go by."""
@@ -159,21 +153,51 @@ class Policy:
 
     # ------------------------------------------------ measuring
 
+    def prefilled(
+        self, batch: int, k: int, num_started: int, num_prompt_tokens: int, num_tokens: int, elapsed_s: float
+    ) -> None:
+        """A step of `batch` rows that decode and of prompts gave its result.
+
+        Args:
+            k: that was chosen for these rows, even if the prompts left no place for drafts.
+            num_started: requests that have their first token of it.
+            num_tokens: that it committed, those not counted.
+            elapsed_s: since the result before it.
+        """
+        self._clock += elapsed_s
+        rate = self.decode_rate(batch, k)
+        if rate > 0.0:
+            self._arrivals.prefilled(k > 0, num_started, num_prompt_tokens, num_tokens, elapsed_s, 1 / rate)
+
     def finished(
-        self, batch: int, k: int, num_tokens: int, elapsed_s: float, is_steady: bool, candidates: Sequence[int]
+        self,
+        batch: int,
+        k: int,
+        num_tokens: int,
+        elapsed_s: float,
+        is_steady: bool,
+        candidates: Sequence[int],
+        is_drafting: bool | None = None,
     ) -> None:
         """A decode-only step gave its result.
 
         Args:
             elapsed_s: since the result before it.
             is_steady: that result was one of the same k and much the same batch, so that this is a whole round.
+            is_drafting: drafts were wanted for these rows, even if this step has none; None: as k says.
         """
         if elapsed_s <= 0.0:
             return
         self._clock += elapsed_s
         if is_steady:
             self._measure(batch, k, num_tokens, elapsed_s)
+        if (rate := self.decode_rate(batch, k)) > 0.0:
+            drafts = k > 0 if is_drafting is None else is_drafting
+            self._arrivals.decoded(drafts, num_tokens, elapsed_s, 1 / rate, is_steady, self._clock)
+        self._vote(batch, candidates)
         if self._trial is not None:
+            if is_steady and k == self._trial.k:
+                self._trial.steady.append(elapsed_s)
             self._go_on(self._trial, batch, k, num_tokens, elapsed_s, candidates)
         else:
             size = size_of(batch)
@@ -183,8 +207,13 @@ class Policy:
             self._trial = self._next_trial(batch, candidates)
 
     def _measure(self, batch: int, k: int, num_tokens: int, elapsed_s: float) -> None:
-        key = size_of(batch), k
-        self._times.setdefault(key, RoundTime()).add(elapsed_s)
+        size = size_of(batch)
+        key = size, k
+        times = self._times.setdefault(key, RoundTime())
+        if self._last_k.get(size) != k:
+            times.begin_stretch()
+            self._last_k[size] = k
+        times.add(elapsed_s)
         self._tried[key] = self._clock
         modelled = self._modelled_s(batch, k)
         if modelled > 0.0:
@@ -204,32 +233,38 @@ class Policy:
         trial.rounds_left -= k == trial.k
         if trial.rounds_left > 0 and trial.k in (0, *candidates) and not self._is_lost(trial, batch, candidates):
             return
-        self._trial, self._last_trial = None, trial.k
-        self._trial_cost[size_of(batch), trial.k] = 0.0
-        self._charge(batch, trial.k, trial.num_tokens, trial.seconds, candidates)
-        self._num_since_trial[size_of(batch)] = 0
+        self._trial, self._last_trial = None, trial
+        key = trial.size, trial.k
+        self._trial_cost[key] = 0.0
+        self._num_trials[key] += 1
+        self._tried[key] = self._clock
+        self._charge(trial, batch, trial.num_tokens, trial.seconds, candidates)
+        self._num_since_trial[trial.size] = self._num_since_trial[size_of(batch)] = 0
 
-    def _charge(self, batch: int, k: int, num_tokens: int, seconds: float, candidates: Sequence[int]) -> None:
+    def _charge(self, trial: Trial, batch: int, num_tokens: int, seconds: float, candidates: Sequence[int]) -> None:
         """What a trial took beyond what its tokens take at the best rate."""
         best_rate = self.rate(batch, self.best(batch, candidates))
+        seconds += num_tokens * self._arrival_s(trial.k)
         lost_s = max(0.0, seconds - num_tokens / best_rate) if best_rate > 0 else 0.0
         self._credit_s -= lost_s
-        self._trial_cost[size_of(batch), k] = self._trial_cost.get((size_of(batch), k), 0.0) + lost_s
+        key = trial.size, trial.k
+        self._trial_cost[key] = self._trial_cost.get(key, 0.0) + lost_s
 
     def _count_rest(self, batch: int, k: int, num_tokens: int, elapsed_s: float, candidates: Sequence[int]) -> None:
         """Rounds of a trial that were on their way when it ended are a part of what it cost."""
         if self._last_trial is None:
             return
-        if k == self._last_trial and k != self.best(batch, candidates):
-            self._charge(batch, k, num_tokens, elapsed_s, candidates)
+        if k == self._last_trial.k and k != self.best(batch, candidates):
+            self._charge(self._last_trial, batch, num_tokens, elapsed_s, candidates)
         else:
             self._last_trial = None
 
     def _is_lost(self, trial: Trial, batch: int, candidates: Sequence[int]) -> bool:
-        """Its rounds tell that this choice is far from the best."""
-        if not self._is_certain(size_of(batch), trial.k):
+        """Its own rounds tell that this choice is far from the best: what earlier ones told may hold no more."""
+        if len(trial.steady) < MIN_LOST:
             return False
-        return self.rate(batch, trial.k) < LOST * self.rate(batch, self.best(batch, candidates))
+        rate = self._tokens(batch, trial.k) / min(trial.steady)
+        return rate < LOST * self.decode_rate(batch, self.best(batch, candidates))
 
     def _next_trial(self, batch: int, candidates: Sequence[int]) -> Trial | None:
         """What is worth trying now: the choice that was measured longest ago among those that may win."""
@@ -241,9 +276,9 @@ class Policy:
         best_rate = self.rate(batch, best)
         if best_rate <= 0.0:
             return None
-        likeliest = max(candidates, key=lambda k: self.rate(batch, k))
         if best == 0:
-            rivals = [k for k in candidates if k == likeliest or not self._is_certain(size, k)]
+            likeliest = self._likeliest(batch, candidates)
+            rivals = [k for k in candidates if k == likeliest or self._num_trials[size, k] < EARLY_TRIALS]
         else:
             rivals = [0, *_neighbours(best, candidates)]
         rounds, first_rounds = (TRIAL_ROUNDS + rows // batch for rows in (TRIAL_ROWS, FIRST_TRIAL_ROWS))
@@ -251,17 +286,23 @@ class Policy:
         self._credit_s = min(self._credit_s, 2 * max(costs.values()))
         for k in sorted(rivals, key=lambda k: self._tried.get((size, k), 0.0)):
             share = self.rate(batch, k) / best_rate
-            if not self._is_certain(size, k) and (
+            is_new = not self._is_certain(size, k) and self._num_trials[size, k] < EARLY_TRIALS
+            if is_new and (
                 share >= (CLOSE_PLAIN if k == 0 else CLOSE)
                 or (not self._is_known_elsewhere(size, k) and (k == 0 or share >= PLAUSIBLE))
             ):
-                return Trial(k, first_rounds)
+                return Trial(size, k, first_rounds)
             is_close = num_since >= CLOSE_INTERVAL and share >= CLOSE
             is_long_ago = self._clock - self._tried.get((size, k), 0.0) > MAX_TRIAL_INTERVAL_S
-            is_paid = costs[k] <= self._credit_s
+            is_paid = costs[k] <= self._credit_s or (share >= PLAUSIBLE and self._is_early(size, k, num_since))
             if num_since >= MIN_TRIAL_INTERVAL and (is_paid or is_close or is_long_ago):
-                return Trial(k, rounds)
+                return Trial(size, k, rounds)
         return None
+
+    def _is_early(self, size: int, k: int, num_since: int) -> bool:
+        """What was seldom tried is tried again soon, each time after twice as many results."""
+        num = self._num_trials[size, k]
+        return num < EARLY_TRIALS and num_since >= MIN_TRIAL_INTERVAL << num
 
     def _is_certain(self, size: int, k: int) -> bool:
         known = self._times.get((size, k))

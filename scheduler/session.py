@@ -78,6 +78,10 @@ class InFlight:
     is_decode_only: bool
     num_tokens: int
     sequences: list[Sequence]  # of all rows
+    is_alone: bool = True  # none was in flight when it left: its time is no pipelined step's
+    policy_k: int = 0  # as k, were there no prefills
+    num_prompt_tokens: int = 0
+    num_started: int = 0  # sequences that get their first token of it
 
 
 class Session:
@@ -138,6 +142,7 @@ class Session:
         self._last_result = 0.0
         self._last_kind: tuple[int, int] | None = None  # (k, batch) of the last result, if that was a decode-only step
         self._timeout = step_timeout
+        self._policy_k = 0  # for the rows that decode, were there no prefills
         self._is_drafted = False  # drafts for the running sequences' present state were asked for
 
     def is_hung(self, now: float) -> bool:
@@ -265,7 +270,9 @@ class Session:
                 holds_features=self._holds_features,
             )
             self._is_holding = self._holds_features
-            self._in_flight.append(_in_flight(step, plan, now, k, self.speculator.packs_rows))
+            sent = _in_flight(step, plan, now, k, self.speculator.packs_rows)
+            sent.is_alone, sent.policy_k = not self._in_flight, self._policy_k
+            self._in_flight.append(sent)
             self._outbox.send(self.target_id, step)
             self.metrics.iteration_tokens.observe(plan.num_tokens)
             if plan.decodes:
@@ -309,7 +316,9 @@ class Session:
         decoding = [s for s in self.running if s.num_remaining == 1 and s.wants_more]
         if decoding:
             self._holds_features = self.speculator.holds_features(len(decoding))
-        k = self.speculator.choose_k(len(decoding), self.planner.has_prefills(), self.planner.max_step_tokens)
+        has_prefills = self.planner.has_prefills()
+        k = self.speculator.choose_k(len(decoding), has_prefills, self.planner.max_step_tokens)
+        self._policy_k = self.speculator.choose_k(len(decoding), False, 0) if has_prefills else k
         if k == 0 or (self._is_holding and self.speculator.is_neural):
             return 0  # one more plain step brings the drafter what was held back
         if self._in_flight:
@@ -331,7 +340,7 @@ class Session:
         if self.prefix is not None and self.prefix.num_checked:
             self.prefix.checked(result.differing)
         self.step_s = 0.9 * self.step_s + 0.1 * (now - step.sent) if self.step_s else now - step.sent
-        step_s, elapsed_s = now - max(step.sent, self._last_result), now - self._last_result
+        step_s, elapsed_s = now - max(step.sent, self._last_result), now - (self._last_result or step.sent)
         self._last_result = now
         self._timeout.observe(step.num_tokens, step_s)
         if self.prefix is not None and not step.is_decode_only:
@@ -367,7 +376,14 @@ class Session:
             self.suspects.clear_proven()
         if step.is_decode_only:
             is_steady = self._last_kind == (step.k, size_of(step.batch))
-            self.speculator.stepped(step.batch, step.width, step_s, step.k, num_tokens, elapsed_s, is_steady)
+            if step.is_alone:
+                self.speculator.costs.add(step.batch, step.width, step_s)
+            self.speculator.stepped(step.batch, step.k, num_tokens, elapsed_s, is_steady, step.policy_k > 0)
+        elif step.batch:
+            self.speculator.prefilled(
+                step.batch, step.policy_k, step.num_started, step.num_prompt_tokens, num_tokens - step.num_started,
+                elapsed_s,
+            )  # fmt: skip
         self._last_kind = (step.k, size_of(step.batch)) if step.is_decode_only else None
         self.metrics.generation_tokens.inc(num_tokens)
         for last_token, count in gaps.items():
@@ -499,4 +515,6 @@ def _in_flight(step: Step, plan: Plan, now: float, k: int, packs_rows: bool) -> 
         not (plan.prefills or plan.encodes),
         plan.num_tokens,
         [*plan.sequences, *plan.encoding],
+        num_prompt_tokens=sum(len(row.token_ids or ()) for row in plan.prefills),
+        num_started=sum(row.is_sampled for row in plan.prefills),
     )

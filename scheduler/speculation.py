@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from scheduler.acceptance import PRIOR, AcceptanceRates
 from scheduler.costs import StepCosts
 from scheduler.drafts import draws, first, problem
 from scheduler.metrics import Metrics
 from scheduler.ngram import NOTHING, NgramIndex, Proposal, SharedSuffixIndex
-from scheduler.policy import PRIOR, AcceptanceRates, Policy
+from scheduler.policy import Policy
 from scheduler.sequence import Sequence as Request
 from shared.messages import Draft, DraftDistribution, DraftReply, DraftRequest, DraftRow, RequestId, StepCost, StepRow
 
@@ -357,19 +358,26 @@ class Speculator:
         return source
 
     def stepped(
-        self, batch: int, width: int, seconds: float, k: int, num_tokens: int, elapsed_s: float, is_steady: bool
+        self, batch: int, k: int, num_tokens: int, elapsed_s: float, is_steady: bool, is_drafting: bool | None = None
     ) -> None:
-        """A decode-only step of this batch and width, planned with this k, took `seconds`.
+        """A decode-only step of this batch, planned with this k, gave its result.
 
         Args:
-            width: tokens of the widest row; of a mean row, where rows are packed.
             num_tokens: committed by it.
             elapsed_s: since the result before it, drafting and all else included.
             is_steady: that result was one of the same kind, so that `elapsed_s` is a whole round.
+            is_drafting: drafts were wanted, even if there were none; None: as k says.
         """
-        self.costs.add(batch, width, seconds)
         if self.forced_k is None:
-            self.policy.finished(batch, k, num_tokens, elapsed_s, is_steady, self._candidates() if self.is_on else ())
+            candidates = self._candidates() if self.is_on else ()
+            self.policy.finished(batch, k, num_tokens, elapsed_s, is_steady, candidates, is_drafting)
+
+    def prefilled(
+        self, batch: int, k: int, num_started: int, num_prompt_tokens: int, num_tokens: int, elapsed_s: float
+    ) -> None:
+        """A step with prompts gave its result: see `Policy.prefilled`."""
+        if self.forced_k is None:
+            self.policy.prefilled(batch, k, num_started, num_prompt_tokens, num_tokens, elapsed_s)
 
     def _proposal(self, state: Speculated, sequence: Request, k: int) -> tuple[Proposal, str]:
         """What the sequence's own text, else its tenant's recent outputs, let expect; nothing if that is vague."""

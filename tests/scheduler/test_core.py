@@ -416,14 +416,15 @@ def test_the_ttft_bound_lets_prefill_go_first() -> None:
     rig.assert_idle()
 
 
-def test_the_cost_of_a_step_is_the_time_from_the_result_before_it_to_its_own() -> None:
+def test_the_time_of_a_pipelined_step_is_that_from_the_result_before_it_to_its_own() -> None:
     rig = Rig()
     rig.start_target()
     rig.submit("a", [1], 20)
     for _ in range(12):
         rig.now += 0.049  # and 0.001 with each message
         rig.work()
-    assert rig.core.speculator.costs.estimate(1, 1) == pytest.approx(0.05)
+    assert rig.core.speculator.policy.round_s(1, 0) == pytest.approx(0.05)
+    assert rig.core.speculator.costs.estimate(1, 1) == 0.0, "one that hides behind another tells nothing of one alone"
 
 
 def test_requests_that_other_weights_have_begun_are_not_continued() -> None:

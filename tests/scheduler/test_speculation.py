@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler import speculation
+from scheduler.acceptance import AcceptanceRates
 from scheduler.costs import StepCosts
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
-from scheduler.policy import MIN_GAIN, TRIAL_ROUNDS, TRIAL_ROWS, AcceptanceRates, Trial
+from scheduler.policy import CHANGE_AFTER, MIN_GAIN, TRIAL_ROUNDS, TRIAL_ROWS, Trial
 from scheduler.speculation import OVERHEAD_S, Asked, Speculator
 from shared.messages import (
     Cancel,
@@ -506,14 +507,19 @@ def test_a_parked_drafter_is_tried_now_and_then_and_comes_back_when_it_is_worth_
         is_steady = bool(chosen) and chosen[-1] == k
         lost_s += seconds - PLAIN_S
         chosen.append(k)
-        made.stepped(1, k + 1, seconds, k, 1, seconds, is_steady)
+        made.stepped(1, k, 1, seconds, is_steady)
     tried = [i for i, k in enumerate(chosen) if k]
     assert len(tried) >= 2 * rounds, "tried once only"
     assert lost_s < 0.01 * num_results * PLAIN_S
     for _ in range(1000):
         made._neural.add(8, 8)
-    made.policy._yield = 1.0
-    assert made.policy.best(1, made._candidates()) > 0
+    made.policy._yield, made.policy._trial = 1.0, None
+    ks = []
+    for _ in range(CHANGE_AFTER + 1):
+        ks.append(made.choose_k(1))
+        made.stepped(1, ks[-1], 1, PLAIN_S, True)
+    assert ks[0] == 0, "one result says little: batches come and go"
+    assert ks[-1] > 0
 
 
 def test_rounds_that_were_on_their_way_when_a_trial_ended_are_a_part_of_its_cost() -> None:
@@ -522,7 +528,7 @@ def test_rounds_that_were_on_their_way_when_a_trial_ended_are_a_part_of_its_cost
     policy, candidates = made.policy, made._candidates()
     for _ in range(40):
         policy.finished(8, 7, 8 * 4, 0.018, True, candidates)
-    policy._trial, policy._credit_s = Trial(0, 1), 1.0
+    policy._trial, policy._credit_s = Trial(8, 0, 1), 1.0
     policy._trial_cost.clear()
     plain_s = 0.010
     for num_rounds in (1, 2, 3):

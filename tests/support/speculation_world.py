@@ -24,8 +24,8 @@ from shared.messages import (
     DraftRequest,
     Hello,
     Message,
+    Outputs,
     Ready,
-    Release,
     RequestId,
     RowResult,
     SamplingParams,
@@ -81,6 +81,22 @@ class Costs:
         return batch * self.expected(k) / (scale * (self.step_s(batch, k + 1) + self.draft_s(batch, k)))
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Requests that end and are followed by others.
+
+    Args:
+        output_tokens: the mean; a request's own is between half of it and one and a half.
+        prefill_s: seconds that so many prompt tokens add to a step.
+        catch_up_s: seconds that so many tokens which the drafter has not seen add to its turn.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    prefill_s: Callable[[int], float]
+    catch_up_s: Callable[[int], float]
+
+
 @dataclass
 class World:
     """The core, a target and a drafter that take their time. `k` None leaves it to the policy."""
@@ -88,6 +104,8 @@ class World:
     costs: Costs
     k: int | None = None
     seed: int = 1
+    traffic: Traffic | None = None  # None: requests never end
+    disturbed_until: float = 0.0  # until then everything takes up to four times as long
     num_tokens: int = 0
     now: float = 100.0
     _events: list[tuple[float, int, str, Message]] = field(default_factory=list)
@@ -99,6 +117,7 @@ class World:
     _outliers: list[float] = field(default_factory=list)
     _running: list[str] = field(default_factory=list)
     _epochs: dict[str, int] = field(default_factory=dict)
+    _host_free: float = 0.0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -130,8 +149,12 @@ class World:
         while len(self._running) < batch:
             self._num_requests += 1
             self._running.append(f"r{self._num_requests}")
+            prompt, most = 8, 1 << 19
+            if self.traffic is not None:
+                mean = self.traffic.output_tokens
+                prompt, most = self.traffic.prompt_tokens, self.random.randint(mean // 2, mean + mean // 2)
             submit = Submit(
-                request_id=RequestId(self._running[-1]), prompt_token_ids=[1] * 8, sampling=GREEDY, max_tokens=1 << 19
+                request_id=RequestId(self._running[-1]), prompt_token_ids=[1] * prompt, sampling=GREEDY, max_tokens=most
             )
             self._handle("front", submit)
 
@@ -169,20 +192,29 @@ class World:
                     self._step(message)
                 case DraftRequest():
                     self._draft(message)
-                case Release():
-                    pass
+                case Outputs():
+                    ended = {output.request_id for output in message.outputs if output.finish_reason is not None}
+                    batch = len(self._running)
+                    self._running = [name for name in self._running if name not in ended]
+                    if self.traffic is not None:
+                        self.set_batch(batch)
 
     def _noisy(self, seconds: float) -> float:
         if not self._outliers:  # one in each lot of fifty, so that its number is no matter of luck
             self._outliers = [3.0, *[1.0] * 49]
             self.random.shuffle(self._outliers)
+        if self.now < self.disturbed_until:
+            seconds *= self.random.uniform(1.0, 4.0)
         return seconds * self._outliers.pop() * math.exp(self.random.gauss(0.0, self.costs.noise))
 
     def _step(self, step: Step) -> None:
         """It runs once it is built and the one before it is done; building hides behind that one."""
-        built = self.now + self.costs.send_s + self.costs.host_s
         width = max((1 if r.token_ids is None else len(r.token_ids) for r in step.decodes), default=1)
+        built = self._host_free = max(self.now + self.costs.send_s, self._host_free) + self.costs.host_s
         device_s = self._noisy(self.costs.step_s(max(1, len(step.decodes)), width))
+        prompts = sum(len(row.token_ids or []) for row in step.prefills)
+        if prompts and self.traffic is not None:
+            device_s += self.traffic.prefill_s(prompts)
         self._device_free = max(built, self._device_free) + device_s
         rows = [self._row(r.slot, r.num_drafts) for r in (*step.decodes, *step.prefills) if r.is_sampled]
         self.num_tokens += sum(len(r.token_ids) for r in rows)
@@ -199,6 +231,9 @@ class World:
         k = max(row.num_tokens for row in request.rows)
         started = max(self.now + self.costs.send_s, self._drafter_free)
         self._drafter_free = started + self._noisy(self.costs.draft_s(len(request.rows), k))
+        unseen = sum(len(row.token_ids) for row in request.rows if len(row.token_ids) > 2 * MAX_K)
+        if unseen and self.traffic is not None:
+            self._drafter_free += self.traffic.catch_up_s(unseen)
         drafts = [
             Draft(
                 request_id=r.request_id,

@@ -1,0 +1,44 @@
+"""How long a round takes, from one result to the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+WINDOW = 48  # rounds that a time is the mean of
+MAX_OVER_MEDIAN = 1.4
+STRETCH = 3  # rounds
+FASTER = 0.85  # than those before, a stretch tells that these were disturbed
+
+
+class RoundTime:
+    """Mean of the last rounds; one that took much longer was somebody else's turn, or a compilation, and is cut.
+
+    A stretch is rounds with nothing else between them. Nothing makes rounds faster than they can be, so one that is
+    clearly faster than those before makes them forgotten: they were measured while the server warmed up, or beside
+    others.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._num_old = 0  # rounds of earlier stretches at the head of `_last`
+        self.num = 0
+        self.value = 0.0
+
+    def begin_stretch(self) -> None:
+        self._num_old = len(self._last)
+
+    def add(self, seconds: float) -> None:
+        self.num += 1
+        self._num_old = min(self._num_old, WINDOW - 1)  # the oldest makes room
+        self._last.append(seconds)
+        rounds = list(self._last)
+        value, new = _mean(rounds), rounds[self._num_old :]
+        if self._num_old and len(new) == STRETCH and _mean(new) < FASTER * _mean(rounds[: self._num_old]):
+            self._last, self._num_old, value = deque(new, maxlen=WINDOW), 0, _mean(new)
+        self.value = value
+
+
+def _mean(rounds: Sequence[float]) -> float:
+    most = MAX_OVER_MEDIAN * sorted(rounds)[(len(rounds) - 1) // 2]
+    return sum(min(s, most) for s in rounds) / len(rounds)
