@@ -78,7 +78,7 @@ class InFlight:
     is_decode_only: bool
     num_tokens: int
     sequences: list[Sequence]  # of all rows
-    is_alone: bool = True  # none was in flight when it left: its time is no pipelined step's
+    is_alone: bool = True  # nothing of it hid behind another: its time is its own
     policy_k: int = 0  # as k, were there no prefills
     num_prompt_tokens: int = 0
     num_started: int = 0  # sequences that get their first token of it
@@ -125,6 +125,7 @@ class Session:
             waiting, self.running, self.slots, budget, info.max_step_tokens, self.prefix, info.whole_media
         )
         self.step_s = 0.0  # moving average
+        self._queues_steps = info.queues_steps
         self._settings = settings
         self._outbox = outbox
         self._end = end
@@ -271,7 +272,7 @@ class Session:
             )
             self._is_holding = self._holds_features
             sent = _in_flight(step, plan, now, k, self.speculator.packs_rows)
-            sent.is_alone, sent.policy_k = not self._in_flight, self._policy_k
+            sent.is_alone, sent.policy_k = not (self._queues_steps and self._in_flight), self._policy_k
             self._in_flight.append(sent)
             self._outbox.send(self.target_id, step)
             self.metrics.iteration_tokens.observe(plan.num_tokens)

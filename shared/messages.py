@@ -85,6 +85,7 @@ class WorkerInfo(Part, frozen=True, kw_only=True):
     max_draft_tokens: int = 0  # drafter: longest draft it can make; target: most drafts it verifies in one row
     step_costs: list[StepCost] = field(default_factory=list)  # measured at start; drafter: of k tokens, as `width`
     packs_rows: bool = False  # target only: a step costs by its tokens; otherwise rows are padded to the widest
+    queues_steps: bool = False  # target only: one is made ready while another runs
     exactness: Exactness | None = None  # target only, with drafts: measured at start
     prefix_cache: PrefixCacheInfo | None = None  # target only; None: switched off
     modalities: list[MediaKind] = field(default_factory=list)  # what the model takes beside text

@@ -64,7 +64,9 @@ class Target:
         self.link.start()  # heartbeats begin before the weights are read
         started = time.perf_counter()
         self.engine, info = build_engine(resolve(settings.model, settings), settings)
-        self.info = msgspec.structs.replace(info, load_id=load_id)
+        # MLX's CPU device runs a graph while it is being queued, so a second step would only delay the first's result.
+        self.depth = 1 if is_cpu() else 2
+        self.info = msgspec.structs.replace(info, load_id=load_id, queues_steps=self.depth > 1)
         logger.info(
             "%s ready on %s in %s after %.1f s: %d slots, %d tokens of KV",
             self.info.model, self.info.device, self.info.dtype, time.perf_counter() - started, self.info.num_slots,
@@ -72,8 +74,6 @@ class Target:
         )  # fmt: skip
         self.archiver = build_archiver(self.engine, self.info, settings)
         self.sender = FeatureSender(settings) if self.engine.model.captures else None
-        # MLX's CPU device runs a graph while it is being queued, so a second step would only delay the first's result.
-        self.depth = 1 if is_cpu() else 2
         self.step_s = 0.0  # moving average of the time a step keeps the device
         self.last_busy = 0.0  # `time.monotonic` when the last step ended
         self.epoch = 0

@@ -132,6 +132,7 @@ class World:
         info = worker_info(
             vocab_size=100, max_model_len=1 << 20, num_slots=64, kv_capacity_tokens=1 << 26,
             capacity_classes=[1 << 20], max_step_tokens=4096, max_draft_tokens=31, step_costs=told,
+            queues_steps=True,
         )  # fmt: skip
         self._handle("front", Hello(role="frontend", instance_id="front", pid=1))
         self._handle("target", Hello(role="target", instance_id="target", pid=2))
