@@ -35,6 +35,7 @@ class ArrivalCosts:
         self._means = {False: 0.0, True: 0.0}
         self._measured = {False: 0.0, True: 0.0}  # `now` of the newest sample
         self._episode: _Episode | None = None
+        self._was_drafting: bool | None = None  # of the last round, if that was as the one before
         self._pace_s: float | None = None  # of a prompt token: the least there was
 
     @property
@@ -65,21 +66,26 @@ class ArrivalCosts:
             token_s: seconds of a token in rounds without prompts.
         """
         self._count(num_started, num_tokens)
-        if self._episode is None or self._episode.is_drafting != is_drafting:
-            self._episode = _Episode(is_drafting)
         extra_s = elapsed_s - num_tokens * token_s
         if num_prompt_tokens >= MIN_CHUNK and extra_s > 0:
             pace_s = extra_s / num_prompt_tokens
             self._pace_s = pace_s if self._pace_s is None else min(PACE_CREEP * self._pace_s, pace_s)
-        self._episode.num_started += num_started
-        self._episode.num_rounds = 0
-        self._episode.extra_s += extra_s - num_prompt_tokens * (self._pace_s or 0.0)
+        episode, self._episode = self._episode, None
+        if episode is None and self._was_drafting is is_drafting:  # else it would be told what the change cost
+            episode = _Episode(is_drafting)
+        self._was_drafting = None
+        if episode is not None and episode.is_drafting == is_drafting:
+            episode.num_started += num_started
+            episode.num_rounds = 0
+            episode.extra_s += extra_s - num_prompt_tokens * (self._pace_s or 0.0)
+            self._episode = episode
 
     def decoded(
         self, is_drafting: bool, num_tokens: int, elapsed_s: float, token_s: float, is_steady: bool, now: float
     ) -> None:
         """A step without prompts gave its result; `is_steady`: it is of one kind with the one before."""
         self._count(0, num_tokens)
+        self._was_drafting = is_drafting if is_steady else None
         episode = self._episode
         if episode is None:
             return

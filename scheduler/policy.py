@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from scheduler.arrivals import ArrivalCosts
 from scheduler.round_time import RoundTime
@@ -30,10 +30,13 @@ MIN_TRIAL_INTERVAL = 24  # results between two trials
 TRIAL_CHECK = 4  # results between two looks at whether a trial is due
 FIRST_TRIAL_AFTER = 12  # results at a batch size where the best other choice was never measured
 MAX_TRIAL_INTERVAL_S = 60.0
-LOST, MIN_LOST = 0.75, 3  # a trial ends early where so many rounds promise less than this share of the best
+LOST = 0.75  # a trial ends early where one of its rounds promises less than this share of the best
 PLAUSIBLE = 0.4  # a draft length that promises less than this share of the best waits longer for its first trial
 NUM_CERTAIN = 4  # rounds until a time is an average of its own
-EARLY_TRIALS = 3  # of a choice at a batch size need not be paid: the first ones may have met a server that warmed up
+EARLY_COST_S = 0.2
+EARLY_TRIALS = (
+    3  # of a choice at a batch size that cost so little need not be paid: the first met a server that warmed up
+)
 
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -52,7 +55,7 @@ class Trial:
     rounds_left: int
     seconds: float = 0.0
     num_tokens: int = 0
-    steady: list[float] = field(default_factory=list)  # seconds of its whole rounds
+    fastest_s: float = 0.0  # of its whole rounds
 
 
 class Policy:
@@ -197,7 +200,7 @@ class Policy:
         self._vote(batch, candidates)
         if self._trial is not None:
             if is_steady and k == self._trial.k:
-                self._trial.steady.append(elapsed_s)
+                self._trial.fastest_s = min(self._trial.fastest_s or elapsed_s, elapsed_s)
             self._go_on(self._trial, batch, k, num_tokens, elapsed_s, candidates)
         else:
             size = size_of(batch)
@@ -261,9 +264,9 @@ class Policy:
 
     def _is_lost(self, trial: Trial, batch: int, candidates: Sequence[int]) -> bool:
         """Its own rounds tell that this choice is far from the best: what earlier ones told may hold no more."""
-        if len(trial.steady) < MIN_LOST:
+        if not trial.fastest_s:
             return False
-        rate = self._tokens(batch, trial.k) / min(trial.steady)
+        rate = self._tokens(batch, trial.k) / trial.fastest_s
         return rate < LOST * self.decode_rate(batch, self.best(batch, candidates))
 
     def _next_trial(self, batch: int, candidates: Sequence[int]) -> Trial | None:
@@ -294,7 +297,7 @@ class Policy:
                 return Trial(size, k, first_rounds)
             is_close = num_since >= CLOSE_INTERVAL and share >= CLOSE
             is_long_ago = self._clock - self._tried.get((size, k), 0.0) > MAX_TRIAL_INTERVAL_S
-            is_paid = costs[k] <= self._credit_s or (share >= PLAUSIBLE and self._is_early(size, k, num_since))
+            is_paid = costs[k] <= self._credit_s or (costs[k] <= EARLY_COST_S and self._is_early(size, k, num_since))
             if num_since >= MIN_TRIAL_INTERVAL and (is_paid or is_close or is_long_ago):
                 return Trial(size, k, rounds)
         return None

@@ -14,6 +14,7 @@ CHUNK, CHUNK_S = 128, 0.004
 def arrive(costs: ArrivalCosts, is_drafting: bool, extra_s: float, now: float, num_prompt_tokens: int = CHUNK) -> None:
     """A request's prompt beside eight rows, `extra_s` beyond what it computes in the round after it, then a round."""
     prompt_s = CHUNK_S * num_prompt_tokens / CHUNK
+    costs.decoded(is_drafting, 8, 8 * TOKEN_S, TOKEN_S, True, now)
     costs.prefilled(is_drafting, 1, num_prompt_tokens, 8, 8 * TOKEN_S + prompt_s, TOKEN_S)
     costs.decoded(is_drafting, 8, 8 * TOKEN_S + extra_s, TOKEN_S, False, now)
     costs.decoded(is_drafting, 8, 8 * TOKEN_S, TOKEN_S, True, now)
@@ -27,17 +28,26 @@ def test_what_is_beyond_the_rounds_and_the_prompts_own_computing_is_counted_by_r
         arrive(costs, is_drafting=True, extra_s=0.010, now=i, num_prompt_tokens=CHUNK * (6 - i))
     assert costs.seconds(False, 5.0) == pytest.approx(0.0, abs=1e-4), "however long the prompts were"
     assert costs.seconds(True, 5.0) == pytest.approx(0.010, rel=0.02)
-    assert costs.per_token == pytest.approx(1 / 24, rel=0.01)
+    assert costs.per_token == pytest.approx(1 / 32, rel=0.01)
     assert costs.seconds(True, 5.0 + HALF_LIFE_S) == pytest.approx(0.005, rel=0.02)
 
 
 def test_a_change_between_drafts_and_none_ends_what_was_being_measured() -> None:
     costs = ArrivalCosts()
+    costs.decoded(True, 8, 8 * TOKEN_S, TOKEN_S, True, 1.0)
     costs.prefilled(True, 1, CHUNK, 8, 0.5, TOKEN_S)
     costs.decoded(False, 8, 0.5, TOKEN_S, False, 1.0)
     assert costs.seconds(True, 1.0) == costs.seconds(False, 1.0) == 0.0
     costs.decoded(False, 8, 8 * TOKEN_S, TOKEN_S, True, 1.0)
     assert costs.seconds(True, 1.0) == costs.seconds(False, 1.0) == 0.0
+
+
+def test_a_prompt_right_behind_a_change_tells_what_the_change_cost() -> None:
+    costs = ArrivalCosts()
+    costs.decoded(True, 8, 0.1, TOKEN_S, False, 1.0)
+    costs.prefilled(True, 1, CHUNK, 8, 0.1, TOKEN_S)
+    costs.decoded(True, 8, 8 * TOKEN_S, TOKEN_S, True, 1.0)
+    assert costs.seconds(True, 1.0) == 0.0
 
 
 def test_one_request_that_took_much_longer_counts_little() -> None:
