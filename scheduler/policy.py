@@ -1,9 +1,10 @@
 """How many tokens to draft: the number that commits the most tokens per second, none included.
 
 What counts is measured whole: the time from one result to the next, drafting, sending and waiting included, for each
-batch size and k. Where a choice was never tried at this batch size, costs of its parts stand in, corrected by what
-rounds of its kind took elsewhere. The other choices are tried again now and then, plain decoding too, with rounds that
-may cost a fixed small share of the time: so a wrong estimate is found out, and finding out never costs more.
+batch size and k, and what requests that come cost beside that. Where a choice was never tried at this batch size, costs
+of its parts stand in, corrected by what rounds of its kind took elsewhere. The other choices are tried again now and
+then, plain decoding too, with rounds that may cost a fixed small share of the time: so a wrong estimate is found out,
+and finding out never costs more.
 """
 
 from __future__ import annotations
@@ -33,10 +34,8 @@ MAX_TRIAL_INTERVAL_S = 60.0
 LOST = 0.75  # a trial ends early where one of its rounds promises less than this share of the best
 PLAUSIBLE = 0.4  # a draft length that promises less than this share of the best waits longer for its first trial
 NUM_CERTAIN = 4  # rounds until a time is an average of its own
-EARLY_COST_S = 0.2
-EARLY_TRIALS = (
-    3  # of a choice at a batch size that cost so little need not be paid: the first met a server that warmed up
-)
+EARLY_TRIALS = 3  # of a choice at a batch size need not be paid: a server that warmed up may have misled the first
+EARLY_COST_S = 0.2  # more than that is paid in any case
 
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 

@@ -380,7 +380,7 @@ class Session:
             if step.is_alone:
                 self.speculator.costs.add(step.batch, step.width, step_s)
             self.speculator.stepped(step.batch, step.k, num_tokens, elapsed_s, is_steady, step.policy_k > 0)
-        elif step.batch:
+        elif step.batch and step.num_prompt_tokens:
             self.speculator.prefilled(
                 step.batch, step.policy_k, step.num_started, step.num_prompt_tokens, num_tokens - step.num_started,
                 elapsed_s,
