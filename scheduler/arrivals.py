@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from scheduler.round_time import capped_mean
+
 MEMORY_TOKENS = 4096  # committed tokens over which requests are counted
 NUM_SAMPLES = 16
 MAX_OVER_MEDIAN = 2.0
@@ -29,6 +31,8 @@ class _Episode:
 
 
 class ArrivalCosts:
+    """How many requests come, and what each costs, kept apart by whether drafts were wanted when it came."""
+
     def __init__(self) -> None:
         self._num_started = self._num_tokens = 0.0  # of late
         self._samples: dict[bool, deque[float]] = {mode: deque(maxlen=NUM_SAMPLES) for mode in (False, True)}
@@ -61,6 +65,7 @@ class ArrivalCosts:
 
         Args:
             num_started: requests that have their first token of it.
+            num_prompt_tokens: that it computed.
             num_tokens: that it committed, those not counted.
             elapsed_s: since the result before it.
             token_s: seconds of a token in rounds without prompts.
@@ -100,8 +105,7 @@ class ArrivalCosts:
     def _add(self, is_drafting: bool, seconds: float, now: float) -> None:
         samples = self._samples[is_drafting]
         samples.append(seconds)
-        most = MAX_OVER_MEDIAN * sorted(samples)[(len(samples) - 1) // 2]
-        self._means[is_drafting] = sum(min(sample, most) for sample in samples) / len(samples)
+        self._means[is_drafting] = capped_mean(samples, MAX_OVER_MEDIAN)
         self._measured[is_drafting] = now
 
     def _count(self, num_started: int, num_tokens: int) -> None:

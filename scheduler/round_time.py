@@ -33,12 +33,15 @@ class RoundTime:
         self._num_old = min(self._num_old, WINDOW - 1)  # the oldest makes room
         self._last.append(seconds)
         rounds = list(self._last)
-        value, new = _mean(rounds), rounds[self._num_old :]
-        if self._num_old and len(new) == STRETCH and _mean(new) < FASTER * _mean(rounds[: self._num_old]):
-            self._last, self._num_old, value = deque(new, maxlen=WINDOW), 0, _mean(new)
-        self.value = value
+        self.value = capped_mean(rounds, MAX_OVER_MEDIAN)
+        old, new = rounds[: self._num_old], rounds[self._num_old :]
+        if old and len(new) == STRETCH:
+            newest = capped_mean(new, MAX_OVER_MEDIAN)
+            if newest < FASTER * capped_mean(old, MAX_OVER_MEDIAN):
+                self._last, self._num_old, self.value = deque(new, maxlen=WINDOW), 0, newest
 
 
-def _mean(rounds: Sequence[float]) -> float:
-    most = MAX_OVER_MEDIAN * sorted(rounds)[(len(rounds) - 1) // 2]
-    return sum(min(s, most) for s in rounds) / len(rounds)
+def capped_mean(values: Sequence[float], most: float) -> float:
+    """The mean of `values`, of which none counts as more than `most` times their median."""
+    cap = most * sorted(values)[(len(values) - 1) // 2]
+    return sum(min(value, cap) for value in values) / len(values)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from shared.messages import SamplingParams
-from workers.sampling import sampler
 from workers.sampling.sampler import SampledRow, SlotSampling, distribution, sample
 from workers.sampling.uniform import ACCEPT, DRAFT, DRAW, RESIDUAL, uniform
 
@@ -136,16 +135,6 @@ def test_greedy_rows_of_16_bits_draw_as_in_32_equal_logits_and_bad_ones_included
     good = [i for i in range(64) if i not in (3, 4, 5)]
     assert [alone.tokens.tolist()[i] for i in good] == [beside.tokens.tolist()[i] for i in good]
     assert [alone.tokens.tolist()[i] for i in good] == [int(np.argmax(logits[i])) for i in good]
-
-
-def test_on_a_gpu_greedy_rows_that_hold_no_number_are_marked_without_a_second_pass(monkeypatch):
-    monkeypatch.setattr(sampler, "is_cpu", lambda: False)
-    monkeypatch.setattr(mx, "max", None)
-    logits = mx.random.normal((5, V), key=mx.random.key(2))
-    logits[1], logits[2], logits[3, 7] = float("nan"), -float("inf"), float("inf")
-    found = sample(logits, [row(SamplingParams(temperature=0.0)) for _ in range(5)])
-    assert found.is_finite.tolist() == [True, False, False, False, True]
-    assert found.tokens[0].item() == int(np.argmax(np.array(logits[0])))
 
 
 def test_a_banned_token_of_minus_infinity_is_not_an_error():
