@@ -117,8 +117,11 @@ class Target:
                         self.link.num_dropped += 1
                     case Drain():
                         self.is_draining = True
+                num_running = len(running)
                 while waiting and len(running) < self.depth:
                     self._begin(waiting.popleft(), running)
+                if num_running < len(running) < self.depth and not self.is_draining:
+                    continue  # the next one may have come meanwhile; else this one would be alone, and all after it
                 is_busy = bool(running or waiting)
                 if running:
                     self._finish(running.popleft())
