@@ -397,7 +397,7 @@ class Core:
             text = f"{len(submit.prompt_token_ids)} prompt tokens and max_tokens {submit.max_tokens} make {total}; "
             return "too_long", ContextLength(text + f"the context holds {info.max_model_len}")
         if self.memory.is_full and not is_resumed:
-            text = f"memory is full: {self.memory.used_bytes} of {self.memory.soft_limit_bytes} bytes"
+            text = f"memory is full: {self.memory}"
             return "memory", Busy(text, retry_after_s=self._retry_after())
         limit = self.settings.max_queue
         if len(self.waiting) >= limit and not is_resumed and self.waiting.is_over_share(submit.tenant, limit):

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from scheduler.memory_budget import DEVICE_KINDS
 from scheduler.prefix.counts import PrefixCollector, PrefixCounts
 from scheduler.sequence import Sequence
 from shared import metric_names as names
@@ -208,8 +209,8 @@ class Metrics:
             self._spec_per_position.labels(**labels, position=str(position)).inc()
 
     def set_memory(self, process: str, memory_bytes: dict[str, int]) -> None:
-        for kind, value in memory_bytes.items():
-            self._memory.labels(**self._labels, process=process, kind=kind).set(value)
+        for kind in {"resident", *DEVICE_KINDS} & memory_bytes.keys():
+            self._memory.labels(**self._labels, process=process, kind=kind).set(memory_bytes[kind])
 
     def set_worker(self, role: Role, is_up: bool) -> None:
         if role in self.worker_up:

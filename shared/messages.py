@@ -133,7 +133,9 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Both ways, every `heartbeat_interval_s`. An unknown `instance_id` is answered by asking for a new Hello."""
 
     instance_id: str
-    memory_bytes: dict[str, int] = field(default_factory=dict)  # kind ("resident", "device", "cache") -> bytes
+    memory_bytes: dict[str, int] = field(
+        default_factory=dict
+    )  # by kind, as `workers.machine.memory` has them, and "resident"
     num_dropped_messages: int = 0  # bad, truncated or stale messages seen by the sender
     num_feature_bytes: int = 0  # target: hidden rows sent to the drafter since it started
     epoch: int = 0  # worker: of the Welcome it has; 0: none, or it has just asked for a new one

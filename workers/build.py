@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import mlx.core as mx
 import msgspec
 import psutil
 
@@ -28,7 +27,15 @@ from workers.engine import Engine
 from workers.exactness import probe
 from workers.load import LoadedModel, load
 from workers.load.servable import read_config
-from workers.machine import DTYPES, device_memory_bytes, device_name, has_own_memory, is_cpu
+from workers.machine import (
+    DTYPES,
+    device_memory_bytes,
+    device_name,
+    free_device_memory_bytes,
+    has_own_memory,
+    is_cpu,
+    limit_cached_memory,
+)
 from workers.models.base import MediaModel
 from workers.own_attention import may_serve_all
 from workers.runner import ModelRunner
@@ -46,8 +53,6 @@ CLASS_RATIO_CPU = 2  # fresh memory is what costs there: 0.25 s for 100 MB with 
 CLASS_RATIO_GPU = 4  # each class in a batch is a launch
 MEMORY_SHARE_CPU = 0.25  # of the machine's memory, for keys and values
 MEMORY_SHARE_GPU = 0.85  # of what the weights leave free of the device's memory
-# Freed buffers that MLX keeps for reuse: a step of 136 tokens of the embedded model faults no page with 64 MB.
-CPU_CACHE_BYTES, CPU_CACHE_SHARE = 64 << 20, 1 / 8  # at least; of the weights' size
 MAX_DRAFT_WIDTH = 32  # widest verify row
 BLOCK_SIZE = 32  # tokens of a prefix cache block
 PREFIX_SHARE = 0.4  # of the KV memory, for cached prefixes
@@ -76,8 +81,7 @@ def load_target(files: ModelFiles, settings: Settings) -> LoadedModel:
         cuda.leave_out_graphs()
     places = adapters.parse(settings.adapters)
     loaded = load(files, settings.dtype, trust_remote_code=settings.trust_remote_code, adapter_places=places)
-    if is_cpu():
-        mx.set_cache_limit(max(CPU_CACHE_BYTES, int(CPU_CACHE_SHARE * mx.get_active_memory())))
+    limit_cached_memory()
     return loaded
 
 
@@ -250,7 +254,7 @@ def _with_states(info: PrefixCacheInfo, engine: Engine, prefix_bytes: int) -> Pr
 def _kv_budget_bytes() -> int:
     if is_cpu():
         return int(device_memory_bytes() * MEMORY_SHARE_CPU)
-    return max(GIB // 4, int((device_memory_bytes() - mx.get_active_memory()) * MEMORY_SHARE_GPU))
+    return max(GIB // 4, int(free_device_memory_bytes() * MEMORY_SHARE_GPU))
 
 
 def warm_up(engine: Engine, info: WorkerInfo) -> None:

@@ -28,7 +28,7 @@ from workers.drafters.registry import load_drafter, load_fusion
 from workers.fingerprint import fingerprint
 from workers.kernels.select import select
 from workers.load import LoadedModel, load
-from workers.machine import DTYPES, device_name, is_cpu
+from workers.machine import DTYPES, device_name, is_cpu, limit_cached_memory
 from workers.models.base import TextModel
 from workers.models.own import is_own
 from workers.runner import ModelRunner
@@ -93,6 +93,7 @@ def build_drafter(settings: Settings, target: LoadedModel | None = None) -> tupl
         embed, head = target_tables(target, config)
         engine = DraftEngine(load_drafter(config, dtype, embed, head), config.feature != "none", dtype)
     if not is_cpu():
+        limit_cached_memory()
         select_attention(engine, dtype, settings)
     limit = min(settings.draft_block_size or engine.drafter.max_draft_tokens, engine.drafter.max_draft_tokens)
     costs = draft_costs(engine, max(1, config.feature_size), limit)

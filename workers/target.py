@@ -48,6 +48,7 @@ ARCHIVE_POLL_S = 0.002  # while idle and blocks go to or come from the archive
 # copying a block would hold up the next one.
 IDLE_AFTER_S = 0.05
 MAX_LOOK_AHEAD_S = 0.02  # longest wait for the next step while one runs
+WEIGHT = 0.2  # of a step in moving averages
 
 
 class Target:
@@ -74,7 +75,9 @@ class Target:
         )  # fmt: skip
         self.archiver = build_archiver(self.engine, self.info, settings)
         self.sender = FeatureSender(settings) if self.engine.model.captures else None
-        self.step_s = 0.0  # moving average of the time a step keeps the device
+        self.step_s = 0.0  # moving average of the time that a step is waited for
+        self.build_s = 0.0  # of the time that making one ready takes
+        self.is_queued = False  # the step that was begun last was begun behind another
         self.last_busy = 0.0  # `time.monotonic` when the last step ended
         self.epoch = 0
         self.scheduler_id = ""
@@ -176,15 +179,17 @@ class Target:
     def _patience(self, num_waiting: int, num_running: int) -> float:
         """Seconds to wait for a message.
 
-        While a step runs on a GPU the scheduler plans the one after: half a step's time lets it arrive, so that it is
-        queued before the device falls idle, and never delays a result.
+        While a step runs on a GPU the scheduler plans the one after. Behind a step that was queued another is to be
+        expected: as long as making one ready takes it is waited for, since results that are read before it is begun
+        would leave the device and the scheduler idle in turn, step after step. Behind one that came alone, as with
+        drafts, half the time until the device is done lets it arrive and delays no result.
         """
         if num_waiting + num_running == 0:
             if self.archiver is not None and (self.archiver.is_loading or self.archiver.has_work):
                 return ARCHIVE_POLL_S
             return IDLE_POLL_S
         if num_waiting == 0 and num_running < self.depth:
-            return min(self.step_s / 2, MAX_LOOK_AHEAD_S)
+            return min(self.build_s if self.is_queued else self.step_s / 2, MAX_LOOK_AHEAD_S)
         return 0.0
 
     def _begin(self, message: Step | Release, running: deque[PendingStep]) -> None:
@@ -193,7 +198,9 @@ class Target:
             if message.shrink is not None:
                 self._shrink(message.shrink)
         else:
+            self.is_queued = bool(running)
             running.append(self.engine.begin(message))
+            self.build_s = _averaged(self.build_s, running[-1].build_s)
         if self.archiver is not None and message.stores:
             self.archiver.stored(message.stores)
 
@@ -215,7 +222,7 @@ class Target:
         result = self.engine.finish(step)
         self.link.send(result)
         self._send_features(step, result)
-        self.step_s = 0.8 * self.step_s + 0.2 * result.phases["device"]
+        self.step_s = _averaged(self.step_s, result.phases["device"])
 
     def _send_features(self, done: PendingStep, result: StepResult) -> None:
         """After the result, so that the scheduler plans meanwhile."""
@@ -238,6 +245,10 @@ class Target:
         self.link.ready(_with_archive(self.info, sum(len(message.added) for message in archived)))
         for message in archived:
             self.link.send(message)
+
+
+def _averaged(mean: float, value: float) -> float:
+    return mean + WEIGHT * (value - mean)
 
 
 def _with_archive(info: WorkerInfo, num_archived: int) -> WorkerInfo:

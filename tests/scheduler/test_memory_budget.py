@@ -7,6 +7,7 @@ import random
 import pytest
 
 from scheduler import session
+from scheduler.memory_budget import MemoryBudget
 from shared.messages import Heartbeat, Release
 from tests.scheduler.test_core import Rig
 from tests.scheduler.test_prefix import cache_info
@@ -48,6 +49,23 @@ def test_a_process_that_is_gone_holds_no_memory() -> None:
     rig.submit("a", [1], 3)
     rig.assert_idle()
     assert not rig.rejected
+
+
+def test_memory_of_the_device_is_not_taken_for_the_machines() -> None:
+    """A GPU with as much memory as the machine: what the pools and MLX hold there filled the machine's budget."""
+    budget = MemoryBudget(LIMIT)
+    budget.note("front", {"resident": 300})
+    budget.note("target", {"resident": 200, "device": 900, "device_cache": 50, "device_total": 1000})
+    assert (budget.used_bytes, budget.device_used_bytes) == (500, 950)
+    assert not budget.is_full
+    budget.note("drafter", {"resident": 100, "device": 20, "device_cache": 0, "device_total": 1000})
+    assert budget.is_full and budget.is_overfull
+    assert str(budget) == "970 of 970 bytes on the device"
+    budget.forget("drafter")
+    assert not budget.is_full
+    budget.note("front", {"resident": 850})
+    assert budget.is_full
+    assert str(budget) == "1050 of 1000 bytes"
 
 
 def tell(rig: Rig, used_bytes: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.kernels import delta
+from workers.kernels import delta, gate
 from workers.kernels.cuda import append_joined_kernel, append_kernel, attend_kernel, constants_text, header
 
 nvidia = pytest.importorskip("nvidia", reason="no NVIDIA packages")
@@ -30,7 +30,10 @@ using Shape = cuda::std::array<int32_t, 10>;
 using Strides = cuda::std::array<int64_t, 10>;
 }
 """
-DELTA = {"gated_delta": (delta.INPUTS, ["y", "after"], delta.BODY)}
+OTHERS = {
+    "gated_delta": (delta.INPUTS, ["y", "after"], delta.BODY),
+    "silu_gate": (gate.INPUTS, gate.OUTPUTS, gate.BODY),
+}
 BF16, FP16, FP32 = "__nv_bfloat16", "__half", "float"
 NOT_T = {
     "table": "int", "starts": "int", "params": "int", "old": "int", "inv_freq": "float", "sinks": "float",
@@ -40,8 +43,8 @@ NOT_T = {
 
 def parts_of(kernel: str) -> tuple[list[str], list[str], str]:
     """Inputs, outputs and body; an attending kernel's name tells of norms."""
-    if kernel in DELTA:
-        return DELTA[kernel]
+    if kernel in OTHERS:
+        return OTHERS[kernel]
     if kernel.startswith("append_joined"):
         return append_joined_kernel(has_norms=kernel.endswith("_normed"))
     if kernel.startswith("append"):
@@ -64,7 +67,7 @@ def whole_source(kernel: str, dtype: str, template: dict[str, int]) -> tuple[str
     constants = f"{constants_text(dtype, template)}using TG = float; using TB = {dtype};\n"
     signature = f"__global__ void {name}({', '.join(arguments)})"
     function = f"{signature} {{\n{constants}{body}\n}}"
-    return f"{PRELUDE}{header()}{delta.header()}namespace mlx::core::cu {{\n{function}\n}}\n", name
+    return f"{PRELUDE}{header()}{delta.header()}{gate.header()}namespace mlx::core::cu {{\n{function}\n}}\n", name
 
 
 def compile_log(text: str, name: str) -> str:
@@ -104,6 +107,8 @@ def compile_log(text: str, name: str) -> str:
         ("gated_delta", BF16, {"DK": 128, "ROWS": 2, "VECTOR": 0, "MASKED": 0}),
         ("gated_delta", FP16, {"DK": 192, "ROWS": 2, "VECTOR": 0, "MASKED": 1}),
         ("gated_delta", FP32, {"DK": 16, "ROWS": 2, "VECTOR": 1, "MASKED": 1}),
+        ("silu_gate", BF16, {}),
+        ("silu_gate", FP16, {}),
     ],
 )
 def test_nvrtc_compiles(kernel: str, dtype: str, template: dict[str, int]) -> None:

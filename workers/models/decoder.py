@@ -19,6 +19,7 @@ from shared.errors import BadModel
 from workers import cpu_math
 from workers.cache.spec import AttentionSpec, LayerSpec
 from workers.kernels.choice import Form
+from workers.kernels.gate import SiluGate
 from workers.models.base import LayerCache, NoCache
 from workers.models.fp8 import unpacked
 from workers.models.fuse import are_alike, join
@@ -228,7 +229,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if "gate_up_proj" in self:
-            return self.down_proj(swiglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
+            return self.down_proj(joined_swiglu(self.gate_up_proj(x)))
         gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(swiglu_on_cpu(gate, up) if self.is_cpu else swiglu(gate, up))
 
@@ -244,6 +245,9 @@ class MLP(nn.Module):
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up in one kernel."""
     return gate * mx.sigmoid(gate) * up
+
+
+joined_swiglu = SiluGate(swiglu)
 
 
 def swiglu_on_cpu(gate: mx.array, up: mx.array) -> mx.array:
@@ -279,7 +283,7 @@ class Layer(nn.Module):
         self.self_attn.join()
         if "qkv_proj" in self.self_attn:
             norms = self.input_layernorm, self.post_attention_layernorm
-            self.lean = LeanLayer(self.self_attn, self.mlp, *norms, swiglu)
+            self.lean = LeanLayer(self.self_attn, self.mlp, *norms, joined_swiglu)
 
 
 class Body(nn.Module):

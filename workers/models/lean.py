@@ -59,7 +59,7 @@ class LeanLayer:
         attention: with `qkv_proj`.
         mlp: with `gate_up_proj`, or called as it is.
         before_attention, before_mlp: the RMS norms.
-        activation: of the gate and the up projection's outputs.
+        activation: of the rows that the gate and up projections made as one product.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LeanLayer:
         mlp: nn.Module,
         before_attention: nn.Module,
         before_mlp: nn.Module,
-        activation: Callable[[mx.array, mx.array], mx.array],
+        activation: Callable[[mx.array], mx.array],
     ) -> None:
         self._num_heads, self._num_kv_heads = attention.num_heads, attention.num_kv_heads
         self._scale, self._window = attention.scale, attention.window
@@ -89,7 +89,7 @@ class LeanLayer:
         x = self._add_attended(x, self._attend(qkv, rotate, cache))
         inner = mx.fast.rms_norm(x, self._second, self._eps)
         if self._gate_up is not None:
-            inner = self._activation(*mx.split(self._gate_up(inner), 2, axis=-1))
+            inner = self._activation(self._gate_up(inner))
         return self._add_down(x, inner)
 
     def _attend(self, qkv: mx.array, rotate: Rotate, cache: LayerCache) -> mx.array:

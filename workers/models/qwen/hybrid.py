@@ -21,7 +21,7 @@ from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
 from workers.cache.recurrent import RecurrentView, State
 from workers.models import fuse
-from workers.models.decoder import swiglu
+from workers.models.decoder import joined_swiglu
 from workers.models.rope import Rope, plain_rope
 
 L2_EPS = 1e-6
@@ -188,7 +188,7 @@ class MLP(qwen3_next.Qwen3NextMLP):
     def __call__(self, x: mx.array) -> mx.array:
         if "gate_up_proj" not in self:
             return super().__call__(x)
-        return self.down_proj(swiglu(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
+        return self.down_proj(joined_swiglu(self.gate_up_proj(x)))
 
     def join(self) -> None:
         fuse.join(self, ["gate_proj", "up_proj"], "gate_up_proj")
