@@ -11,6 +11,7 @@ from types import FrameType
 import psutil
 import zmq
 
+from scheduler import learned_files
 from scheduler.core import Core
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
@@ -26,6 +27,7 @@ from shared.wire import Decoder, encode
 
 SEND_QUEUE = 100_000  # messages waiting for one peer before it counts as lost
 LINGER_MS = 1000
+KEEP_INTERVAL_S = 60.0  # between two times that what speculation learned is written
 MEMORY_SHARE = 0.9  # of the machine's memory, where no limit is set
 
 
@@ -36,7 +38,9 @@ class Process:
         self.settings = settings
         self.log = logging.getLogger("scheduler")
         weights = {key.tenant: key.weight for key in load_keys(settings)}
-        self.core = Core(settings, Metrics(display_name(settings.model, settings)), weights)
+        known = learned_files.load(settings.cache_folder)
+        self.core = Core(settings, Metrics(display_name(settings.model, settings)), weights, known)
+        self._keep_at = time.monotonic() + KEEP_INTERVAL_S
         self._decoder = Decoder(ToScheduler)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -81,11 +85,14 @@ class Process:
                     self._send(self.core.tick(time.monotonic()))
                     self._replace_hung()
                     self._note_memory()
+                    if time.monotonic() >= self._keep_at:
+                        self._keep_learned()
                     self._beat.touch()
                     next_tick = time.monotonic() + interval
             if not self._is_restart:
                 self._send(self.core.shutdown(time.monotonic()))
         finally:
+            self._keep_learned()
             self._socket.close()
             self._context.term()
 
@@ -109,6 +116,12 @@ class Process:
                 self.log.warning("dropped a bad message: %s", str(error)[:200])
                 continue
             self._send(self.core.handle(sender, message, time.monotonic()))
+
+    def _keep_learned(self) -> None:
+        self._keep_at = time.monotonic() + KEEP_INTERVAL_S
+        key = self.core.speculator.keep()
+        if key is not None:
+            learned_files.save(self.settings.cache_folder, self.core.speculator.known, [key])
 
     def _note_memory(self) -> None:
         """Our own share of the budget; the others tell theirs with their heartbeats."""

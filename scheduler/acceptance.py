@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from scheduler.learned import MAX_REMEMBERED_ROWS, LearnedAcceptance
+
 PRIOR = 0.8  # acceptance assumed before anything was seen: hopeful, so that it is measured at once
 ACCEPT_WEIGHT = 0.004  # of one verified row in the moving average of acceptance
 LIKE_BEFORE = 16  # tests of a position that weigh as much as what is known of the one before it
@@ -14,6 +18,15 @@ class AcceptanceRates:
         self._rates = [PRIOR] * max(1, max_draft_tokens)
         self._seen = [0] * max(1, max_draft_tokens)
         self._expected: list[float] = []  # by the number of drafts; empty: to be computed
+
+    def learned(self) -> list[LearnedAcceptance]:
+        return [LearnedAcceptance(rate, seen) for rate, seen in zip(self._rates, self._seen, strict=True)]
+
+    def recall(self, learned: Sequence[LearnedAcceptance]) -> None:
+        """What was seen before the start, as a few rows of now."""
+        self._expected = []
+        for j, known in enumerate(learned[: len(self._rates)]):
+            self._rates[j], self._seen[j] = known.rate, min(known.seen, MAX_REMEMBERED_ROWS)
 
     def add(self, num_drafts: int, num_accepted: int) -> None:
         self._expected = []

@@ -52,6 +52,11 @@ class ArrivalCosts:
         mean = self._means[is_drafting]
         return mean * float(0.5 ** ((now - self._measured[is_drafting]) / HALF_LIFE_S)) if mean else 0.0
 
+    def recall(self, plain_s: float, drafted_s: float, now: float) -> None:
+        """What a request cost before the start."""
+        self._means = {False: plain_s, True: drafted_s}
+        self._measured = {False: now, True: now}
+
     def prefilled(
         self,
         is_drafting: bool,

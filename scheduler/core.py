@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequenced
 
+from scheduler.learned import Learned
 from scheduler.media import media_fault
 from scheduler.memory_budget import MemoryBudget
 from scheduler.metrics import Metrics
@@ -66,9 +67,16 @@ class Core:
     settings: of the process tree.
     metrics: counters; the core only adds to them.
     weights: tenant -> share of the engine, 1 where it is not listed.
+    known: what speculation learned before, by pair of models and device; it is put there, too.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        weights: Mapping[str, float] | None = None,
+        known: dict[str, Learned] | None = None,
+    ) -> None:
         self.settings = settings
         self.metrics = metrics
         self.scheduler_id = uuid.uuid4().hex
@@ -86,7 +94,7 @@ class Core:
         self.suspects = Suspects()
         self.memory = MemoryBudget(settings.memory_limit_bytes or sys.maxsize, settings.memory_hard_limit_bytes)
         self.hung: list[int] = []  # pids of workers to be replaced; the process shell takes them
-        self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics)
+        self.speculator = Speculator(settings.is_ngram, settings.draft_block_size or NGRAM_DRAFT_TOKENS, metrics, known)
         self.speculator.forced_k = settings.draft_tokens or None
         self.speculator.max_batch = settings.draft_max_batch
 
@@ -231,12 +239,17 @@ class Core:
                 self._step_timeout, self._outbox, self._end,
             )  # fmt: skip
             self.speculator.set_target(
-                info.max_draft_tokens, info.step_costs, info.vocab_size, peer.epoch, info.packs_rows
+                info.max_draft_tokens,
+                info.step_costs,
+                info.vocab_size,
+                peer.epoch,
+                info.packs_rows,
+                name=f"{info.fingerprint} {info.dtype} {info.device}",
             )
         elif message.info.draft_kind is not None:
             info = message.info
             self.speculator.set_drafter(
-                sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens, info.step_costs
+                sender, message.info.draft_kind, peer.epoch, info.max_draft_tokens, info.step_costs, name=info.model
             )
         self._broadcast_status()
 

@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scheduler.acceptance import AcceptanceRates
 from scheduler.arrivals import ArrivalCosts
+from scheduler.learned import Learned, LearnedRound
 from scheduler.round_time import RoundTime
 
 EXCESS_WEIGHT = 0.05  # of one round in the moving average of measured over modelled time
@@ -86,6 +88,39 @@ class Policy:
         self._num_since_trial: dict[int, int] = {}  # batch size -> results
         self._clock = 0.0  # seconds of all rounds
         self._arrivals = ArrivalCosts()
+
+    def learned(self, neural: AcceptanceRates, ngram: AcceptanceRates) -> Learned | None:
+        """What is worth keeping; None while nothing is certain."""
+        if not any(self._is_certain(size, k) for size, k in self._times):
+            return None
+        rounds = [
+            LearnedRound(size, k, known.value, known.num, self._num_trials[size, k])
+            for (size, k), known in self._times.items()
+        ]
+        return Learned(
+            rounds=rounds,
+            plain_excess=self._excess[False],
+            drafted_excess=self._excess[True],
+            drafted_yield=self._yield,
+            plain_arrival_s=self._arrivals.seconds(False, self._clock),
+            drafted_arrival_s=self._arrivals.seconds(True, self._clock),
+            neural=neural.learned(),
+            ngram=ngram.learned(),
+        )
+
+    def recall(self, learned: Learned) -> None:
+        """Begin with what was known of the same models on this machine.
+
+        Plain decoding, by which all is judged, is tried early once more: the machine may do other things now.
+        """
+        for known in learned.rounds:
+            key = known.size, known.k
+            self._times[key] = RoundTime.known(known.seconds, known.num)
+            self._num_trials[key] = min(known.num_trials, EARLY_TRIALS - (known.k == 0))
+        self._excess = {False: learned.plain_excess, True: learned.drafted_excess}
+        self._num_excess = {False: NUM_CERTAIN, True: NUM_CERTAIN}
+        self._yield = learned.drafted_yield
+        self._arrivals.recall(learned.plain_arrival_s, learned.drafted_arrival_s, self._clock)
 
     # ------------------------------------------------ choosing
 

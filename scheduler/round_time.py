@@ -8,6 +8,7 @@ from collections.abc import Sequence
 WINDOW = 48  # rounds that a time is the mean of
 MAX_OVER_MEDIAN = 1.4
 STRETCH = 3  # rounds
+NUM_KNOWN = 8  # rounds that a time from before the start counts for
 FASTER = 0.85  # than those before, a stretch tells that these were disturbed
 
 
@@ -24,6 +25,14 @@ class RoundTime:
         self._num_old = 0  # rounds of earlier stretches at the head of `_last`
         self.num = 0
         self.value = 0.0
+
+    @classmethod
+    def known(cls, seconds: float, num: int) -> RoundTime:
+        """As `num` rounds were some time ago: not many of now outweigh them, fewer where these are faster."""
+        times = cls()
+        times.num, times.value = min(num, NUM_KNOWN), seconds
+        times._last.extend([seconds] * times.num)
+        return times
 
     def begin_stretch(self) -> None:
         self._num_old = len(self._last)

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from scheduler.acceptance import PRIOR, AcceptanceRates
 from scheduler.costs import StepCosts
 from scheduler.drafts import draws, first, problem
+from scheduler.learned import Learned
 from scheduler.metrics import Metrics
 from scheduler.ngram import NOTHING, NgramIndex, Proposal, SharedSuffixIndex
 from scheduler.policy import Policy
@@ -71,9 +72,14 @@ class Speculator:
     use_ngram: propose from each sequence's own text.
     max_draft_tokens: longest draft; 0 turns speculation off.
     metrics: counters.
+    known: what was learned of each pair of models, by what `set_target` and `set_drafter` call them.
     """
 
-    def __init__(self, use_ngram: bool, max_draft_tokens: int, metrics: Metrics) -> None:
+    def __init__(
+        self, use_ngram: bool, max_draft_tokens: int, metrics: Metrics, known: dict[str, Learned] | None = None
+    ) -> None:
+        self.known = {} if known is None else known
+        self._target_name = self._drafter_name = ""
         self.use_ngram = use_ngram
         self._max_ngram = max_draft_tokens if use_ngram else 0
         self._shared = SharedSuffixIndex(max_tokens=SHARED_TOKENS)
@@ -125,26 +131,64 @@ class Speculator:
         vocab_size: int,
         epoch: int = 0,
         packs_rows: bool = False,
+        name: str = "",
     ) -> None:
-        """A target is ready: what it can verify in one row, what its steps cost, and whether by the token."""
+        """A target is ready: what it can verify in one row, what its steps cost, and whether by the token.
+
+        `name` tells weights, type and device apart; what is learned of one without a name is not kept.
+        """
+        self.keep()
+        self._target_name = name
         self._max_verified = max_draft_tokens
         self._vocab_size = vocab_size
         self._target_epoch = epoch
         self.packs_rows = packs_rows
         self.costs = StepCosts(step_costs, is_by_token=packs_rows)
-        self.policy.forget()
+        self._begin_again()
 
     def set_drafter(
-        self, instance_id: str, kind: str, epoch: int, max_draft_tokens: int, costs: Iterable[StepCost] = ()
+        self,
+        instance_id: str,
+        kind: str,
+        epoch: int,
+        max_draft_tokens: int,
+        costs: Iterable[StepCost] = (),
+        name: str = "",
     ) -> None:
         """A drafter is ready; it knows of no sequence yet. `costs` by batch and k, as it measured them at start."""
+        self.keep()
+        self._drafter_name = f"{name} {kind} {max_draft_tokens}"
         self.lose_drafter()
         self.drafter_id, self.drafter_kind, self.drafter_epoch = instance_id, kind, epoch
         self._neural = AcceptanceRates(max_draft_tokens)
         self.draft_costs = StepCosts(costs)
-        self.policy.forget()
         self._max_neural = max_draft_tokens
+        self._begin_again()
         self.metrics.add_drafter(kind)
+
+    @property
+    def _pair(self) -> str:
+        """What the running pair is kept under."""
+        text = "ngram" if self.use_ngram else ""
+        return " ".join([self._target_name, str(self._max_verified), text, self._drafter_name])
+
+    def keep(self) -> str | None:
+        """Put what was learned into `known`; what it is kept under, None if there is nothing."""
+        drafts = self.use_ngram or self._drafter_name
+        learned = self.policy.learned(self._neural, self._ngram) if self._target_name and drafts else None
+        if learned is None:
+            return None
+        self.known[self._pair] = learned
+        return self._pair
+
+    def _begin_again(self) -> None:
+        """Another target or drafter: with what is known of the two."""
+        self.policy.forget()
+        learned = self.known.get(self._pair)
+        if learned is not None:
+            self.policy.recall(learned)
+            self._neural.recall(learned.neural)
+            self._ngram.recall(learned.ngram)
 
     def lose_drafter(self) -> None:
         self.drafter_id = None

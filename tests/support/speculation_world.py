@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from scheduler.core import Core
+from scheduler.learned import Learned
 from scheduler.metrics import Metrics
 from scheduler.outbox import Envelope
 from shared.config import Settings
@@ -106,6 +107,7 @@ class World:
     seed: int = 1
     traffic: Traffic | None = None  # None: requests never end
     disturbed_until: float = 0.0  # until then everything takes up to four times as long
+    known: dict[str, Learned] = field(default_factory=dict)  # what the core begins with
     num_tokens: int = 0
     now: float = 100.0
     _events: list[tuple[float, int, str, Message]] = field(default_factory=list)
@@ -121,7 +123,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.core = Core(Settings(draft_model="none", max_queue=4096), Metrics())
+        self.core = Core(Settings(draft_model="none", max_queue=4096), Metrics(), known=self.known)
         self.core.speculator.forced_k = self.k
         told = [
             StepCost(
