@@ -19,7 +19,7 @@ from scheduler.learned import Learned
 logger = logging.getLogger("scheduler")
 
 FORMAT = "speculation-1"
-MAX_FILES = 64  # the newest ones are read
+MAX_FILES = 64  # the newest ones stay
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -30,11 +30,7 @@ class Kept(msgspec.Struct, frozen=True):
 def load(cache_folder: Path) -> dict[str, Learned]:
     """By key: see `Speculator`."""
     found: dict[str, Learned] = {}
-    try:
-        paths = sorted((cache_folder / FORMAT).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    except OSError:
-        return found
-    for path in paths[-MAX_FILES:]:
+    for path in _files(cache_folder)[-MAX_FILES:]:
         try:
             kept = msgspec.json.decode(path.read_bytes(), type=Kept)
         except (OSError, msgspec.DecodeError):
@@ -44,7 +40,7 @@ def load(cache_folder: Path) -> dict[str, Learned]:
 
 
 def save(cache_folder: Path, known: Mapping[str, Learned], keys: Iterable[str]) -> None:
-    """Write those of `keys`. Another server may do the same: a file is replaced whole."""
+    """Write those of `keys`, and remove the oldest files. Another server may do the same: a file is replaced whole."""
     for key in keys:
         path = cache_folder / FORMAT / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         new = path.with_suffix(f".{os.getpid()}")
@@ -56,3 +52,14 @@ def save(cache_folder: Path, known: Mapping[str, Learned], keys: Iterable[str]) 
             logger.warning("cannot keep what speculation learned: %s", error)
             with suppress(OSError):
                 new.unlink()
+    for path in _files(cache_folder)[:-MAX_FILES]:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _files(cache_folder: Path) -> list[Path]:
+    """Oldest first."""
+    try:
+        return sorted((cache_folder / FORMAT).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    except OSError:  # another server removed one
+        return []

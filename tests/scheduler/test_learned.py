@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def test_files_bring_back_what_was_kept(tmp_path: Path) -> None:
     learned_files.save(tmp_path, known, known)
     assert learned_files.load(tmp_path) == known
     assert [path.suffix for path in (tmp_path / learned_files.FORMAT).iterdir()] == [".json"]
+
+
+def test_the_oldest_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_files, "MAX_FILES", 3)
+    (learned,) = used(MISLEADING).values()
+    for i in range(5):
+        learned_files.save(tmp_path, {f"pair {i}": learned}, [f"pair {i}"])
+        for path in (tmp_path / learned_files.FORMAT).iterdir():  # a second ago
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 1))
+    assert sorted(learned_files.load(tmp_path)) == ["pair 2", "pair 3", "pair 4"]
 
 
 def test_files_that_cannot_be_read_count_as_none(tmp_path: Path) -> None:

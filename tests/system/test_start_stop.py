@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler import learned_files
 from tests.support.server import REPOSITORY, STOP_S, Server
 from tests.support.stream import Stream
 
@@ -84,3 +85,17 @@ def test_a_misspelt_setting_stops_start_up(model: Path, tmp_path: Path) -> None:
     assert server.process is not None
     assert server.process.wait(timeout=30) == 78
     assert "TANDEM_MAX_NUM_SEQ" in server.log.read_text()
+
+
+def test_what_speculation_learned_is_there_after_a_restart(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with Server(model, tmp_path, draft_model="ngram", cache_dir=cache) as server:
+        assert Stream(server, max_tokens=60).result()
+    (path,) = (cache / learned_files.FORMAT).iterdir()
+    known, written = learned_files.load(cache), path.stat().st_mtime_ns
+    with Server(model, tmp_path, draft_model="ngram", cache_dir=cache):
+        pass  # what it writes at its end is what it began with
+    assert list((cache / learned_files.FORMAT).iterdir()) == [path]
+    assert path.stat().st_mtime_ns > written
+    (before,), (after,) = known.values(), learned_files.load(cache).values()
+    assert {(r.size, r.k): r.seconds for r in before.rounds} == {(r.size, r.k): r.seconds for r in after.rounds}
