@@ -82,7 +82,7 @@ class PrefixCache:
         self.counts = counts
         self.index = PrefixIndex(info.num_blocks, info.num_states)
         self.sharing = Sharing(self.index, info.block_size) if info.is_shared else None
-        self.pace = ArchivePace(token_s)
+        self.pace = ArchivePace(token_s, info.block_bytes)
         self.to_load: list[LoadBlocks] = []  # to be sent by the owner, epoch not yet set
         self.to_check: list[ToCheck] = []
         self.num_checked = 0  # blocks of the comparison that is on its way
@@ -377,17 +377,17 @@ class PrefixCache:
     def _start_load(self, sequence: Sequence, chain: list[Entry]) -> bool:
         """Have the archived blocks of a chain brought to the device, if a slot can be restored from them then."""
         sequence.was_loaded = True
-        n = len(chain)
-        if self.info.is_recurrent:
-            while n and not (chain[n - 1].state_id is not None or chain[n - 1].archived_state):
-                n -= 1
-        chain = chain[:n]
+        chain = self._up_to_a_state(chain)
         absent = [e for e in chain if e.block_id is None]
         if not absent or len(chain) > self.info.num_blocks or any(e.is_awaited for e in chain):
             return False
-        if not self.pace.is_worth(len(absent), (len(chain) - _num_ready(chain)) * self.info.block_size):
+        num_worth = self.pace.num_worth(len(absent), (len(chain) - _num_ready(chain)) * self.info.block_size)
+        if num_worth < len(absent):
             self.counts.misses["slow_archive"] += 1
-            return False
+            chain = self._cut(chain, num_worth)
+            absent = [e for e in chain if e.block_id is None]
+            if not absent:
+                return False
         self.index.pin(chain)
         loading = [e for e in absent if self.index.insert(e.block_hash, e.archived_window) is not None]
         if len(loading) < len(absent):  # everything else is pinned: better to compute
@@ -413,6 +413,23 @@ class PrefixCache:
             )
         )
         return True
+
+    def _up_to_a_state(self, chain: list[Entry]) -> list[Entry]:
+        """What a slot can be restored from: of a recurrent model up to the last state."""
+        n = len(chain)
+        while self.info.is_recurrent and n and not _has_state(chain[n - 1]):
+            n -= 1
+        return chain[:n]
+
+    def _cut(self, chain: list[Entry], num_absent: int) -> list[Entry]:
+        """A chain's first blocks, of which so many have to be loaded; of a recurrent model at least up to its first
+        state behind them."""
+        if num_absent == 0:
+            return []
+        end = [i for i, e in enumerate(chain) if e.block_id is None][num_absent - 1] + 1
+        while self.info.is_recurrent and not _has_state(chain[end - 1]):
+            end += 1  # the whole chain ends with one
+        return chain[:end]
 
     def loaded(self, message: BlocksLoaded) -> bool:
         """Blocks have come, or turned out to be gone. False: nobody waited for them."""
@@ -479,6 +496,11 @@ class PrefixCache:
         assert all(e.num_pins > 0 for load in self._loads.values() for e in load.pinned), (
             "a block may leave while loaded"
         )
+
+
+def _has_state(entry: Entry) -> bool:
+    """On the device or in the archive."""
+    return entry.state_id is not None or entry.archived_state
 
 
 def _num_ready(chain: list[Entry]) -> int:

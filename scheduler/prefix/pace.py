@@ -6,19 +6,22 @@ from scheduler.costs import follow
 
 MIN_TOKENS = 128  # of a step that tells how long a prompt's token takes
 SLOWER = 2.0  # loading leaves the device to others, so it may take this much longer than computing
-TRY_EVERY = 16  # what was slow may lie in host memory now: one of so many loads that do not pay is made all the same
+TRY_EVERY = 16  # what was slow may lie in host memory now: one of so many loads that do not pay is tried again
+ASSUMED_BYTES_PER_S = 200e6  # until the first load tells: of a slow disk, so that a fast GPU does not wait for all
 
 
 class ArchivePace:
-    """Moving averages, 0 while nothing was measured: then blocks are loaded, which measures it.
+    """Moving averages, 0 while nothing was measured.
 
     Args:
         token_s: what a prompt's token takes at most, where the target has measured wide steps.
+        block_bytes: of an archived block.
     """
 
-    def __init__(self, token_s: float = 0.0) -> None:
+    def __init__(self, token_s: float = 0.0, block_bytes: int = 0) -> None:
         self.token_s = token_s  # of a prompt, computed
         self.block_s = 0.0  # loaded, from the request to its being in place
+        self._assumed_s = block_bytes / ASSUMED_BYTES_PER_S
         self._num_left_out = 0
 
     def computed(self, num_tokens: int, seconds: float) -> None:
@@ -32,9 +35,14 @@ class ArchivePace:
             measured = seconds / num_blocks
             self.block_s = follow(self.block_s, measured) if self.block_s else measured
 
-    def is_worth(self, num_blocks: int, num_tokens: int) -> bool:
-        """Whether to load `num_blocks` in place of computing `num_tokens`."""
-        if num_blocks * self.block_s <= SLOWER * num_tokens * self.token_s or not self.token_s:
-            return True
-        self._num_left_out += 1
-        return self._num_left_out % TRY_EVERY == 0
+    def num_worth(self, num_blocks: int, num_tokens: int) -> int:
+        """How many of `num_blocks` to load in place of computing `num_tokens`: all, none, or, to learn what loading
+        takes, so few that it takes no longer than computing all."""
+        compute_s, block_s = num_tokens * self.token_s, self.block_s or self._assumed_s
+        if num_blocks * block_s <= SLOWER * compute_s or not self.token_s:
+            return num_blocks
+        if self.block_s:
+            self._num_left_out += 1
+            if self._num_left_out % TRY_EVERY:
+                return 0
+        return max(1, min(num_blocks, int(compute_s / block_s)))

@@ -177,15 +177,18 @@ def test_random_chats_give_the_same_tokens_as_without_a_cache(
     chats.assert_idle()
 
 
-def restarted_after(prompt: list[int]) -> Rig:
+def restarted_after(prompt: list[int], kind: str = "full") -> Rig:
     """The target was restarted after a request with `prompt`: its blocks are in the archive only."""
-    chats = rig()
+    chats = rig(kind)
     chats.submit("a", prompt, 2)
     chats.drain()
     archive = chats.target.archive
     chats.start_target()
     chats.target.archive = archive
-    added = [ArchivedBlock(block_hash=h, has_window=b.has_window, has_state=False) for h, (b, _) in archive.items()]
+    added = [
+        ArchivedBlock(block_hash=name, has_window=block.has_window, has_state=state is not None)
+        for name, (block, state) in archive.items()
+    ]
     chats.send(chats.target_id, BlocksArchived(epoch=chats.epoch, added=added))
     return chats
 
