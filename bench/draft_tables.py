@@ -116,7 +116,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         f"{settings['repeats']} repeats, at least {settings['requests_per_cell']} requests a cell and "
         f"{settings.get('waves', 1)} a client, up to "
-        f"{settings['output_tokens']} output tokens each{', end tokens ignored' if settings['ignore_eos'] else ''}; "
+        f"{settings['output_tokens']} output tokens each"
+        f"{', half of it less or more' if settings.get('vary_output') else ''}"
+        f"{', end tokens ignored' if settings['ignore_eos'] else ''}; "
         + ("each cell went round all arms." if result["is_interleaved"] else "one server after another."),
         _noise_line(result),
     ]

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -131,10 +132,15 @@ class Bench:
     def prompts(self, turn: Turn) -> list[Prompt]:
         """The same for all arms. Later repeats begin elsewhere in the set."""
         number = max(self._args.requests_per_cell, self._args.waves * turn.concurrency)
-        tenant = f"{turn.repeat}/{turn.workload}/{turn.concurrency}"
-        return prompt_sets.pick(
-            self._texts[turn.workload], number, self._args.output_tokens, tenant, turn.repeat * number
-        )
+        tenant, tokens = f"{turn.repeat}/{turn.workload}/{turn.concurrency}", self._args.output_tokens
+        prompts = prompt_sets.pick(self._texts[turn.workload], number, tokens, tenant, turn.repeat * number)
+        if not self._args.vary_output:
+            return prompts
+        rng = random.Random(tenant)
+        return [
+            msgspec.structs.replace(prompt, max_tokens=rng.randint(tokens // 2, tokens + tokens // 2))
+            for prompt in prompts
+        ]
 
     def _warm_up(self, running: Running, turn: Turn) -> None:
         """Once for each server and concurrency, with requests that the cells do not repeat: kernels for these batch
@@ -275,7 +281,10 @@ def measure(
 
 
 def _head(args: argparse.Namespace, arms: Sequence[Arm], is_interleaved: bool) -> dict[str, Any]:
-    names = ("output_tokens", "requests_per_cell", "waves", "repeats", "warmup_tokens", "ignore_eos", "tie_bound")
+    names = (
+        "output_tokens", "vary_output", "requests_per_cell", "waves", "repeats", "warmup_tokens", "ignore_eos",
+        "tie_bound",
+    )  # fmt: skip
     hidden = {f"TANDEM_{name}" for name in ("API_KEYS", "ADMIN_KEY")}
     return {
         "model": args.model,
@@ -317,6 +326,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests-per-cell", type=int, default=8, help="at least")
     add("--waves", type=int, default=1, help="at least so many requests for each client")
     add("--output-tokens", type=int, default=128)
+    add("--vary-output", action="store_true",
+        help="between half and one and a half of --output-tokens for each request, the same for all arms: else plain "
+        "answers end together, and the next ones' prompts are computed at once")  # fmt: skip
     add("--ignore-eos", action="store_true", help="every answer gets all its tokens, however it would have ended")
     add("--repeats", type=int, default=2)
     add("--warmup-tokens", type=int, default=32, help="for each request of a warm-up; 0: none")

@@ -53,6 +53,8 @@ CLASS_RATIO_CPU = 2  # fresh memory is what costs there: 0.25 s for 100 MB with 
 CLASS_RATIO_GPU = 4  # each class in a batch is a launch
 MEMORY_SHARE_CPU = 0.25  # of the machine's memory, for keys and values
 MEMORY_SHARE_GPU = 0.85  # of what the weights leave free of the device's memory
+# Tokens. MLX's own attention on CUDA compiles an engine for lengths of whole tiles and one for others, 0.9 and 0.5 s.
+CUDA_WARM_PROMPTS = (2048, 192)
 MAX_DRAFT_WIDTH = 32  # widest verify row
 BLOCK_SIZE = 32  # tokens of a prefix cache block
 PREFIX_SHARE = 0.4  # of the KV memory, for cached prefixes
@@ -258,25 +260,32 @@ def _kv_budget_bytes() -> int:
 
 
 def warm_up(engine: Engine, info: WorkerInfo) -> None:
-    """One prefill and one decode step: kernels are compiled and libraries loaded before the first request.
+    """A few prompts and one decode step: kernels are compiled and libraries loaded before the first request.
 
     Where there are adapters, also with one: all of them take the same way.
     """
-    tokens = [0] * min(16, info.max_model_len - 1)
-    capacity = len(tokens) + 1
-    prefill = StepRow(slot=0, start=0, capacity=capacity, token_ids=tokens)
-    decode = StepRow(slot=0, start=len(tokens), capacity=capacity)
+    shortest = min(16, info.max_model_len - 1)
     for adapter in ("", *list(info.adapters)[:1]):
-        start = SequenceStart(
-            slot=0,
-            request_id="warm-up",  # type: ignore[arg-type] # a NewType of str
-            sampling=SamplingParams(temperature=0.0),
-            num_prompt_tokens=len(tokens),
-            token_ids=tokens,
-            adapter=adapter,
-        )
-        engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[start], decodes=[], prefills=[prefill])))
+        _warm_up_prompt(engine, shortest, adapter)
+        decode = StepRow(slot=0, start=shortest, capacity=shortest + 1)
         engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[], decodes=[decode], prefills=[])))
     engine.hidden_size = engine.model.final_rows().shape[-1] if engine.model.shows_hidden else 0
     engine.state_bytes = sum(layer.nbytes() for layer in engine.store.recurrent_layers)  # of the one slot in use
+    for length in CUDA_WARM_PROMPTS if has_own_memory() else ():
+        if length < info.max_model_len:
+            _warm_up_prompt(engine, min(length, info.max_step_tokens))
     engine.reset()
+
+
+def _warm_up_prompt(engine: Engine, length: int, adapter: str = "") -> None:
+    tokens = [0] * length
+    start = SequenceStart(
+        slot=0,
+        request_id="warm-up",  # type: ignore[arg-type] # a NewType of str
+        sampling=SamplingParams(temperature=0.0),
+        num_prompt_tokens=length,
+        token_ids=tokens,
+        adapter=adapter,
+    )
+    row = StepRow(slot=0, start=0, capacity=length + 1, token_ids=tokens)
+    engine.finish(engine.begin(Step(epoch=0, step_id=0, starts=[start], decodes=[], prefills=[row])))

@@ -8,7 +8,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -26,6 +26,19 @@ CELLS = [("chat", 1), ("math", 1)]
 
 
 # ------------------------------------------------ what is played
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_answers_are_as_long_for_every_arm(varies: bool) -> None:
+    options = ["--output-tokens", "100", *(["--vary-output"] if varies else [])]
+    args = drafters._parser().parse_args([*options, "--requests-per-cell", "40", "--workloads", "chat"])
+    bench = drafters.Bench(args, cast(Any, None), cast(Any, None))
+    lengths = [
+        [p.max_tokens for p in bench.prompts(drafters.Turn(0, "chat", 8, Arm(name=name)))] for name in ("none", "ngram")
+    ]
+    assert lengths[0] == lengths[1]
+    assert (min(lengths[0]) < 70 and max(lengths[0]) > 130) if varies else set(lengths[0]) == {100}
+    assert all(50 <= n <= 150 for n in lengths[0])
 
 
 @pytest.mark.parametrize("is_interleaved", [True, False])
