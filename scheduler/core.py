@@ -553,6 +553,7 @@ class Core:
         self.metrics.running.set(len(self.running))
         self.metrics.waiting.set(len(self.waiting))
         self.metrics.chosen_k.set(self.speculator.choose_k(len(self.running)))
+        self.metrics.set_beliefs(*self.speculator.policy.beliefs())
         session = self.session
         total = session.slots.capacity_tokens if session is not None else 0
         self.metrics.kv_usage.set(session.slots.used_tokens / total if session is not None and total else 0.0)

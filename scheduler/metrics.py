@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Values
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -181,6 +181,14 @@ class Metrics:
         )  # fmt: skip
         self.feature_bytes = counter(names.FEATURE_BYTES, "Hidden rows sent from the target to the drafter.")
         self.chosen_k = gauge(names.SPEC_CHOSEN_K, "Drafted tokens per row that the policy chooses now.")
+        self._round_s = Gauge(
+            names.SPEC_ROUND_SECONDS, "What a round takes, as the policy believes.", [*plain, "rows", "k"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._arrival_s = Gauge(
+            names.SPEC_ARRIVAL_SECONDS, "What a request that comes costs beside rounds, as the policy believes.",
+            [*plain, "drafts"], registry=self.registry,
+        )  # fmt: skip
         self._draft_s = histogram(names.DRAFT_SECONDS, "From asking for drafts to having them.", names.PHASE_BUCKETS)
         self.fallthrough = counters(
             names.SPEC_FALLTHROUGH, "Rounds or rows without drafts.", "reason",
@@ -193,6 +201,17 @@ class Metrics:
         for counter in self._spec.values():
             counter.labels(**self._labels, drafter=drafter)
         self._spec_per_position.labels(**self._labels, drafter=drafter, position="0")
+
+    def set_beliefs(self, rounds: Mapping[tuple[int, int], float], arrivals: Mapping[bool, float]) -> None:
+        """Args:
+        rounds: (rows, k) -> seconds of a round.
+        arrivals: with drafts or without -> seconds of a request that comes.
+        """
+        self._round_s.clear()
+        for (rows, k), seconds in rounds.items():
+            self._round_s.labels(**self._labels, rows=str(rows), k=str(k)).set(seconds)
+        for is_drafting, seconds in arrivals.items():
+            self._arrival_s.labels(**self._labels, drafts="yes" if is_drafting else "no").set(seconds)
 
     def count_fallthrough(self, reason: str) -> None:
         self.fallthrough[reason].inc()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from scheduler.acceptance import AcceptanceRates
 from scheduler.arrivals import ArrivalCosts
 from scheduler.learned import Learned, LearnedRound
-from scheduler.round_time import RoundTime
+from scheduler.round_time import FASTER, RoundTime
 
 EXCESS_WEIGHT = 0.05  # of one round in the moving average of measured over modelled time
 MAX_EXCESS = 4.0
@@ -86,8 +86,14 @@ class Policy:
         self._trial_cost: dict[tuple[int, int], float] = {}  # (batch size, k) -> seconds that its last trial lost
         self._num_trials: Counter[tuple[int, int]] = Counter()
         self._num_since_trial: dict[int, int] = {}  # batch size -> results
+        self._recalled: dict[tuple[int, int], float] = {}  # seconds of a round as known from before the start
         self._clock = 0.0  # seconds of all rounds
         self._arrivals = ArrivalCosts()
+
+    def beliefs(self) -> tuple[dict[tuple[int, int], float], dict[bool, float]]:
+        """(batch size, k) -> seconds of a round; with drafts or without -> seconds of a request that comes."""
+        rounds = {key: times.value for key, times in self._times.items()}
+        return rounds, {mode: self._arrivals.seconds(mode, self._clock) for mode in (False, True)}
 
     def learned(self, neural: AcceptanceRates, ngram: AcceptanceRates) -> Learned | None:
         """What is worth keeping; None while nothing is certain."""
@@ -109,14 +115,12 @@ class Policy:
         )
 
     def recall(self, learned: Learned) -> None:
-        """Begin with what was known of the same models on this machine.
-
-        Plain decoding, by which all is judged, is tried early once more: the machine may do other things now.
-        """
+        """Begin with what was known of the same models on this machine."""
         for known in learned.rounds:
             key = known.size, known.k
             self._times[key] = RoundTime.known(known.seconds, known.num)
-            self._num_trials[key] = min(known.num_trials, EARLY_TRIALS - (known.k == 0))
+            self._num_trials[key] = known.num_trials
+            self._recalled[key] = known.seconds
         self._excess = {False: learned.plain_excess, True: learned.drafted_excess}
         self._num_excess = {False: NUM_CERTAIN, True: NUM_CERTAIN}
         self._yield = learned.drafted_yield
@@ -251,6 +255,8 @@ class Policy:
             times.begin_stretch()
             self._last_k[size] = k
         times.add(elapsed_s)
+        if key in self._recalled:
+            self._check_recalled(key, times)
         self._tried[key] = self._clock
         modelled = self._modelled_s(batch, k)
         if modelled > 0.0:
@@ -261,6 +267,18 @@ class Policy:
         if k and batch:
             share = num_tokens / (batch * self._expected_tokens(k))
             self._yield += min(MAX_YIELD_WEIGHT, YIELD_WEIGHT * batch) * (share - self._yield)
+
+    def _check_recalled(self, key: tuple[int, int], times: RoundTime) -> None:
+        """One of the times from before the start is measured again. Where it is clearly less now, the machine was busy
+        with other things then, and none of the others holds."""
+        if times.num_new < NUM_CERTAIN:
+            return
+        before = self._recalled.pop(key)
+        if times.value < FASTER * before:
+            for other in self._recalled:
+                del self._times[other]
+                self._num_trials[other] = 0
+            self._recalled = {}
 
     def _go_on(
         self, trial: Trial, batch: int, k: int, num_tokens: int, elapsed_s: float, candidates: Sequence[int]

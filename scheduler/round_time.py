@@ -23,7 +23,7 @@ class RoundTime:
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=WINDOW)
         self._num_old = 0  # rounds of earlier stretches at the head of `_last`
-        self.num = 0
+        self.num = self.num_new = 0  # rounds in all; measured since the start
         self.value = 0.0
 
     @classmethod
@@ -39,6 +39,7 @@ class RoundTime:
 
     def add(self, seconds: float) -> None:
         self.num += 1
+        self.num_new += 1
         self._num_old = min(self._num_old, WINDOW - 1)  # the oldest makes room
         self._last.append(seconds)
         rounds = list(self._last)

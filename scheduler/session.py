@@ -326,11 +326,10 @@ class Session:
             return None  # drafts need the token before them
         if not self._is_drafted:
             self._is_drafted = True
-            request = self.speculator.request(decoding, k, now)
-            if request is not None and self.speculator.drafter_id is not None:
+            for request in self.speculator.request(decoding, k, now):
+                assert self.speculator.drafter_id is not None, "drafts are asked of a drafter"
                 self._outbox.send(self.speculator.drafter_id, request)
-                return None
-        return k
+        return None if self.speculator.is_waiting else k
 
     def result(self, result: StepResult, now: float) -> bool:
         """Commit a step's tokens. False: the result before it was lost, and with it what the rows hold."""

@@ -98,6 +98,7 @@ class Speculator:
         self.draft_costs = StepCosts()  # (batch, k) -> seconds from request to reply
         self._num_drafts = 0
         self._waiting: Asked | None = None
+        self._ahead: set[int] = set()  # requests whose rows the drafter takes in, for drafts of later rounds
         self._late: Asked | None = None  # the reply did not come in time
         self._available = PRIOR  # share of rows for which the n-gram index has a proposal
         self._max_neural = 0
@@ -193,6 +194,7 @@ class Speculator:
     def lose_drafter(self) -> None:
         self.drafter_id = None
         self._waiting = self._late = None
+        self._ahead.clear()
         self._ended.clear()
         for state in self._states.values():
             state.num_sent = 0
@@ -294,12 +296,16 @@ class Speculator:
         is_wide = 1 - (1 - self._available) ** batch
         return is_wide * wide + (1 - is_wide) * self.costs.estimate(batch, 1) + OVERHEAD_S
 
-    def request(self, rows: Iterable[Request], k: int, now: float) -> DraftRequest | None:
-        """Prepare drafts for these decode rows; the message for the drafter, if one is needed.
+    def request(self, rows: Iterable[Request], k: int, now: float) -> list[DraftRequest]:
+        """Prepare drafts for these decode rows; the messages for the drafter, in their order.
 
-        n-gram proposals are ready at once. Call once for each state of the batch.
+        n-gram proposals are ready at once. Rows of which the drafter has to take in more than a round's tokens, as of
+        those that just began, hold up nobody: where others have drafts they go without this once, and the drafter takes
+        them in while the target verifies. Call once for each state of the batch.
         """
-        wanted: list[DraftRow] = []
+        ready: list[DraftRow] = []
+        behind: list[DraftRow] = []
+        num_drafted = 0
         for sequence in rows:
             state = self._state(sequence)
             anchor = len(sequence.token_ids) - 1
@@ -309,43 +315,60 @@ class Speculator:
                 self._available += AVAILABLE_WEIGHT * (float(bool(proposal.token_ids)) - self._available)
                 if proposal.token_ids:
                     state.drafts, state.source = list(proposal.token_ids), source
+                    num_drafted += 1
                     continue
             if self.is_neural:
-                start, sampling = state.num_sent, sequence.submit.sampling
-                media = sequence.submit.media if start == 0 else []
-                wanted.append(
-                    DraftRow(
-                        request_id=sequence.submit.request_id,
-                        start=start,
-                        token_ids=sequence.token_ids[start:],
-                        num_tokens=min(k, self._max_neural),
-                        sampling=sampling if draws(sampling) else None,
-                        media=[replace(item, tensors=[]) for item in media],
-                    )
-                )
-                state.num_sent = len(sequence.token_ids)
-        if not wanted:
-            return None
-        self._num_drafts += 1
-        usual = self.draft_costs.estimate(len(wanted), k)
+                row = self._draft_row(state, sequence, k)
+                (behind if len(row.token_ids) > 2 * k + 2 else ready).append(row)
+        if not ready and not num_drafted:
+            ready, behind = behind, []
+        requests = [self._asked(ready, k, now)] if ready else []
+        if behind:
+            requests.append(self._message([replace(row, num_tokens=0) for row in behind]))
+            self._ahead.add(self._num_drafts)
+        return requests
+
+    def _draft_row(self, state: Speculated, sequence: Request, k: int) -> DraftRow:
+        """What the drafter lacks of a sequence."""
+        start, sampling = state.num_sent, sequence.submit.sampling
+        media = sequence.submit.media if start == 0 else []
+        state.num_sent = len(sequence.token_ids)
+        return DraftRow(
+            request_id=sequence.submit.request_id,
+            start=start,
+            token_ids=sequence.token_ids[start:],
+            num_tokens=min(k, self._max_neural),
+            sampling=sampling if draws(sampling) else None,
+            media=[replace(item, tensors=[]) for item in media],
+        )
+
+    def _asked(self, rows: list[DraftRow], k: int, now: float) -> DraftRequest:
+        """Ask for drafts of these rows and wait for them."""
+        message = self._message(rows)
+        usual = self.draft_costs.estimate(len(rows), k)
         patience = max(MIN_PATIENCE_S, DRAFT_PATIENCE * usual) if usual else FIRST_PATIENCE_S
-        is_catching_up = any(len(row.token_ids) > 2 * k + 2 for row in wanted)
+        is_catching_up = bool(self._ahead) or any(len(row.token_ids) > 2 * k + 2 for row in rows)
         if is_catching_up or self.forced_k is not None:
             patience = max(patience, FIRST_PATIENCE_S)  # a prompt has to be taken in; or to measure
-        self._waiting = Asked(self._num_drafts, now, now + patience, k, len(wanted), is_catching_up)
+        self._waiting = Asked(message.draft_id, now, now + patience, k, len(rows), is_catching_up)
+        return message
+
+    def _message(self, rows: list[DraftRow]) -> DraftRequest:
+        self._num_drafts += 1
         ended, self._ended = self._ended, []
         return DraftRequest(
-            epoch=self.drafter_epoch,
-            draft_id=self._num_drafts,
-            rows=wanted,
-            target_epoch=self._target_epoch,
+            epoch=self.drafter_epoch, draft_id=self._num_drafts, rows=rows, target_epoch=self._target_epoch,
             ended=ended,
-        )
+        )  # fmt: skip
 
     def reply(self, message: DraftReply, now: float) -> None:
         """Take drafts in; a late or stale reply is dropped."""
         if message.epoch != self.drafter_epoch:
             self.metrics.count_fallthrough("stale")
+            return
+        is_ahead = message.draft_id in self._ahead
+        self._ahead = {draft_id for draft_id in self._ahead if draft_id > message.draft_id}  # it works in their order
+        if is_ahead:
             return
         late, asked = self._late, self._waiting
         if late is not None and late.draft_id == message.draft_id:  # too late to be used, but it tells the cost

@@ -542,7 +542,7 @@ class Drain(Message, frozen=True, kw_only=True):
 
 
 class DraftRow(Part, frozen=True, kw_only=True):
-    """Ask for up to `num_tokens` drafts after the committed tokens.
+    """Ask for up to `num_tokens` drafts after the committed tokens; 0: they are to be taken in, for later ones.
 
     `token_ids` are committed ids that the drafter lacks, at positions start .. start+n-1; the last one is the anchor.
     """

@@ -48,6 +48,8 @@ MEMORY_BYTES = "tandem:memory_bytes"
 DRAFT_SECONDS = "tandem:draft_seconds"
 SPEC_FALLTHROUGH = "tandem:spec_fallthrough"
 SPEC_CHOSEN_K = "tandem:spec_draft_tokens_chosen"
+SPEC_ROUND_SECONDS = "tandem:spec_round_seconds"
+SPEC_ARRIVAL_SECONDS = "tandem:spec_arrival_seconds"
 FEATURE_BYTES = "tandem:feature_bytes"
 
 TIME_BUCKETS = (

@@ -134,14 +134,14 @@ class DraftEngine:
         return self._sequence(row.request_id).num_features >= row.start + len(row.token_ids) - 1
 
     def draft(self, rows: list[DraftRow]) -> list[Draft]:
-        """Drafts for the rows whose context is complete; the others get none."""
+        """Drafts for the rows whose context is complete; the others get none. Of rows that want none it is taken in."""
         behind: list[tuple[ContextState, list[Bits], list[int]]] = []
         ready: list[tuple[DraftRow, int, ContextState]] = []
         for row in rows:
             sequence = self._sequence(row.request_id)
-            if row.num_tokens > 0 and len(sequence.tokens) == _anchor(row) + 1 and self.is_complete(row):
+            if len(sequence.tokens) == _anchor(row) + 1 and self.is_complete(row):
                 state = self._advance(sequence, _anchor(row), behind)
-                if state is not None:
+                if state is not None and row.num_tokens > 0:
                     ready.append((row, sequence.tokens[-1], state))
         if behind:
             rows_of = [part for _, parts, _ in behind for part in parts]

@@ -7,9 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler import learned_files
 from scheduler.learned import Learned
+from shared import metric_names as names
 from tests.scheduler.test_policy_simulation import LAUNCH_BOUND, WORLDS
 from tests.support.speculation_world import Costs, Traffic, World
 
@@ -136,3 +138,20 @@ def test_a_folder_that_cannot_be_written_costs_the_knowledge_alone(
     known = used(MISLEADING)
     learned_files.save(tmp_path, known, known)
     assert "cannot keep what speculation learned" in caplog.text
+
+
+def test_metrics_tell_what_the_policy_believes() -> None:
+    world = World(MISLEADING)
+    world.set_batch(BATCH)
+    world.run(5.0)
+    page = world.core._metrics_page().decode()
+    told = {
+        (int(sample.labels["rows"]), int(sample.labels["k"])): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == names.SPEC_ROUND_SECONDS
+    }
+    assert told[BATCH, 0] == pytest.approx(world.core.speculator.policy.round_s(BATCH, 0))
+    assert set(told) == set(world.core.speculator.policy._times)
+    world.core.speculator.policy.forget()
+    assert f"{names.SPEC_ROUND_SECONDS}{{" not in world.core._metrics_page().decode()

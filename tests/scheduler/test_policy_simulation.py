@@ -15,7 +15,7 @@ from tests.support.speculation_world import MAX_K, Costs, Traffic, World
 IS_LONG = "POLICY_LONG" in os.environ  # make test-policy
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if IS_LONG else (8, 32)
 WARM_UP_STEPS, STEPS = (1500 if IS_LONG else 500), 800  # in times of a plain step
-SEEDS = range(1, 7) if IS_LONG else (1, 2)  # the luck of one run is a percent or two
+SEEDS = range(1, 7) if IS_LONG else range(1, 5)  # the luck of one run is a percent or two
 
 CALM_8B = Costs(
     step_s=lambda b, w: 1e-3 * (8.5 + 0.35 * b + (0.35 + 0.005 * b) * (w - 1)),

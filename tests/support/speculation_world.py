@@ -233,7 +233,7 @@ class World:
     def _draft(self, request: DraftRequest) -> None:
         k = max(row.num_tokens for row in request.rows)
         started = max(self.now + self.costs.send_s, self._drafter_free)
-        self._drafter_free = started + self._noisy(self.costs.draft_s(len(request.rows), k))
+        self._drafter_free = started + (self._noisy(self.costs.draft_s(len(request.rows), k)) if k else 0.0)
         unseen = sum(len(row.token_ids) for row in request.rows if len(row.token_ids) > 2 * MAX_K)
         if unseen and self.traffic is not None:
             self._drafter_free += self.traffic.catch_up_s(unseen)

@@ -77,6 +77,17 @@ def test_in_order(engine):
     assert ask(engine, 6, 7) == 3
 
 
+def test_what_wants_no_drafts_is_taken_in(engine):
+    feed(engine, 0, 8)
+    row = DraftRow(request_id="a", start=0, token_ids=TEXT[:9], num_tokens=0)
+    engine.take_tokens(row)
+    (draft,) = engine.draft([row])
+    assert (draft.anchor, draft.token_ids) == (8, [])
+    assert engine._sequences["a"].state.length == 8
+    feed(engine, 8, 9)
+    assert ask(engine, 9, 9) == 3
+
+
 def test_nothing_is_drafted_before_the_features_have_come(engine):
     feed(engine, 0, 4)
     assert ask(engine, 0, 5) == 0

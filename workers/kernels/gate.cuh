@@ -1,6 +1,6 @@
 // silu(gate) * up of rows that hold both halves, (rows, 2 I) -> (rows, I): sixteen bytes a thread and half.
 //
-// Rounded to T after each step, as stock operations are, so that few rows, which go by those, give the same.
+// Rounded to T after each step, as stock operations are, which few rows go by: the two differ in a last bit at most.
 
 #ifndef TANDEM_GATE
 #define TANDEM_GATE

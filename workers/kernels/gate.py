@@ -1,7 +1,7 @@
 """silu(gate) * up over rows that one product made of both, on CUDA (gate.cuh).
 
-Stock operations take the two halves as views, a number a thread: 20 us for 256 rows of twice 14,336 numbers, which is
-a sixth of what the layer's products take (H200, MLX 0.32.4), where reading and writing them is 6.
+Stock operations take the two halves as views, a number a thread: 17 us for 256 rows of twice 14,336 numbers and 78 for
+2,048, where the kernel takes 12 and 54 (H200, MLX 0.32.4); 64 rows are a launch, 10 and 9.
 """
 
 from __future__ import annotations
