@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from scheduler.look_ahead import LookAhead
 from scheduler.metrics import Metrics
 from scheduler.outbox import Outbox
 from scheduler.planner import Plan, Planner
@@ -44,7 +45,6 @@ from shared.messages import (
 NEWS_TIMEOUT_S = 1.0  # for what a new target's archive holds; it comes right behind the Ready, or was lost
 LOAD_TIMEOUT_S = 20.0  # for blocks from the archive; then a message was lost
 SHRINK_INTERVAL_S = 10.0  # while memory stays short: what is cached meanwhile may be worth its place
-MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
 
 
 class End(Protocol):
@@ -126,6 +126,7 @@ class Session:
         )
         self.step_s = 0.0  # moving average
         self._queues_steps = info.queues_steps
+        self._look_ahead = LookAhead(info.queues_steps)
         self._settings = settings
         self._outbox = outbox
         self._end = end
@@ -237,7 +238,7 @@ class Session:
         """Send the target what it can take: free slots, blocks to load, steps."""
         self.release_freed()
         self._give_up_news(now)
-        while len(self._in_flight) < MAX_STEPS_IN_FLIGHT:
+        while len(self._in_flight) < self._look_ahead.num_steps:
             if not self.running and not len(self.waiting):
                 self._plan_check(now)
                 return
@@ -345,6 +346,7 @@ class Session:
         self._timeout.observe(step.num_tokens, step_s)
         if self.prefix is not None and not step.is_decode_only:
             self.prefix.pace.computed(step.num_tokens, step_s)
+        self._look_ahead.finished(result.phases, step.is_alone)
         for phase, seconds in result.phases.items():
             if phase in self.metrics.phases:
                 self.metrics.phases[phase].observe(seconds)

@@ -71,14 +71,15 @@ def play(pair: tuple[Engine, WorkerInfo, Watched], chance: float) -> Loop:
 def test_with_every_draft_accepted_a_round_commits_all_of_them(pair) -> None:
     loop = play(pair, 1.0)
     assert loop.committed == [[K + 1] * BATCH] * 4  # one round is the first row's alone, one takes the prompts in
-    assert pair[2].asked == [K] * BATCH * 6
+    # In the first row's second round the others' prompts are taken in.
+    assert pair[2].asked == [K, K, *[0] * (BATCH - 1), *[K] * (len(pair[2].asked) - BATCH - 1)]
     assert loop.phases["draft"] > 0 and loop.phases["features"] > 0
 
 
 def test_with_no_draft_accepted_a_round_commits_one_token(pair) -> None:
     loop = play(pair, 0.0)
     assert loop.committed == [[1] * BATCH] * (NUM_TOKENS - 3)
-    assert pair[2].asked[: BATCH * 6] == [K] * BATCH * 6
+    assert pair[2].asked[: BATCH * 6] == [K, K, *[0] * (BATCH - 1), *[K] * (BATCH * 5 - 1)]
 
 
 def test_rows_accept_numbers_of_their_own_and_the_assistant_gets_what_they_committed(pair) -> None:

@@ -50,6 +50,7 @@ class Rig:
         self.rejected: dict[str, Rejected] = {}
         self.status: EngineStatus | None = None
         self.num_targets = 0
+        self.is_host_bound = False  # targets are given steps as if their hosts were the limit
         self.queue: deque[Step | Release | LoadBlocks] = deque()
         self.send("front", Hello(role="frontend", instance_id="front", pid=1))
 
@@ -91,6 +92,8 @@ class Rig:
         hello = Hello(role="target", instance_id=self.target_id, pid=2, last_exit=last_exit)
         self.send(self.target_id, hello)
         self.send(self.target_id, Ready(epoch=self.epoch, info=self.info))
+        if self.is_host_bound:
+            self.session._look_ahead._device_share, self.target.phases = 0.0, {"build": 0.001}
 
     def work(self) -> bool:
         """Let the target handle one message."""
@@ -140,12 +143,18 @@ EVENT = st.one_of(
 )
 
 
-@given(events=st.lists(EVENT, max_size=60), slots=st.integers(1, 5), kv=st.sampled_from([64, 72, 128, 1000]))
-@settings(max_examples=400, deadline=None)
+@given(
+    events=st.lists(EVENT, max_size=60),
+    slots=st.integers(1, 5),
+    kv=st.sampled_from([64, 72, 128, 1000]),
+    is_host_bound=st.booleans(),
+)
+@settings(max_examples=600, deadline=None)
 def test_random_schedules_give_each_request_its_own_greedy_tokens_and_one_terminal_message(
-    events: list[tuple[object, ...]], slots: int, kv: int
+    events: list[tuple[object, ...]], slots: int, kv: int, is_host_bound: bool
 ) -> None:
-    rig = Rig(worker_info(num_slots=slots, kv_capacity_tokens=kv), max_queue=12)
+    rig = Rig(worker_info(num_slots=slots, kv_capacity_tokens=kv, queues_steps=True), max_queue=12)
+    rig.is_host_bound = is_host_bound
     rig.start_target()
     submitted: dict[str, tuple[list[int], int]] = {}
     cancelled: set[str] = set()

@@ -128,8 +128,8 @@ def test_requests_that_come_and_go_are_a_part_of_what_drafting_costs(
         world.run(8.0)
         return world.run(20.0)
 
-    best = max(rate(1, k) for k in (0, 7))
-    assert sum(rate(seed) for seed in SEEDS) / len(SEEDS) >= 0.97 * best
+    best, seeds = max(rate(1, k) for k in (0, 7)), SEEDS if IS_LONG else SEEDS[:2]
+    assert sum(rate(seed) for seed in seeds) / len(seeds) >= 0.97 * best
 
 
 @pytest.mark.parametrize("batch", [8, 32])

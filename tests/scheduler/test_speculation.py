@@ -133,12 +133,15 @@ DRAFT_EVENT = st.one_of(
     kv=st.sampled_from([64, 72, 128, 1000]),
     ngram=st.booleans(),
     k=st.sampled_from([1, K, None]),
+    is_host_bound=st.booleans(),
 )
 @settings(max_examples=400, deadline=None)
 def test_random_schedules_with_any_drafter_give_each_request_its_own_greedy_tokens(
-    events: list[tuple[object, ...]], slots: int, kv: int, ngram: bool, k: int | None
+    events: list[tuple[object, ...]], slots: int, kv: int, ngram: bool, k: int | None, is_host_bound: bool
 ) -> None:
-    rig = DraftRig(worker_info(num_slots=slots, kv_capacity_tokens=kv, max_draft_tokens=K), k, ngram=ngram)
+    info = worker_info(num_slots=slots, kv_capacity_tokens=kv, max_draft_tokens=K, queues_steps=True)
+    rig = DraftRig(info, k, ngram=ngram)
+    rig.is_host_bound = is_host_bound
     rig.start_target()
     rig.start_drafter()
     submitted: dict[str, tuple[list[int], int]] = {}

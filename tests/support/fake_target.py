@@ -89,6 +89,7 @@ class FakeTarget:
         self.cache = info.prefix_cache
         self.blocks: dict[int, CachedBlock] = {}
         self.states: dict[int, list[int] | None] = {}
+        self.phases = {"device": 0.001}  # of every step
         self.archive: dict[bytes, tuple[CachedBlock, list[int] | None]] = {}  # outlives the process if handed on
 
     def release(self, message: Release) -> None:
@@ -173,8 +174,9 @@ class FakeTarget:
         for store in step.stores:
             self._store(store)
         differing = [h for check in step.checks for h in self._differing(check)]
-        phases = {"device": 0.001}
-        return StepResult(epoch=step.epoch, step_id=step.step_id, rows=results, phases=phases, differing=differing)
+        return StepResult(
+            epoch=step.epoch, step_id=step.step_id, rows=results, phases=dict(self.phases), differing=differing
+        )
 
     def _check_budget(self, step: Step) -> None:
         """Slots hold no more than there is for them; blocks that the cache holds as well are paid by the cache."""

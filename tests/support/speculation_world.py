@@ -72,7 +72,7 @@ class Costs:
         outliers = 1 + 0.02 * 2
         scale = outliers * math.exp(self.noise**2 / 2)
         if k == 0:
-            return batch / max(scale * self.step_s(batch, 1), self.host_s + 2 * self.send_s)
+            return batch / max(scale * self.step_s(batch, 1), self.host_s)
         round_s = scale * (self.step_s(batch, k + 1) + self.draft_s(batch, k)) + self.host_s + 4 * self.send_s
         return batch * self.expected(k) / round_s
 
@@ -219,9 +219,11 @@ class World:
         if prompts and self.traffic is not None:
             device_s += self.traffic.prefill_s(prompts)
         self._device_free = max(built, self._device_free) + device_s
+        # The one behind it is made ready before this one is waited for.
+        phases = {"build": self.costs.host_s, "device": max(0.0, self._device_free - built - self.costs.host_s)}
         rows = [self._row(r.slot, r.num_drafts) for r in (*step.decodes, *step.prefills) if r.is_sampled]
         self.num_tokens += sum(len(r.token_ids) for r in rows)
-        result = StepResult(epoch=step.epoch, step_id=step.step_id, rows=rows, phases={})
+        result = StepResult(epoch=step.epoch, step_id=step.step_id, rows=rows, phases=phases)
         self._at(self._device_free + self.costs.send_s, "target", result)
 
     def _row(self, slot: int, num_drafts: int) -> RowResult:
