@@ -149,7 +149,7 @@ EVENT = st.one_of(
     kv=st.sampled_from([64, 72, 128, 1000]),
     is_host_bound=st.booleans(),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_random_schedules_give_each_request_its_own_greedy_tokens_and_one_terminal_message(
     events: list[tuple[object, ...]], slots: int, kv: int, is_host_bound: bool
 ) -> None:

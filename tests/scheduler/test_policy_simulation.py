@@ -15,7 +15,7 @@ from tests.support.speculation_world import MAX_K, Costs, Traffic, World
 IS_LONG = "POLICY_LONG" in os.environ  # make test-policy
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if IS_LONG else (8, 32)
 WARM_UP_STEPS, STEPS = (1500 if IS_LONG else 500), 800  # in times of a plain step
-SEEDS = range(1, 7) if IS_LONG else range(1, 5)  # the luck of one run is a percent or two
+SEEDS, LEAST = (range(1, 7), 0.97) if IS_LONG else (range(1, 3), 0.96)  # the luck of one run is a percent or two
 
 CALM_8B = Costs(
     step_s=lambda b, w: 1e-3 * (8.5 + 0.35 * b + (0.35 + 0.005 * b) * (w - 1)),
@@ -78,7 +78,7 @@ def test_the_clock_model_gives_what_its_formula_says(batch: int, k: int) -> None
 def test_the_policy_reaches_the_better_of_on_and_off_at_every_batch(name: str, batch: int) -> None:
     costs = WORLDS[name]
     best = max(costs.rate(batch, k) for k in candidates(costs))
-    assert sum(reached(costs, batch, seed) for seed in SEEDS) / len(SEEDS) >= 0.97 * best
+    assert sum(reached(costs, batch, seed) for seed in SEEDS) / len(SEEDS) >= LEAST * best
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 16, 32] if IS_LONG else [1, 32])
@@ -128,8 +128,8 @@ def test_requests_that_come_and_go_are_a_part_of_what_drafting_costs(
         world.run(8.0)
         return world.run(20.0)
 
-    best, seeds = max(rate(1, k) for k in (0, 7)), SEEDS if IS_LONG else SEEDS[:2]
-    assert sum(rate(seed) for seed in seeds) / len(seeds) >= 0.97 * best
+    best = max(rate(1, k) for k in (0, 7))
+    assert sum(rate(seed) for seed in SEEDS) / len(SEEDS) >= LEAST * best
 
 
 @pytest.mark.parametrize("batch", [8, 32])
