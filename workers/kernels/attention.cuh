@@ -29,13 +29,8 @@ __device__ inline Params read_params(const int* p, int R, int G) {
   return {__int_as_float(p[0]), __int_as_float(p[1]), p[2], p[3], p[4], p[5], __int_as_float(p[6]), R, R * G};
 }
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ inline T from_float(float x);
-template <> __device__ inline float from_float<float>(float x) { return x; }
-template <> __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+using tandem_numbers::from_float;
+using tandem_numbers::to_float;
 
 __device__ inline unsigned pack(float a, float b, __half) {
   __half2 v = __floats2half2_rn(a, b);

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ import mlx.core as mx
 from workers.kernels.base import HEAD_DIMS, MAX_GROUP, MAX_ROWS, Variant
 from workers.kernels.pages import Pages, Pool
 from workers.kernels.params import number, params_of
+from workers.kernels.sources import include
 
 NUM_WARPS = 4
 SPLIT_TOKENS = 256  # keys that are worth a thread block of their own
@@ -62,8 +62,7 @@ Kernel = Callable[..., list[mx.array]]
 
 
 def header() -> str:
-    """Includes attention.cuh by its path: MLX copies and hashes a kernel's text on each launch, 16 KB take it 5 us."""
-    return f'#include "{Path(__file__).with_name("attention.cuh")}"\n'
+    return include("attention.cuh")
 
 
 def constants_text(dtype: str, constants: dict[str, int]) -> str:

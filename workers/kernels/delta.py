@@ -5,10 +5,11 @@ On Metal mlx-lm has kernels of its own.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from workers.kernels.sources import include
 
 ROWS = 2  # of the state, that eight lanes hold
 THREADS = 128
@@ -18,7 +19,7 @@ BODY = """tandem_delta::run<T, TG, TB, DK, ROWS, VECTOR, MASKED>(
 
 
 def header() -> str:
-    return f'#include "{Path(__file__).with_name("gated_delta.cuh")}"\n'
+    return include("gated_delta.cuh")
 
 
 def supports(key_dim: int, value_dim: int) -> bool:

@@ -6,11 +6,8 @@
 #define TANDEM_GATE
 namespace tandem_gate {
 
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ inline T from_float(float x);
-template <> __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+using tandem_numbers::from_float;
+using tandem_numbers::to_float;
 
 // `num_vectors`: of a half row. Grid: x covers rows * num_vectors.
 template <typename T>

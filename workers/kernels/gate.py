@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from workers.kernels.cuda import CUDA_NAMES, constants_text
+from workers.kernels.sources import include
 
 logger = logging.getLogger("target")
 
@@ -30,7 +30,7 @@ Stock = Callable[[mx.array, mx.array], mx.array]
 
 
 def header() -> str:
-    return f'#include "{Path(__file__).with_name("gate.cuh")}"\n'
+    return include("gate.cuh")
 
 
 class SiluGate:

@@ -113,7 +113,7 @@ def fingerprint(shapes: Sequence[ShapeClass], *, is_paged: bool = False) -> str:
     names = [shape.name for shape in shapes]
     layout = "paged" if is_paged else "slots"
     digest = hashlib.sha256(f"{device_name()} {version('mlx')} graphs {graphs} {layout} {names}".encode())
-    for name in ("attention.cuh", "attention.metal", "cuda.py", "metal.py", "prove.py"):
+    for name in ("attention.cuh", "numbers.cuh", "attention.metal", "cuda.py", "metal.py", "prove.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     for file in sorted((Path(__file__).parent.parent / "cache").glob("*.py")):  # what hands kernels pools and tables
         digest.update(file.read_bytes())
